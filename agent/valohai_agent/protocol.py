@@ -1,0 +1,512 @@
+"""The wire contract between the control plane and the worker agents.
+
+Both distributions import this one file. It holds the Redis key layout, the messages and the compatibility
+rule; it does no I/O.
+
+Compatibility: every message carries `v`, the protocol version of its writer. A party understands the versions
+`MIN_PROTOCOL_VERSION..PROTOCOL_VERSION`; additions that an older reader may ignore (a new optional field, a
+new report kind) do not raise the version, everything else does, and the control plane keeps understanding the
+version before its own. Readers ignore fields that they do not know. A job is only handed to an agent whose
+range contains the job's version, so a mixed fleet drains old jobs instead of failing them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime, timezone
+from enum import Enum
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PROTOCOL_VERSION = 1
+MIN_PROTOCOL_VERSION = 1
+
+LEASE_SECONDS = 30.0  # a lease that is not renewed for this long is suspected lost
+RENEW_SECONDS = LEASE_SECONDS / 3
+LIVE_LOG_LINES = 2000  # M-03: the live view shows the last 2,000 lines
+LOG_EVENTS_PER_WINDOW = 500  # M-02: 500 events per 10 seconds and stream
+LOG_WINDOW_SECONDS = 10.0
+MAX_LOG_MESSAGE_BYTES = 64 * 1024  # M-06
+MAX_GRANT_REQUESTS = 500  # files named in one `grants-wanted` report
+
+
+def speaks(version: int) -> bool:
+    """Whether this side understands a message of that version."""
+    return MIN_PROTOCOL_VERSION <= version <= PROTOCOL_VERSION
+
+
+class Keys:
+    """Redis keys of one deployment.
+
+    Every key starts with the deployment's id, so that several control planes can share a server. Keys of one
+    worker group carry the group as hash tag: they live on one cluster slot and one ACL pattern covers them.
+    """
+
+    def __init__(self, deployment: str) -> None:
+        self.deployment = deployment
+
+    def _key(self, *parts: str) -> str:
+        return ":".join(("vh", self.deployment, *parts))
+
+    # -- one worker group -------------------------------------------------------------------------------------
+    def group_prefix(self, group: str) -> str:
+        return self._key("{" + group + "}", "")
+
+    def ready(self, group: str) -> str:
+        return self.group_prefix(group) + "ready"
+
+    def bell(self, group: str) -> str:
+        return self.group_prefix(group) + "bell"
+
+    def job(self, group: str, execution_id: str) -> str:
+        return self.group_prefix(group) + f"job:{execution_id}"
+
+    def lease(self, group: str, execution_id: str) -> str:
+        return self.group_prefix(group) + f"lease:{execution_id}"
+
+    def grant(self, group: str, execution_id: str) -> str:
+        return self.group_prefix(group) + f"grant:{execution_id}"
+
+    def command(self, group: str, worker: str) -> str:
+        return self.group_prefix(group) + f"command:{worker}"
+
+    def log(self, group: str, execution_id: str, attempt: int) -> str:
+        return self.group_prefix(group) + f"log:{execution_id}:{attempt}"
+
+    def worker(self, group: str, worker: str) -> str:
+        return self.group_prefix(group) + f"worker:{worker}"
+
+    def reports(self, group: str, shard: int = 0) -> str:
+        return self.group_prefix(group) + f"reports:{shard}"
+
+    # -- the control plane alone ------------------------------------------------------------------------------
+    def submissions(self) -> str:
+        """Stream of hand-overs to the execution service: new executions and stop requests."""
+        return self._key("submissions")
+
+    def follow(self, execution_id: str) -> str:
+        """Stream of what happened to one execution, for the run driver, op processes and the CLI."""
+        return self._key("follow", execution_id)
+
+    def sequence(self) -> str:
+        return self._key("sequence")
+
+    def service(self) -> str:
+        """Who runs the execution service; expires when it stops renewing."""
+        return self._key("service")
+
+    def epoch(self) -> str:
+        """Marker that vanishes when Redis is emptied; the service then reconciles from its records."""
+        return self._key("epoch")
+
+
+READY_FRONT = 0  # requeued after an infrastructure loss
+READY_NORMAL = 1
+_CLASS = 10**15
+_PRIORITY = 10**12
+
+
+def ready_score(sequence: int, *, priority: int = 0, front: bool = False) -> float:
+    """Order of the ready set: class, then priority (higher first, 0..999), then sequence (FIFO, L-13)."""
+    rank = 999 - max(0, min(999, priority))
+    return float((READY_FRONT if front else READY_NORMAL) * _CLASS + rank * _PRIORITY + sequence)
+
+
+def digest(text: str) -> str:
+    """Short stable name for a text, for keys that must not hold the text itself."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def utcnow() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+class Message(BaseModel):
+    """Base of everything on the wire: unknown fields are ignored (see the compatibility rule)."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The job: control plane -> agent, no secrets
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Checksums(Message):
+    md5: str | None = None
+    sha1: str | None = None
+    sha256: str | None = None
+
+
+class JobFile(Message):
+    """One file of an input, already resolved and placed by the control plane."""
+
+    id: str = Field(description="Names the file in grants: unique within the job.")
+    name: str = Field(description="Path below /valohai/inputs/<input>/, placed by I-20..I-25.")
+    uri: str = Field(description="What inputs.json shows: the HTTP URL without credentials, else datum://<id>.")
+    size: int | None = Field(None, description="Bytes, if known.")
+    checksums: Checksums = Checksums()
+    datum_id: str | None = None
+    metadata: list[dict[str, Any]] = Field(default_factory=list, description="The datum's metadata (K-33).")
+    cache_key: str | None = Field(
+        None, description="Content identity (sha256:<hex>) if known; without it the agent asks the server (ETag)."
+    )
+
+
+class JobInput(Message):
+    name: str
+    input_id: str = Field(description="What `input_request` takes (K-34).")
+    files: list[JobFile] = Field(default_factory=list)
+    download: Literal["always", "on-demand"] = "always"
+
+
+class JobMount(Message):
+    source: str
+    destination: str
+    readonly: bool = False
+    type: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Job(Message):
+    """All that an agent needs to know before it has the lease. Never a secret, never a signed URL."""
+
+    v: int = PROTOCOL_VERSION
+    execution_id: str
+    attempt: int = 1
+    group: str
+    shard: int = 0
+    run_id: str | None = None
+    step_key: str | None = None
+    project_id: str
+    project_name: str
+    step: str
+    commit: str
+    archive_sha256: str = Field(description="sha256 of the gzip tarball of the commit's tree; verified on unpack.")
+    image: str
+    commands: list[str] = Field(description="Interpolated command items (C-01..C-13).")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="Typed values, nulls left out (K-32).")
+    inputs: list[JobInput] = Field(default_factory=list)
+    environment_variables: dict[str, str] = Field(default_factory=dict)
+    secret_names: list[str] = Field(default_factory=list, description="Variables whose values come with the grants.")
+    execution_config: dict[str, Any] = Field(default_factory=dict, description="Content of execution.json (K-36).")
+    mounts: list[JobMount] = Field(default_factory=list)
+    mounts_allowed: bool = False
+    fail_fast: bool = Field(False, description="Join the command items with && (C-22).")
+    respect_image_user: bool = Field(False, description="Do not force root (K-51).")
+    time_limit_seconds: float | None = None
+    no_output_timeout_seconds: float = 8 * 3600
+    notices: list[str] = Field(default_factory=list, description="Status lines to log before the start.")
+    trace: dict[str, str] = Field(default_factory=dict, description="W3C trace context.")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Grants: control plane -> the agent that holds the lease, sealed to its ephemeral key
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Transfer(Message):
+    """One signed request. `file://` URLs mean a directory shared between control plane and worker."""
+
+    url: str
+    method: Literal["GET", "PUT"] = "GET"
+    headers: dict[str, str] = Field(default_factory=dict)
+    expires_at: datetime | None = None
+
+
+class RegistryLogin(Message):
+    registry: str
+    username: str
+    password: str
+
+
+class UploadGrant(Message):
+    """Permission to write one fresh key (O-02). `upload_id` becomes the datum's id once its report is accepted."""
+
+    upload_id: str
+    transfer: Transfer
+
+
+class Grants(Message):
+    """Decrypted content of one entry of the grant stream."""
+
+    v: int = PROTOCOL_VERSION
+    archive: Transfer | None = None
+    inputs: dict[str, Transfer] = Field(default_factory=dict, description="By JobFile.id.")
+    secrets: dict[str, str] = Field(default_factory=dict)
+    registry: RegistryLogin | None = None
+    uploads: dict[str, UploadGrant] = Field(default_factory=dict, description="By GrantRequest.id.")
+    refused: dict[str, str] = Field(default_factory=dict, description="Reason by JobFile.id or GrantRequest.id.")
+    initial: bool = Field(False, description="True on the grants that are pushed unasked after `leased`.")
+
+
+class GrantRequest(Message):
+    """`output`: name is the datum name. `log`: name is stdout, stderr or events. `input`: name is a JobFile.id."""
+
+    id: str
+    kind: Literal["output", "log", "input"]
+    name: str
+    size: int | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reports: agent -> control plane
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Phase(str, Enum):
+    """Separate spans of an attempt; only `running` counts towards time limits."""
+
+    preparing = "preparing"  # code archive, directories, config files
+    pulling = "pulling"
+    downloading = "downloading"
+    running = "running"
+    uploading = "uploading"
+
+
+class Leased(Message):
+    """First report of an attempt. The agent sends a host's facts once here, not with each report."""
+
+    kind: Literal["leased"] = "leased"
+    runtime: str = Field(description="docker or process")
+    host: str = ""
+    machine_id: str = ""
+    agent_version: str = ""
+    local_ips: list[str] = Field(default_factory=list)
+    gpus: list[str] = Field(default_factory=list)
+
+
+class GrantsWanted(Message):
+    kind: Literal["grants-wanted"] = "grants-wanted"
+    requests: list[GrantRequest]
+
+
+class PhaseChanged(Message):
+    """A phase began, or moved on (at most one progress report a second)."""
+
+    kind: Literal["phase"] = "phase"
+    phase: Phase
+    message: str | None = Field(None, description="Words for people: `pulling 63 %`.")
+    done: int | None = None
+    total: int | None = None
+
+
+class InputReady(Message):
+    """One input file is in place (I-32: checksums are recorded with each use)."""
+
+    kind: Literal["input-ready"] = "input-ready"
+    input: str
+    file_id: str
+    name: str
+    size: int
+    checksums: Checksums
+    cached: bool = False
+
+
+class MetadataEvents(Message):
+    """Metadata lines since the last report, at most one report a second. Each has `_time` (M-13)."""
+
+    kind: Literal["metadata"] = "metadata"
+    events: list[dict[str, Any]]
+
+
+class OutputStored(Message):
+    kind: Literal["output"] = "output"
+    upload_id: str
+    name: str = Field(description="Path below /valohai/outputs, / as separator.")
+    size: int
+    checksums: Checksums
+    metadata: dict[str, Any] = Field(default_factory=dict, description="From the sidecars (O-06, O-07).")
+    live: bool = False
+    file_ctime: datetime | None = None
+    file_mtime: datetime | None = None
+
+
+class StatusDetail(Message):
+    kind: Literal["status-detail"] = "status-detail"
+    text: str
+
+
+class Warned(Message):
+    kind: Literal["warning"] = "warning"
+    message: str
+
+
+class StopAcknowledged(Message):
+    """Proof that a stop reached the command: which signal was sent, and when."""
+
+    kind: Literal["stop-acknowledged"] = "stop-acknowledged"
+    signal: str
+    message: str = ""
+
+
+class PhaseSpan(Message):
+    phase: str
+    started_at: datetime
+    ended_at: datetime
+
+
+class Usage(Message):
+    """Measured by the agent; None where the runtime cannot tell."""
+
+    max_memory_bytes: int | None = None
+    cpu_seconds: float | None = None
+    oom_killed: bool = False
+
+
+class LogStored(Message):
+    """The complete log of one stream in the log store."""
+
+    stream: Literal["stdout", "stderr", "events"]
+    upload_id: str
+    size: int
+    lines: int = 0
+
+
+class Outcome(str, Enum):
+    complete = "complete"
+    error = "error"
+    stopped = "stopped"
+
+
+class Finished(Message):
+    """Last report of an attempt; outputs and logs are already stored."""
+
+    kind: Literal["finished"] = "finished"
+    outcome: Outcome
+    exit_code: int | None = None
+    reason: str | None = Field(None, description="Why it is not complete: names the thing and the next step.")
+    phases: list[PhaseSpan] = Field(default_factory=list)
+    usage: Usage = Usage()
+    logs: list[LogStored] = Field(default_factory=list)
+    interpolated_command: str | None = None
+
+
+class LostLease(Message):
+    """The agent gave up because another attempt holds the lease; for the audit trail only."""
+
+    kind: Literal["lost-lease"] = "lost-lease"
+    message: str = ""
+
+
+class Preempted(Message):
+    kind: Literal["preempted"] = "preempted"
+    seconds_left: float | None = None
+
+
+ReportBody = Annotated[
+    Union[
+        Leased,
+        GrantsWanted,
+        PhaseChanged,
+        InputReady,
+        MetadataEvents,
+        OutputStored,
+        StatusDetail,
+        Warned,
+        StopAcknowledged,
+        Finished,
+        LostLease,
+        Preempted,
+    ],
+    Field(discriminator="kind"),
+]
+
+
+class Report(Message):
+    """One entry of `reports`, stored as JSON under the field `r`. Ordered by `seq` within an attempt, from 1."""
+
+    v: int = PROTOCOL_VERSION
+    execution_id: str
+    attempt: int
+    token: str
+    seq: int
+    worker: str
+    time: datetime = Field(description="Agent's clock, UTC.")
+    clock_offset_seconds: float = Field(0.0, description="Redis TIME minus the agent's clock when last measured.")
+    body: ReportBody
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands: control plane -> agent
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Command(Message):
+    """One entry of an agent's command stream, stored as JSON under the field `c`.
+
+    stop: K-54 sequence for one execution (a second one counts as stop-hard). stop-hard: SIGKILL at once.
+    fence: the attempt lost its lease, kill it and report nothing. drain: finish what runs, take nothing new, exit.
+    upload-now: pick up outputs now. update: exit when idle so that the supervisor starts a newer agent.
+    """
+
+    v: int = PROTOCOL_VERSION
+    kind: Literal["stop", "stop-hard", "fence", "drain", "upload-now", "update"]
+    execution_id: str | None = None
+    token: str | None = None
+    reason: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Live log: agent -> anyone who looks
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class LogStream(str, Enum):
+    stdout = "stdout"
+    stderr = "stderr"
+    status = "status"
+
+
+class LogLine(Message):
+    """One entry of the live log, stored as the fields s, t, m, o, e (short, since there are many).
+
+    `o` and `e` are the byte offsets of the line in the complete stored file of its stream, so a reader can go on
+    in the stored file exactly where the live view ended. The status stream is stored in the `stderr` file, each
+    line prefixed with `STATUS_PREFIX`. A gap marker (M-02) is an entry with `g` = number of lines left out.
+    """
+
+    s: LogStream
+    t: str = Field(description="UTC ISO 8601 with microseconds, no offset (M-01).")
+    m: str
+    o: int = 0
+    e: int = 0
+    g: int = 0
+
+
+STATUS_PREFIX = "[valohai] "
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The worker's own entry
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class WorkerState(str, Enum):
+    idle = "idle"
+    busy = "busy"
+    draining = "draining"
+
+
+class Worker(Message):
+    """Hash `worker:<name>`, one field per attribute, renewed with the heartbeat and gone when it expires."""
+
+    name: str
+    incarnation: str = Field(description="Random per process: tells two agents with one name apart.")
+    group: str
+    machine_id: str = ""
+    host: str = ""
+    pid: int = 0
+    version: str = ""
+    protocol: int = PROTOCOL_VERSION
+    protocol_min: int = MIN_PROTOCOL_VERSION
+    runtime: str = ""
+    slots: int = 1
+    busy: int = 0
+    state: WorkerState = WorkerState.idle
+    started_at: str = ""
+    seen_at: str = ""
+    disk_free_bytes: int = 0
+    gpus: str = Field("", description="Comma-separated device names.")
+    cached: str = Field("", description="Comma-separated content keys of the input cache (a few hundred at most).")

@@ -1,0 +1,102 @@
+#!lua name=valohai_v1
+-- Atomic steps of the queue. All keys of one call share the group's hash tag.
+-- Kept small: what needs no atomicity is done by plain commands.
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+end
+
+-- KEYS: worker entry. ARGS: incarnation, ttl_ms, field, value, ...
+-- Returns 1 when the entry belongs to the caller, 0 when another live process holds the name.
+local function heartbeat(keys, args)
+  local holder = redis.call('HGET', keys[1], 'incarnation')
+  if holder and holder ~= args[1] then return 0 end
+  local fields = {'incarnation', args[1], 'seen_ms', tostring(now_ms())}
+  for i = 3, #args do fields[#fields + 1] = args[i] end
+  redis.call('HSET', keys[1], unpack(fields))
+  redis.call('PEXPIRE', keys[1], tonumber(args[2]))
+  return 1
+end
+
+-- KEYS: ready set, worker entry. ARGS: group prefix, worker, incarnation, token, public key, lease_ms,
+-- protocol_min, protocol_max. Returns {} or {execution id, job JSON, attempt}.
+-- The job leaves the ready set and its lease is written in this one step: a worker that dies right after
+-- still holds a lease that expires.
+local function take(keys, args)
+  local prefix, worker, incarnation, token = args[1], args[2], args[3], args[4]
+  local entry = redis.call('HMGET', keys[2], 'incarnation', 'state')
+  if entry[1] ~= incarnation or entry[2] == 'draining' then return {} end
+  for _, id in ipairs(redis.call('ZRANGE', keys[1], 0, 15)) do
+    local job = redis.call('HMGET', prefix .. 'job:' .. id, 'job', 'attempt', 'v')
+    local lease = prefix .. 'lease:' .. id
+    if not job[1] then
+      redis.call('ZREM', keys[1], id)
+    elseif redis.call('EXISTS', lease) == 0 then
+      local v = tonumber(job[3])
+      if v >= tonumber(args[7]) and v <= tonumber(args[8]) then
+        redis.call('ZREM', keys[1], id)
+        redis.call('HSET', lease, 'worker', worker, 'incarnation', incarnation, 'token', token,
+          'attempt', job[2], 'public_key', args[5], 'taken_ms', tostring(now_ms()), 'phase', 'leased')
+        redis.call('PEXPIRE', lease, tonumber(args[6]))
+        return {id, job[1], job[2]}
+      end
+    end
+  end
+  return {}
+end
+
+-- KEYS: lease, job. ARGS: worker, incarnation, token, attempt, public key, lease_ms, phase.
+-- Returns 'held', 'restored' (Redis had lost it and nobody else has it) or 'lost' (fenced: stop).
+local function renew(keys, args)
+  local token = redis.call('HGET', keys[1], 'token')
+  if token == args[3] then
+    redis.call('HSET', keys[1], 'phase', args[7])
+    redis.call('PEXPIRE', keys[1], tonumber(args[6]))
+    return 'held'
+  end
+  if token then return 'lost' end
+  local attempt = redis.call('HGET', keys[2], 'attempt')
+  if attempt and attempt ~= args[4] then return 'lost' end
+  redis.call('HSET', keys[1], 'worker', args[1], 'incarnation', args[2], 'token', args[3], 'attempt', args[4],
+    'public_key', args[5], 'taken_ms', tostring(now_ms()), 'phase', args[7])
+  redis.call('PEXPIRE', keys[1], tonumber(args[6]))
+  return 'restored'
+end
+
+-- KEYS: grant stream, lease. ARGS: token. Hands the sealed entries over once and deletes them.
+local function collect_grants(keys, args)
+  if redis.call('HGET', keys[2], 'token') ~= args[1] then return {} end
+  local out = {}
+  for _, entry in ipairs(redis.call('XRANGE', keys[1], '-', '+')) do
+    out[#out + 1] = entry[2][2]
+  end
+  redis.call('DEL', keys[1])
+  return out
+end
+
+-- KEYS: ready set, job, lease. ARGS: execution id, job JSON, attempt, version, score, force.
+-- Puts a job into the queue. Without force it does nothing while the same or a later attempt is known.
+local function enqueue(keys, args)
+  local attempt = tonumber(redis.call('HGET', keys[2], 'attempt') or '0')
+  if args[6] ~= '1' and attempt >= tonumber(args[3]) then return 0 end
+  if tonumber(args[3]) > attempt then redis.call('DEL', keys[3]) end
+  redis.call('HSET', keys[2], 'job', args[2], 'attempt', args[3], 'v', args[4])
+  redis.call('ZADD', keys[1], tonumber(args[5]), args[1])
+  return 1
+end
+
+-- KEYS: ready set, lease. ARGS: execution id. Takes a job that nobody has leased out of the queue.
+-- Returns 1 when it is now out of the queue and unleased, 0 when a worker has it.
+local function withdraw(keys, args)
+  if redis.call('EXISTS', keys[2]) == 1 then return 0 end
+  redis.call('ZREM', keys[1], args[1])
+  return 1
+end
+
+redis.register_function('vh1_heartbeat', heartbeat)
+redis.register_function('vh1_take', take)
+redis.register_function('vh1_renew', renew)
+redis.register_function('vh1_collect_grants', collect_grants)
+redis.register_function('vh1_enqueue', enqueue)
+redis.register_function('vh1_withdraw', withdraw)

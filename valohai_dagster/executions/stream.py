@@ -1,0 +1,126 @@
+"""What followers of an execution see: the events of its `follow` stream.
+
+The execution service writes them after it has applied the cause to the records, so a follower never knows more
+than the records do. A follower that comes late, or comes back, submits again and gets a `snapshot` first.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import Enum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from valohai_agent.protocol import PhaseSpan
+
+
+class ExecutionStatus(str, Enum):
+    """States of CONTRACT 8.1."""
+
+    created = "created"
+    queued = "queued"
+    started = "started"
+    stopping = "stopping"
+    stopping_hard = "stopping_hard"
+    stopped = "stopped"
+    error = "error"
+    crashed = "crashed"
+    complete = "complete"
+
+    @property
+    def final(self) -> bool:
+        return self in _FINAL
+
+
+_FINAL = {ExecutionStatus.stopped, ExecutionStatus.error, ExecutionStatus.crashed, ExecutionStatus.complete}
+
+
+class EventKind(str, Enum):
+    snapshot = "snapshot"  # data: ExecutionView; first answer to every submission
+    state = "state"  # a change of state worth a line in the event log; data: {status}
+    progress = "progress"  # phase progress; data: {phase, done, total}; may be skipped by readers
+    metadata = "metadata"  # data: {events: [...], latest: {...}}
+    detail = "detail"  # status detail set by user code; data: {status_detail}
+    warning = "warning"
+    output = "output"  # one datum became visible; data: DatumView
+    final = "final"  # data: ExecutionView; nothing follows
+
+
+class View(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class DatumView(View):
+    id: str
+    name: str
+    size: int
+    md5: str | None = None
+    sha1: str | None = None
+    sha256: str | None = None
+    uri: str = Field(description="datum://<id>")
+    url: str | None = Field(None, description="Durable address that opens the file, served by the execution service.")
+    store_uri: str | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+
+class InputView(View):
+    input: str
+    name: str
+    uri: str
+    size: int | None = None
+    sha256: str | None = None
+    datum_id: str | None = None
+    cached: bool | None = None
+
+
+class AttemptView(View):
+    number: int
+    worker: str | None = None
+    end: str | None = None
+    reason: str | None = None
+
+
+class ExecutionView(View):
+    """Everything about an execution that its followers may want, at one moment."""
+
+    id: str
+    counter: int
+    project: str
+    project_id: str
+    step: str
+    commit: str
+    image: str
+    status: ExecutionStatus
+    status_detail: str | None = None
+    reason: str | None = None
+    exit_code: int | None = None
+    environment: str
+    worker: str | None = None
+    host: str | None = None
+    runtime: str | None = None
+    attempt: int = 1
+    attempts: list[AttemptView] = Field(default_factory=list)
+    command: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    inputs: list[InputView] = Field(default_factory=list)
+    outputs: list[DatumView] = Field(default_factory=list)
+    latest_metadata: dict[str, Any] = Field(default_factory=dict)
+    phases: list[PhaseSpan] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+    max_memory_bytes: int | None = None
+    cpu_seconds: float | None = None
+    ctime: datetime
+    qtime: datetime | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+
+
+class FollowEvent(View):
+    """One entry of the stream, stored as JSON under the field `e`. `message` is one line for people."""
+
+    kind: EventKind
+    time: datetime
+    attempt: int = 1
+    message: str = ""
+    data: dict[str, Any] = Field(default_factory=dict)

@@ -1,0 +1,214 @@
+"""Tables of the records: what ran, on what, and what came of it.
+
+They live in the same database as Dagster's storage (or in `records.db` of the state directory) under the prefix
+`vh_`. Times are aware UTC. JSON columns hold what is only ever read whole.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+
+import sqlalchemy as sa
+from sqlalchemy.types import TypeDecorator
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Aware UTC datetimes on every backend (SQLite drops the offset)."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is not None and value.tzinfo is None:
+            raise ValueError(f"naive datetime {value!r} would be stored in an unknown zone")
+        return value.astimezone(timezone.utc) if value else None
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=timezone.utc) if value.tzinfo is None else value.astimezone(timezone.utc)
+
+
+def _id() -> sa.Column[str]:
+    return sa.Column("id", sa.String(36), primary_key=True)
+
+
+projects = sa.Table(
+    "vh_projects",
+    metadata,
+    _id(),
+    sa.Column("name", sa.String(255), nullable=False, unique=True),
+    sa.Column("counter", sa.Integer, nullable=False, default=0),  # of its executions (T-05)
+    sa.Column("ctime", UtcDateTime, nullable=False),
+)
+
+commits = sa.Table(
+    "vh_commits",
+    metadata,
+    _id(),
+    sa.Column("project_id", sa.String(36), sa.ForeignKey("vh_projects.id"), nullable=False),
+    sa.Column("identifier", sa.String(80), nullable=False),  # git SHA, or ~ + sha256 (T-02, T-03)
+    sa.Column("ref", sa.String(255)),
+    sa.Column("adhoc", sa.Boolean, nullable=False),
+    sa.Column("archive_store", sa.String(64), nullable=False),
+    sa.Column("archive_key", sa.String(1024), nullable=False),
+    sa.Column("archive_sha256", sa.String(64), nullable=False),
+    sa.Column("archive_size", sa.BigInteger),
+    sa.Column("ctime", UtcDateTime, nullable=False),
+    sa.UniqueConstraint("project_id", "identifier"),
+)
+
+executions = sa.Table(
+    "vh_executions",
+    metadata,
+    _id(),
+    sa.Column("project_id", sa.String(36), sa.ForeignKey("vh_projects.id"), nullable=False),
+    sa.Column("counter", sa.Integer, nullable=False),
+    sa.Column("step", sa.String(255), nullable=False),
+    sa.Column("commit", sa.String(80), nullable=False),
+    sa.Column("instance_id", sa.String(64)),  # Dagster instance that launched it
+    sa.Column("run_id", sa.String(64), index=True),
+    sa.Column("step_key", sa.String(512)),
+    sa.Column("retry_number", sa.Integer, nullable=False, default=0),  # the user's own retries
+    sa.Column("log_key", sa.String(512), index=True),  # Dagster compute-log key, joined with /
+    sa.Column("asset_key", sa.String(512), index=True),
+    sa.Column("group_name", sa.String(255), nullable=False),
+    sa.Column("environment", sa.String(255)),
+    sa.Column("image", sa.String(512), nullable=False),
+    sa.Column("title", sa.String(512)),
+    sa.Column("tags", sa.JSON, nullable=False, default=list),
+    sa.Column("spec", sa.JSON, nullable=False),  # ExecutionSpec as submitted
+    sa.Column("job", sa.JSON),  # Job as queued; null while refused or not resolved
+    sa.Column("status", sa.String(20), nullable=False, index=True),
+    sa.Column("status_detail", sa.Text),
+    sa.Column("reason", sa.Text),  # why it ended the way it did, for people
+    sa.Column("exit_code", sa.Integer),
+    sa.Column("attempt", sa.Integer, nullable=False, default=1),  # infrastructure attempts
+    sa.Column("cumulative_metadata", sa.JSON, nullable=False, default=dict),  # M-14
+    sa.Column("interpolated_command", sa.Text),
+    sa.Column("stop_requested", sa.Integer, nullable=False, default=0),  # 0 no, 1 soft, 2 hard
+    sa.Column("priority", sa.Integer, nullable=False, default=0),
+    sa.Column("ctime", UtcDateTime, nullable=False),
+    sa.Column("qtime", UtcDateTime),
+    sa.Column("started_at", UtcDateTime),
+    sa.Column("ended_at", UtcDateTime),
+    sa.Column("phases", sa.JSON, nullable=False, default=list),  # [{phase, started_at, ended_at}] of the last attempt
+    sa.Column("usage", sa.JSON),
+    sa.UniqueConstraint("project_id", "counter"),
+)
+
+attempts = sa.Table(
+    "vh_attempts",
+    metadata,
+    sa.Column("execution_id", sa.String(36), sa.ForeignKey("vh_executions.id"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("token", sa.String(64)),
+    sa.Column("worker", sa.String(255)),
+    sa.Column("host", sa.String(255)),
+    sa.Column("machine_id", sa.String(255)),
+    sa.Column("agent_version", sa.String(64)),
+    sa.Column("last_seq", sa.Integer, nullable=False, default=0),  # reports up to here are applied
+    sa.Column("leased_at", UtcDateTime),
+    sa.Column("suspected_at", UtcDateTime),
+    sa.Column("ended_at", UtcDateTime),
+    sa.Column("end", sa.String(32)),  # finished, lost, fenced
+    sa.Column("reason", sa.Text),
+    sa.Column("logs", sa.JSON, nullable=False, default=dict),  # stream -> {store, key, size, lines, complete}
+)
+
+grants = sa.Table(
+    "vh_grants",  # every PUT that was ever granted; unaccepted ones are swept
+    metadata,
+    sa.Column("upload_id", sa.String(36), primary_key=True),
+    sa.Column("execution_id", sa.String(36), sa.ForeignKey("vh_executions.id"), nullable=False, index=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),  # output, log
+    sa.Column("name", sa.String(4096), nullable=False),
+    sa.Column("store", sa.String(64), nullable=False),
+    sa.Column("key", sa.String(4096), nullable=False),
+    sa.Column("granted_at", UtcDateTime, nullable=False),
+    sa.Column("accepted", sa.Boolean, nullable=False, default=False),
+)
+
+execution_inputs = sa.Table(
+    "vh_execution_inputs",  # which file went into which execution (I-32, lineage)
+    metadata,
+    sa.Column("execution_id", sa.String(36), sa.ForeignKey("vh_executions.id"), primary_key=True),
+    sa.Column("file_id", sa.String(255), primary_key=True),
+    sa.Column("input", sa.String(255), nullable=False),
+    sa.Column("name", sa.String(4096), nullable=False),
+    sa.Column("uri", sa.String(4096), nullable=False),
+    sa.Column("datum_id", sa.String(36), index=True),
+    sa.Column("size", sa.BigInteger),
+    sa.Column("md5", sa.String(32)),
+    sa.Column("sha1", sa.String(40)),
+    sa.Column("sha256", sa.String(64)),
+    sa.Column("cached", sa.Boolean),
+)
+
+metadata_events = sa.Table(
+    "vh_metadata",  # metadata lines (metrics) in order
+    metadata,
+    sa.Column("execution_id", sa.String(36), sa.ForeignKey("vh_executions.id"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("time", UtcDateTime, nullable=False),
+    sa.Column("values", sa.JSON, nullable=False),
+)
+
+datums = sa.Table(
+    "vh_datums",
+    metadata,
+    _id(),
+    sa.Column("name", sa.String(4096), nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("md5", sa.String(32)),
+    sa.Column("sha1", sa.String(40)),
+    sa.Column("sha256", sa.String(64), index=True),
+    sa.Column("store", sa.String(64), nullable=False),
+    sa.Column("key", sa.String(4096), nullable=False),
+    sa.Column("project_id", sa.String(36), index=True),
+    sa.Column("execution_id", sa.String(36), index=True),  # null for uploads
+    sa.Column("tags", sa.JSON, nullable=False, default=list),
+    sa.Column("metadata", sa.JSON, nullable=False, default=dict),
+    sa.Column("live", sa.Boolean, nullable=False, default=False),
+    sa.Column("ctime", UtcDateTime, nullable=False),
+    sa.Column("file_ctime", UtcDateTime),
+    sa.Column("file_mtime", UtcDateTime),
+    sa.Column("purged", sa.Boolean, nullable=False, default=False),
+)
+
+datum_aliases = sa.Table(
+    "vh_datum_aliases",
+    metadata,
+    sa.Column("project_id", sa.String(36), primary_key=True),
+    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("datum_id", sa.String(36), sa.ForeignKey("vh_datums.id"), nullable=False),
+    sa.Column("history", sa.JSON, nullable=False, default=list),  # [{datum_id, time}] oldest first
+    sa.Column("mtime", UtcDateTime, nullable=False),
+)
+
+secrets = sa.Table(
+    "vh_secrets",
+    metadata,
+    sa.Column("group_name", sa.String(255), primary_key=True),
+    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("value", sa.LargeBinary, nullable=False),  # encrypted with the deployment's key
+    sa.Column("secret", sa.Boolean, nullable=False, default=True),
+    sa.Column("mtime", UtcDateTime, nullable=False),
+)
+
+facts = sa.Table(
+    "vh_facts",  # single values of the deployment, such as its id
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("value", sa.JSON, nullable=False),
+)

@@ -1,0 +1,66 @@
+"""What every kind of store can do: sign, stat, list, put, get, delete.
+
+Keys are `/`-separated, relative, without empty, `.` or `..` parts; `check_key` refuses others. Nothing here ever
+overwrites (O-02): `put` on an existing key raises `StoreConflict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import BinaryIO, Protocol, runtime_checkable
+
+from valohai_agent.protocol import Transfer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectStat:
+    """One stored object; `version` changes when the content does (ETag, generation, or size and mtime)."""
+
+    key: str
+    size: int
+    version: str
+    mtime: datetime
+
+
+@runtime_checkable
+class Store(Protocol):
+    """One configured place for files. Drivers raise the errors of `valohai_dagster.errors.StoreError`."""
+
+    name: str
+    kind: str
+
+    def sign_get(self, key: str, *, expires: timedelta) -> Transfer:
+        """A request that reads the object; never fails for a missing one (the reader gets a 404)."""
+        ...
+
+    def sign_put(self, key: str, *, expires: timedelta, size: int | None = None) -> Transfer:
+        """A request that writes a fresh object once, smallest scope the store can express."""
+        ...
+
+    def stat(self, key: str) -> ObjectStat | None:
+        """None when there is no such object; raises when the store cannot tell."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[ObjectStat]:
+        """Objects whose key starts with prefix, in key order."""
+        ...
+
+    def open(self, key: str) -> BinaryIO:
+        """The content, for the control plane itself (logs, pictures, downloads)."""
+        ...
+
+    def put(self, key: str, content: BinaryIO | bytes) -> ObjectStat: ...
+
+    def delete(self, key: str) -> None:
+        """Silent when the object does not exist."""
+        ...
+
+    def uri(self, key: str) -> str:
+        """How people name the object, such as s3://bucket/key."""
+        ...
+
+    def key_of(self, uri: str) -> str | None:
+        """The key (may hold wildcards) when this store serves the URI (I-02), else None."""
+        ...
