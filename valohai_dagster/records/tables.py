@@ -113,6 +113,7 @@ attempts = sa.Table(
     sa.Column("token", sa.String(64)),
     sa.Column("worker", sa.String(255)),
     sa.Column("host", sa.String(255)),
+    sa.Column("runtime", sa.String(32)),
     sa.Column("machine_id", sa.String(255)),
     sa.Column("agent_version", sa.String(64)),
     sa.Column("last_seq", sa.Integer, nullable=False, default=0),  # reports up to here are applied
