@@ -1,0 +1,123 @@
+"""What a runtime offers to a job: an image, a started command, and its end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from valohai_agent.protocol import Job, JobMount, RegistryLogin, Usage
+from valohai_agent.workspace import Workspace
+
+SignalName = Literal["SIGINT", "SIGTERM", "SIGKILL"]
+OnOutput = Callable[[str, bytes], None]
+PullProgress = Callable[[str, "int | None", "int | None"], None]
+"""Called with words for people, bytes done and bytes expected; at most once a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One command to run. `environment` is complete, agent switches (CONTRACT 4.3) included."""
+
+    workspace: Workspace
+    image: str
+    commands: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    mounts: Sequence[JobMount] = ()
+    fail_fast: bool = False
+    respect_image_user: bool = False
+    gpus: str = ""  # "" or "all": every GPU of the machine; "none"; or comma-separated device ids (K-55)
+    project_name: str = ""
+    step: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitStatus:
+    """How the command ended. `code` is 128+n for a signal (C-29); `message` explains an unusual end in words."""
+
+    code: int
+    oom_killed: bool = False
+    message: str | None = None
+
+
+class Running(Protocol):
+    """A started command. All output has been delivered when `wait` gives the status."""
+
+    @property
+    def id(self) -> str:
+        """Container id or process id, short enough for a status line."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> ExitStatus | None:
+        """The status, or None when it still runs after `timeout` seconds."""
+        ...
+
+    def signal(self, name: SignalName) -> None:
+        """Signals the command's whole process group; silent when it has ended. SIGKILL ends everything."""
+        ...
+
+    def usage(self) -> Usage: ...
+
+    def remove(self) -> None:
+        """Kills what is left and forgets it. Idempotent, never raises."""
+        ...
+
+
+class Runtime(Protocol):
+    """A way to run commands. Methods that talk to a daemon raise RuntimeFailure with words for people."""
+
+    name: str
+
+    def available(self) -> str | None:
+        """None when usable on this machine, else the reason."""
+        ...
+
+    def valohai_dir(self, workspace: Workspace) -> str:
+        """Where the command sees repository/, inputs/, outputs/ and config/: `/valohai`, or the real directory."""
+        ...
+
+    def refuse(self, job: Job) -> str | None:
+        """Why this runtime cannot run the job, before anything is downloaded; None if it can."""
+        ...
+
+    def pull(
+        self,
+        image: str,
+        *,
+        login: RegistryLogin | None = None,
+        progress: PullProgress | None = None,
+        force: bool = False,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        """Makes the image present; with `force` asks the registry again. Raises ImageError."""
+        ...
+
+    def notices(self, job: Job) -> list[str]:
+        """Status lines this runtime owes the user (`image` not used, mounts ignored)."""
+        ...
+
+    def start(self, spec: RunSpec, on_output: OnOutput) -> Running:
+        """Starts the command; `on_output(stream, bytes)` is called from reader threads. Raises StartError."""
+        ...
+
+    def api_hosts(self, environment: Mapping[str, str]) -> tuple[str, str]:
+        """Where LocalApi binds, and the host the command uses to reach it."""
+        ...
+
+    def remove_leftovers(self, execution_id: str) -> int:
+        """Kills containers of earlier attempts of this execution; gives how many."""
+        ...
+
+    def remove_tree(self, path: Path) -> None:
+        """Removes a directory tree that user code may own as root with mode 0700."""
+        ...
+
+    def make_readable(self, path: Path) -> None:
+        """Lets the agent read a tree that user code may own as root with mode 0700, before collecting outputs."""
+        ...
+
+    def clean(self) -> str:
+        """Removes all images that nothing uses (VH_CLEAN); gives a line about it."""
+        ...
