@@ -1,0 +1,363 @@
+"""Settings of one deployment: `valohai.toml`, overridden by `VALOHAI_*` environment variables.
+
+The file is `$VALOHAI_CONFIG`, else the first `valohai.toml` found from the current directory upwards; it may be
+absent. Relative paths count from the file's directory (without a file: from the current directory). A nested
+value is set from the environment with `__` between the names, such as `VALOHAI_GROUPS__local__SLOTS=2`.
+The field descriptions below are the reference page (`settings_docs.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings.sources import PydanticBaseSettingsSource
+
+from valohai_dagster.errors import ConfigurationError, RefusedError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CONFIG_NAME = "valohai.toml"
+STATE_NAME = ".valohai"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+class Section(BaseModel):
+    """A table of the file; unknown keys are refused so that a typing error cannot pass unnoticed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StoreSettings(Section):
+    """One place for files, `[stores.NAME]`."""
+
+    kind: Literal["local"] = Field("local", description="`local`: a directory that control plane and workers share.")
+    path: Path = Field(description="Directory of a local store; made when missing.")
+    readonly: bool = Field(False, description="Never write to it; inputs only.")
+
+
+class GroupSettings(Section):
+    """One worker group (queue), `[groups.NAME]`."""
+
+    kind: Literal["local", "static"] = Field(
+        "local",
+        description="`local`: agent processes on this host, started when there is work. "
+        "`static`: agents that somebody else starts with `valohai-agent run --queue NAME`.",
+    )
+    runtime: Literal["auto", "docker", "process"] = Field(
+        "auto", description="How agents run commands; `auto` is Docker when its daemon answers, else processes."
+    )
+    max_agents: int = Field(1, ge=0, description="Most agent processes at once (local groups).")
+    slots: int = Field(2, ge=1, description="Executions that one agent runs at the same time.")
+    scale_down_grace_seconds: float = Field(
+        60.0, ge=0, description="Idle time after which a local agent is stopped."
+    )
+    mounts_allowed: bool = Field(
+        False, description="Let steps mount directories of the worker machine (`mounts` of valohai.yaml)."
+    )
+    file_inputs: list[Path] = Field(
+        default_factory=list,
+        description="Directories below which `file:///...` inputs may be read. Needs a group on this host.",
+    )
+    env: dict[str, str] = Field(
+        default_factory=dict, description="Environment variables of the agent processes (not of the executions)."
+    )
+
+
+class Settings(BaseSettings):
+    """All settings; every one has a default, so that an empty directory is a working deployment."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="VALOHAI_", env_nested_delimiter="__", extra="forbid", frozen=True, hide_input_in_errors=True
+    )
+
+    state_dir: Path = Field(
+        default_factory=lambda: Path.cwd() / STATE_NAME,
+        description="Directory of everything embedded: records, Redis data, local store, secret key. "
+        "Also `VALOHAI_STATE`. Default: `.valohai` beside valohai.toml, or in the current directory.",
+    )
+    redis_url: str | None = Field(
+        None,
+        repr=False,
+        description="Redis >= 7 or Valkey, `redis://`, `rediss://` or `unix://`. Default: an embedded server.",
+    )
+    database_url: str | None = Field(
+        None,
+        repr=False,
+        description="Database of the records, such as `postgresql://user:password@host/dagster`. "
+        "Default: `records.db` in the state directory (SQLite).",
+    )
+    stores: dict[str, StoreSettings] = Field(
+        default_factory=dict, description="Stores by name. Default: one local store named `local` in the state directory."
+    )
+    default_store: str = Field("local", description="Store of outputs and uploads when nothing else is chosen.")
+    code_store: str | None = Field(None, description="Store of code archives. Default: `default_store`.")
+    log_store: str | None = Field(None, description="Store of complete logs. Default: `default_store`.")
+    groups: dict[str, GroupSettings] = Field(
+        default_factory=lambda: {"local": GroupSettings()},
+        description="Worker groups by name. Default: one group `local` on this host.",
+    )
+    default_group: str = Field("local", description="Group of executions that name no environment.")
+    environments: dict[str, str] = Field(
+        default_factory=dict,
+        description="Further environment names, such as slugs of an existing valohai.yaml, and the group that serves each. "
+        "Every group's own name is an environment too.",
+    )
+    http_host: str = Field("127.0.0.1", description="Address on which the service answers `/datum/...` and `/log/...`.")
+    http_port: int = Field(3080, ge=0, le=65535, description="Port of the same.")
+    public_url: str | None = Field(
+        None, description="Address under which browsers reach the service. Default: http_host and http_port."
+    )
+    webserver_url: str = Field("http://127.0.0.1:3000", description="Address of the Dagster webserver, for links.")
+    idle_exit_seconds: float = Field(
+        300.0, ge=0, description="An embedded service that was started on demand ends after this long without work."
+    )
+    lost_grace_seconds: float = Field(
+        300.0, ge=0, description="How long a lease may stay unrenewed before the execution is given to another worker."
+    )
+    max_infrastructure_attempts: int = Field(
+        3, ge=1, description="Attempts of one execution that may be lost to infrastructure before it is an error."
+    )
+    grant_seconds: float = Field(3600.0, gt=0, description="Life of a signed URL that is handed to a worker.")
+    time_limit_seconds: float | None = Field(
+        None, gt=0, description="Limit for the commands of steps that state none. Default: unlimited."
+    )
+    no_output_timeout_seconds: float = Field(
+        8 * 3600.0, gt=0, description="Silence after which an execution is stopped, for steps that state none."
+    )
+    secret_key: SecretStr | None = Field(
+        None, description="Key that encrypts secrets in the records, 32 bytes as base64. Default: `secret_key_file`."
+    )
+    secret_key_file: Path | None = Field(
+        None, description="File with that key. Default: `secret.key` in the state directory, made when missing."
+    )
+    config_file: Path | None = Field(None, exclude=True, description="The file these settings were read from (not a key).")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Direct construction reads nothing from outside; `load_settings` merges the sources itself."""
+        return (init_settings,)
+
+    @field_validator("state_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return Path(os.path.abspath(value.expanduser()))
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_scheme(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("stores", "groups")
+    @classmethod
+    def _legal_names(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        for name in value:
+            check_name(name, info.field_name or "name")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _local_store(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "local" in (data.get("stores") or {}):
+            return data
+        state = Path(data.get("state_dir") or Path.cwd() / STATE_NAME)
+        local = {"kind": "local", "path": Path(os.path.abspath(state.expanduser())) / "store"}
+        return {**data, "stores": {**(data.get("stores") or {}), "local": local}}
+
+    @model_validator(mode="after")
+    def _references(self) -> Settings:
+        for field in ("default_store", "code_store", "log_store"):
+            name = getattr(self, field)
+            if name is not None and name not in self.stores:
+                raise ValueError(f"{field} names the store {name!r}, but [stores] has {_names(self.stores)}")
+        for slug, group in [("default_group", self.default_group), *self.environments.items()]:
+            if group not in self.groups:
+                raise ValueError(f"{slug} names the group {group!r}, but [groups] has {_names(self.groups)}")
+        return self
+
+    @property
+    def code_store_name(self) -> str:
+        return self.code_store or self.default_store
+
+    @property
+    def log_store_name(self) -> str:
+        return self.log_store or self.default_store
+
+    @property
+    def records_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.state_dir / 'records.db'}"
+
+    @property
+    def redis_dir(self) -> Path:
+        """Data of the embedded Redis."""
+        return self.state_dir / "redis"
+
+    @property
+    def base_url(self) -> str:
+        """Address of the service for browsers, without a slash at the end."""
+        host = "127.0.0.1" if self.http_host in ("0.0.0.0", "::") else self.http_host
+        return (self.public_url or f"http://{host}:{self.http_port}").rstrip("/")
+
+    def group_of(self, environment: str | None) -> str:
+        """The worker group that serves an environment (E-04); None is the default."""
+        if environment is None:
+            return self.default_group
+        if environment in self.environments:
+            return self.environments[environment]
+        if environment in self.groups:
+            return environment
+        known = sorted({*self.groups, *self.environments})
+        raise RefusedError(
+            f"environment {environment!r} is not known here; known are {_names(known)}. Choose one of them, "
+            f"or map it in valohai.toml: [environments] {environment!r} = {self.default_group!r}"
+        )
+
+
+def check_name(name: str, what: str) -> str:
+    """Refuses names that could not stand in keys, paths and URLs."""
+    import re
+
+    if not re.match(NAME_PATTERN, name):
+        raise ValueError(f"{what}: {name!r} is not a name (letters, digits, . _ -, at most 64)")
+    return name
+
+
+def redacted(url: str) -> str:
+    """The URL without its password, for messages and logs."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    location = f"{parts.username or ''}:***@{parts.netloc.rpartition('@')[2]}"
+    return urlunsplit(parts._replace(netloc=location))
+
+
+def find_config(start: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The settings file that applies in a directory, or None."""
+    if named := environ.get("VALOHAI_CONFIG"):
+        path = Path(named).expanduser().absolute()
+        if not path.is_file():
+            raise ConfigurationError(f"VALOHAI_CONFIG names {path}, which is not a file")
+        return path
+    start = (start or Path.cwd()).absolute()
+    return next((path for folder in (start, *start.parents) if (path := folder / CONFIG_NAME).is_file()), None)
+
+
+def load_settings(config: Path | None = None) -> Settings:
+    """The settings of this process; read again only when the file's path, its time or the environment changed."""
+    config = config.absolute() if config is not None else find_config()
+    relevant = tuple(sorted((k, v) for k, v in os.environ.items() if k.upper().startswith("VALOHAI_")))
+    stamp = config.stat().st_mtime_ns if config is not None and config.exists() else 0
+    return _load(config, Path.cwd(), stamp, relevant)
+
+
+@lru_cache(maxsize=8)
+def _load(config: Path | None, cwd: Path, stamp: int, environ: tuple[tuple[str, str], ...]) -> Settings:
+    base = config.parent if config is not None else cwd
+    data = _merge(_read_file(config), _read_environment())
+    state = dict(environ).get("VALOHAI_STATE")
+    data["state_dir"] = base / Path(state or data.get("state_dir") or STATE_NAME).expanduser()
+    data = _anchor(data, base)
+    try:
+        return Settings(**data, config_file=config)
+    except ValidationError as error:
+        raise ConfigurationError(_explain(error, config)) from None
+
+
+def _read_file(config: Path | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    try:
+        return tomllib.loads(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the settings file {config}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the settings file {config} is not valid TOML: {error}") from error
+
+
+def _read_environment() -> dict[str, Any]:
+    try:
+        return EnvSettingsSource(Settings)()
+    except Exception as error:  # pydantic-settings raises its own kinds for undecodable JSON
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise ConfigurationError(f"an environment variable VALOHAI_* cannot be read: {error}{cause}") from error
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _anchor(data: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Relative paths of stores, file inputs and key file count from the settings file."""
+
+    def fix(path: Any) -> Any:
+        return base / Path(path).expanduser() if isinstance(path, (str, Path)) else path
+
+    data = dict(data)
+    for table, key in (("stores", "path"), ("groups", "file_inputs")):
+        sections = data.get(table)
+        if isinstance(sections, dict):
+            data[table] = {
+                name: {**section, key: [fix(p) for p in value] if isinstance(value, list) else fix(value)}
+                if isinstance(section, dict) and (value := section.get(key)) is not None
+                else section
+                for name, section in sections.items()
+            }
+    if data.get("secret_key_file"):
+        data["secret_key_file"] = fix(data["secret_key_file"])
+    return data
+
+
+def _explain(error: ValidationError, config: Path | None) -> str:
+    lines = [f"the settings are not valid ({config or 'no ' + CONFIG_NAME + ' found'}, then VALOHAI_* variables):"]
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        text = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            text = "there is no such setting" + _suggestion(problem["loc"])
+        lines.append(f"  - {where}: {text}" if where else f"  - {text}")
+    lines.append("See docs/settings.md for every setting; `valohai-dagster doctor` shows what is in force.")
+    return "\n".join(lines)
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    models: dict[str, type[BaseModel]] = {"stores": StoreSettings, "groups": GroupSettings}
+    model = models.get(str(location[0]), Settings) if len(location) > 1 else Settings
+    close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _names(names: Any) -> str:
+    return ", ".join(repr(name) for name in names) or "none"
