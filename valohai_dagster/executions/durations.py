@@ -1,0 +1,1 @@
+"""Durations of valohai.yaml (Y-19)."""

@@ -1,0 +1,1 @@
+"""Legal Dagster names for names that people chose."""

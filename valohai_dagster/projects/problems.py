@@ -1,0 +1,28 @@
+"""One finding about a project, with the place in the file and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """`error` stops the project from loading, `warning` deserves a look, `note` explains a decision of ours."""
+
+    level: Level
+    message: str
+    line: int | None = None  # 1-based, in the project's YAML file
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        place = f"line {self.line}: " if self.line else ""
+        hint = f" (hint: {self.hint})" if self.hint else ""
+        return f"{place}{self.message}{hint}"
+
+
+def errors_of(problems: Iterable[Problem]) -> list[Problem]:
+    return [problem for problem in problems if problem.level == "error"]
