@@ -1,0 +1,3 @@
+from valohai_dagster.cli import main
+
+main()

@@ -1,0 +1,224 @@
+"""The `local` kind of worker group: agent processes on this host.
+
+Each agent inherits a file lock that it holds for as long as it lives. So its death can be told for sure, also by a
+service that was restarted and is not its parent, and no reused process id is ever mistaken for an agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+from valohai_agent.protocol import Worker, WorkerState
+from valohai_dagster.capacity.planner import AgentSeen, GroupPolicy, plan
+from valohai_dagster.settings import GroupSettings
+
+log = logging.getLogger(__name__)
+
+# What an agent process has no business with: our own settings and the host's cloud credentials.
+_WITHHELD = ("VALOHAI_", "DAGSTER_", "AWS_", "AZURE_", "GOOGLE_")
+
+DrainWorker = Callable[[str, str], Awaitable[None]]  # worker, reason
+AgentGone = Callable[[str, str], Awaitable[None]]  # worker, what happened
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """An agent process that some service of this deployment has started."""
+
+    name: str
+    pid: int
+    started_at: datetime
+
+
+class LocalGroup:
+    """Starts agents when there is work, drains them after a grace, and knows which are dead."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: GroupSettings,
+        *,
+        state_dir: Path,
+        redis_url: str,
+        deployment: str,
+        on_gone: AgentGone,
+        drain: DrainWorker,
+        clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+    ) -> None:
+        self.name = name
+        self._settings = settings
+        self._dir = state_dir / "agents"
+        self._work_dir = state_dir / "work" / name
+        self._redis_url = redis_url
+        self._deployment = deployment
+        self._on_gone = on_gone
+        self._drain = drain
+        self._clock = clock
+        self._idle_since: dict[str, datetime] = {}
+        self._draining: set[str] = set()
+        self._lock = asyncio.Lock()
+        self._watchers: set[asyncio.Task[None]] = set()
+        self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    @property
+    def policy(self) -> GroupPolicy:
+        return GroupPolicy(
+            max_agents=self._settings.max_agents,
+            slots=self._settings.slots,
+            grace=timedelta(seconds=self._settings.scale_down_grace_seconds),
+        )
+
+    async def reconcile(self, waiting: int, workers: Mapping[str, Worker]) -> None:
+        """One look at what is there, and the plan's actions. Cheap; called at every enqueue and every tick."""
+        async with self._lock:
+            launched = self._sweep_dead()
+            agents = [self._seen(agent, workers.get(agent.name)) for agent in launched]
+            decision = plan(waiting=waiting, agents=agents, policy=self.policy, now=self._clock())
+            for reason in decision.reasons:
+                log.info("group %s: %s", self.name, reason, extra={"action": "plan", "group": self.name})
+            for name in decision.drain:
+                self._draining.add(name)
+                await self._drain(name, "idle")
+            for _ in range(decision.start):
+                await self._start()
+
+    def alive(self) -> list[Launched]:
+        return [agent for agent in self._known() if not self.is_dead(agent.name)]
+
+    def is_dead(self, worker: str) -> bool:
+        """True only if it was one of ours and is surely gone; False for living and for unknown workers."""
+        path = self._dir / f"{worker}.lock"
+        try:
+            with path.open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except FileNotFoundError:
+            return worker.startswith(f"{self.name}-{_host()}-")
+        return True
+
+    async def drain_all(self, timeout: float) -> None:
+        """Asks all agents to finish and go; those still there after `timeout` seconds are terminated."""
+        for agent in self.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(agent.pid, signal.SIGTERM)
+        deadline = asyncio.get_running_loop().time() + timeout
+        while self.alive() and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.1)
+        for agent in self.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(agent.pid, signal.SIGKILL)
+
+    def attempt_logs(self, execution_id: str, attempt: int) -> Path:
+        """Where an agent of this group keeps the growing logs of an attempt, for salvage after its death."""
+        return self._work_dir / execution_id / str(attempt) / "logs"
+
+    def _seen(self, agent: Launched, worker: Worker | None) -> AgentSeen:
+        busy = worker.busy if worker else 0
+        if worker and busy == 0:
+            self._idle_since.setdefault(agent.name, self._clock())
+        else:
+            self._idle_since.pop(agent.name, None)
+        draining = agent.name in self._draining or bool(worker and worker.state is WorkerState.draining)
+        return AgentSeen(
+            name=agent.name,
+            launched_at=agent.started_at,
+            checked_in=worker is not None,
+            slots=self._settings.slots,
+            busy=busy,
+            draining=draining,
+            idle_since=self._idle_since.get(agent.name),
+        )
+
+    def _known(self) -> list[Launched]:
+        agents = []
+        for path in sorted(self._dir.glob(f"{self.name}-*.json")):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                data: dict[str, Any] = json.loads(path.read_text())
+                started = datetime.fromisoformat(data["started_at"])
+                agents.append(Launched(name=data["name"], pid=data["pid"], started_at=started))
+        return agents
+
+    def _sweep_dead(self) -> list[Launched]:
+        alive = []
+        for agent in self._known():
+            if self.is_dead(agent.name):
+                self._forget(agent.name)
+            else:
+                alive.append(agent)
+        return alive
+
+    def _forget(self, name: str) -> None:
+        for suffix in (".json", ".lock"):
+            (self._dir / f"{name}{suffix}").unlink(missing_ok=True)
+        self._draining.discard(name)
+        self._idle_since.pop(name, None)
+
+    async def _start(self) -> None:
+        name = f"{self.name}-{_host()}-{secrets.token_hex(3)}"
+        lock = os.open(self._dir / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        log_path = self._dir / f"{name}.log"
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with log_path.open("ab") as out:
+                process = await asyncio.create_subprocess_exec(
+                    *self._command(name),
+                    env=self._environment(),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                    pass_fds=(lock,),
+                )
+        finally:
+            os.close(lock)
+        entry = {"name": name, "pid": process.pid, "started_at": self._clock().isoformat()}
+        (self._dir / f"{name}.json").write_text(json.dumps(entry))
+        watcher = asyncio.create_task(self._watch(name, process, log_path))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+
+    async def _watch(self, name: str, process: asyncio.subprocess.Process, log_path: Path) -> None:
+        code = await process.wait()
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        expected = name in self._draining and code == 0
+        log.log(
+            logging.INFO if expected else logging.WARNING,
+            "agent %s ended with %s; its log is %s",
+            name,
+            how,
+            log_path,
+            extra={"action": "agent-ended", "worker": name},
+        )
+        if expected:
+            log_path.unlink(missing_ok=True)
+        await self._on_gone(name, f"its agent process ended with {how}")
+
+    def _command(self, name: str) -> list[str]:
+        return [
+            *(sys.executable, "-m", "valohai_agent", "run"),
+            *("--queue", self.name, "--deployment", self._deployment, "--name", name),
+            *("--slots", str(self._settings.slots), "--runtime", self._settings.runtime),
+            *("--work-dir", str(self._work_dir)),
+        ]
+
+    def _environment(self) -> dict[str, str]:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(_WITHHELD)}
+        return {**inherited, "VALOHAI_AGENT_REDIS": self._redis_url, **self._settings.env}
+
+
+def _host() -> str:
+    return os.uname().nodename.split(".")[0].lower()

@@ -1,0 +1,115 @@
+"""Starts the conductor on demand: one per deployment, found again by whoever needs it.
+
+The conductor holds an exclusive lock on `conductor.lock` of the state directory for as long as it lives, and
+writes `conductor.json` once it serves. Nobody has to start or stop anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from valohai_dagster.errors import ServiceUnavailable
+from valohai_dagster.settings import Settings
+
+START_SECONDS = 30.0  # longest wait for a conductor to serve
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConductorInfo:
+    pid: int
+    url: str
+
+
+def lock_path(settings: Settings) -> Path:
+    return settings.state_dir / "conductor.lock"
+
+
+def info_path(settings: Settings) -> Path:
+    return settings.state_dir / "conductor.json"
+
+
+def log_path(settings: Settings) -> Path:
+    return settings.state_dir / "conductor.log"
+
+
+@contextlib.contextmanager
+def conductor_lock(settings: Settings) -> Iterator[bool]:
+    """Holds the conductor's lock; yields False when another process has it."""
+    settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with lock_path(settings).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def running_conductor(settings: Settings) -> ConductorInfo | None:
+    """The conductor that serves this state directory, or None."""
+    with conductor_lock(settings) as free:
+        if free:
+            return None
+    try:
+        data = json.loads(info_path(settings).read_text())
+        return ConductorInfo(pid=data["pid"], url=data["url"])
+    except (OSError, ValueError, KeyError):
+        return None  # it is starting
+
+
+def ensure_conductor(settings: Settings) -> ConductorInfo | None:
+    """Finds the conductor or starts one; None when this deployment's conductor is started by somebody else.
+
+    Raises `ServiceUnavailable` with the end of its log when it does not come up.
+    """
+    if settings.redis_url is not None and not settings.start_conductor:
+        return None
+    if info := running_conductor(settings):
+        return info
+    process = None
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if info := running_conductor(settings):
+            return info
+        if process is None:
+            process = _spawn(settings)
+        elif process.poll() not in (None, 0):  # 0: another one was quicker
+            break
+        time.sleep(0.05)
+    raise ServiceUnavailable(
+        f"the conductor did not come up within {START_SECONDS:.0f} s. Its log, {log_path(settings)}, ends with:\n"
+        f"{_tail(log_path(settings))}\nRun `valohai-dagster doctor` to see what is wrong."
+    )
+
+
+def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
+    settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    environment = {**os.environ, "VALOHAI_STATE": str(settings.state_dir)}
+    if settings.config_file is not None:
+        environment["VALOHAI_CONFIG"] = str(settings.config_file)
+    command = [sys.executable, "-m", "valohai_dagster", "conductor", "--on-demand"]
+    with log_path(settings).open("ab") as out:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env=environment,
+            start_new_session=True,  # Ctrl-C in the user's terminal is not meant for it
+        )
+
+
+def _tail(path: Path, lines: int = 12) -> str:
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return "(no log)"

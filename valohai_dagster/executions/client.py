@@ -1,0 +1,125 @@
+"""The client of the execution service: submit, follow, stop.
+
+Used by op processes, the run driver and the CLI. It neither mints nor reaps anything: killing a client loses
+nothing, and submitting the same execution again re-attaches to it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import redis
+
+from valohai_agent.protocol import Keys
+from valohai_dagster.broker.connection import connect
+from valohai_dagster.embedded.conductor import ensure_conductor
+from valohai_dagster.errors import BrokerUnavailable, ServiceUnavailable
+from valohai_dagster.executions.spec_model import ExecutionSpec
+from valohai_dagster.executions.stream import EventKind, ExecutionView, FollowEvent
+from valohai_dagster.executions.submissions import Submission
+from valohai_dagster.executions.views import view_of
+from valohai_dagster.records.engine import Records, open_records
+from valohai_dagster.settings import Settings, load_settings
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FOLLOW_BLOCK_MS = 1_000  # how long one read of the stream waits
+RESUBMIT_SECONDS = 30.0  # silence after which the execution is asked for again
+
+
+class ExecutionClient:
+    """Talks to the execution service through Redis; reads finished things from the records.
+
+    In the embedded default, `open` starts Redis and the service when they do not run.
+    """
+
+    def __init__(self, settings: Settings, broker: redis.Redis, records: Records, keys: Keys) -> None:
+        self.settings = settings
+        self.records = records
+        self._redis = broker
+        self._keys = keys
+        self._specs: dict[str, ExecutionSpec] = {}
+
+    @classmethod
+    def open(cls, settings: Settings | None = None) -> ExecutionClient:
+        """Raises `ServiceUnavailable` with the next step when a part cannot be reached."""
+        settings = settings or load_settings()
+        records = open_records(settings)
+        ensure_conductor(settings)
+        return cls(settings, connect(settings), records, Keys(records.deployment_id))
+
+    def submit(self, spec: ExecutionSpec) -> None:
+        """Hands the execution over; doing it twice is the same as once."""
+        self._specs[spec.execution_id] = spec
+        self._send(Submission(kind="execute", execution_id=spec.execution_id, spec=spec))
+
+    def stop(self, execution_id: str, *, hard: bool = False, reason: str = "") -> None:
+        """Asks for a stop (K-54); a second one is a hard stop (L-20). Progress is told to followers."""
+        self._send(Submission(kind="stop", execution_id=execution_id, hard=hard, reason=reason))
+
+    def view(self, execution_id: str) -> ExecutionView | None:
+        with self.records.read() as conn:
+            return view_of(conn, execution_id, datum_url=self.settings.datum_url)
+
+    def follow(self, execution_id: str) -> Iterator[FollowEvent | None]:
+        """Yields the execution's events up to and including `final`; `None` about once a second of silence.
+
+        The `None` ticks give the caller a moment for its own business, such as noticing an interrupt. An event
+        may come twice after a restart of the service. Outages of Redis are waited out.
+        """
+        stream, last, silent = self._keys.follow(execution_id), "0-0", 0.0
+        while True:
+            batch = self._read(stream, last)
+            if not batch:
+                silent += FOLLOW_BLOCK_MS / 1000
+                if silent >= RESUBMIT_SECONDS:
+                    silent = 0.0
+                    last = self._ask_again(execution_id, last)
+                yield None
+                continue
+            silent = 0.0
+            for last, fields in batch:
+                event = FollowEvent.model_validate_json(fields[b"e"])
+                yield event
+                if event.kind is EventKind.final:
+                    return
+
+    def _read(self, stream: str, last: str) -> list[tuple[str, dict[bytes, bytes]]]:
+        reply: Any = self._patiently(
+            lambda: self._redis.xread({stream: last}, count=200, block=FOLLOW_BLOCK_MS)
+        )
+        entries = reply.get(stream.encode(), [[]])[0] if isinstance(reply, dict) else reply and reply[0][1]
+        return [(entry_id.decode(), fields) for entry_id, fields in entries or []]
+
+    def _ask_again(self, execution_id: str, last: str) -> str:
+        """After a long silence: is the service still there, and did it miss us? A fresh snapshot tells."""
+        try:
+            ensure_conductor(self.settings)
+            spec = self._specs.get(execution_id)
+            if spec is not None:
+                self.submit(spec)
+        except ServiceUnavailable as error:
+            log.warning("the execution service does not answer, waiting: %s", error)
+        # An emptied Redis starts its stream ids anew, below `last`.
+        newest = self._patiently(lambda: self._redis.xrevrange(self._keys.follow(execution_id), count=1))
+        return last if newest and newest[0][0].decode() >= last else "0-0"
+
+    def _send(self, submission: Submission) -> None:
+        entry = {"s": submission.model_dump_json()}
+        try:
+            self._redis.xadd(self._keys.submissions(), entry)
+        except redis.RedisError as error:
+            raise BrokerUnavailable(
+                f"cannot hand execution {submission.execution_id} over: Redis does not take it ({error}); "
+                "run `valohai-dagster doctor` and launch again"
+            ) from error
+
+    def _patiently(self, call: Callable[[], T]) -> T | None:
+        try:
+            return call()
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            log.warning("Redis is away (%s); the execution goes on without us, waiting", error)
+            return None

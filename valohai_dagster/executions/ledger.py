@@ -1,0 +1,180 @@
+"""Writes and reads of the execution tables: what the service knows must be here before it acts on it.
+
+Plain functions over a connection; the caller owns the transaction.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from valohai_agent.protocol import Job
+from valohai_dagster.executions.spec_model import ExecutionSpec
+from valohai_dagster.executions.stream import ExecutionStatus as Status
+from valohai_dagster.records import tables as t
+
+_UNFINISHED = [status.value for status in Status if not status.final]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Active:
+    """What the service keeps in memory of an unfinished execution; a few hundred bytes."""
+
+    id: str
+    group: str
+    status: Status
+    attempt: int
+    token: str | None
+    worker: str | None
+    last_seq: int
+    stop_requested: int  # 0 no, 1 soft, 2 hard
+    suspected_at: datetime | None
+    priority: int = 0
+
+
+def ensure_project(conn: sa.Connection, name: str, now: datetime) -> str:
+    c = t.projects.c
+    found = conn.execute(sa.select(c.id).where(c.name == name)).scalar_one_or_none()
+    if found:
+        return found
+    project_id = str(uuid.uuid4())
+    conn.execute(t.projects.insert().values(id=project_id, name=name, counter=0, ctime=now))
+    return project_id
+
+
+def next_counter(conn: sa.Connection, project_id: str) -> int:
+    """The project's next execution counter (T-05); the update locks the row until the transaction ends."""
+    c = t.projects.c
+    conn.execute(t.projects.update().where(c.id == project_id).values(counter=c.counter + 1))
+    return conn.execute(sa.select(c.counter).where(c.id == project_id)).scalar_one()
+
+
+def ensure_commit(conn: sa.Connection, project_id: str, spec: ExecutionSpec, now: datetime) -> None:
+    c, commit = t.commits.c, spec.commit
+    known = sa.select(c.id).where(c.project_id == project_id, c.identifier == commit.identifier)
+    if conn.execute(known).first() is None:
+        conn.execute(
+            t.commits.insert().values(
+                id=str(uuid.uuid4()),
+                project_id=project_id,
+                identifier=commit.identifier,
+                ref=commit.ref,
+                adhoc=commit.adhoc,
+                archive_store=commit.archive_store,
+                archive_key=commit.archive_key,
+                archive_sha256=commit.archive_sha256,
+                archive_size=commit.archive_size,
+                ctime=now,
+            )
+        )
+
+
+def create_execution(conn: sa.Connection, spec: ExecutionSpec, *, group: str, now: datetime) -> Any:
+    """Inserts the execution in state `created` (L-01) and returns its row."""
+    project_id = ensure_project(conn, spec.project.name, now)
+    ensure_commit(conn, project_id, spec, now)
+    conn.execute(
+        t.executions.insert().values(
+            id=spec.execution_id,
+            project_id=project_id,
+            counter=next_counter(conn, project_id),
+            step=spec.step,
+            commit=spec.commit.identifier,
+            instance_id=spec.instance_id,
+            run_id=spec.run_id,
+            step_key=spec.step_key,
+            retry_number=spec.retry_number,
+            log_key="/".join(spec.log_key) if spec.log_key else None,
+            asset_key="/".join(spec.asset_key) if spec.asset_key else None,
+            group_name=group,
+            environment=spec.environment,
+            image=spec.image,
+            title=spec.title,
+            tags=spec.tags,
+            spec=spec.model_dump(mode="json"),
+            status=Status.created.value,
+            priority=spec.priority,
+            ctime=now,
+        )
+    )
+    conn.execute(t.attempts.insert().values(execution_id=spec.execution_id, number=1))
+    return row_of(conn, spec.execution_id)
+
+
+def row_of(conn: sa.Connection, execution_id: str) -> Any:
+    """The execution's row, or None."""
+    query = sa.select(t.executions).where(t.executions.c.id == execution_id)
+    return conn.execute(query).one_or_none()
+
+
+def update(conn: sa.Connection, execution_id: str, **values: Any) -> None:
+    conn.execute(t.executions.update().where(t.executions.c.id == execution_id).values(**values))
+
+
+def update_attempt(conn: sa.Connection, execution_id: str, number: int, **values: Any) -> None:
+    c = t.attempts.c
+    where = sa.and_(c.execution_id == execution_id, c.number == number)
+    conn.execute(t.attempts.update().where(where).values(**values))
+
+
+def record_job(conn: sa.Connection, job: Job, now: datetime) -> None:
+    """The resolved job, its input files, and the move to `queued`."""
+    update(conn, job.execution_id, job=job.model_dump(mode="json"), status=Status.queued.value, qtime=now)
+    rows = [
+        {
+            "execution_id": job.execution_id,
+            "file_id": file.id,
+            "input": item.name,
+            "name": file.name,
+            "uri": file.uri,
+            "datum_id": file.datum_id,
+            "size": file.size,
+            **file.checksums.model_dump(),
+        }
+        for item in job.inputs
+        for file in item.files
+    ]
+    if rows:
+        conn.execute(t.execution_inputs.insert(), rows)
+
+
+def start_attempt(conn: sa.Connection, execution_id: str, number: int) -> None:
+    conn.execute(t.attempts.insert().values(execution_id=execution_id, number=number))
+    update(conn, execution_id, attempt=number, status=Status.queued.value)
+
+
+def active_of(conn: sa.Connection, execution_id: str) -> Active | None:
+    return next(iter(_actives(conn, t.executions.c.id == execution_id)), None)
+
+
+def unfinished(conn: sa.Connection) -> list[Active]:
+    """All unfinished executions, for a service that has just started."""
+    return list(_actives(conn, t.executions.c.status.in_(_UNFINISHED)))
+
+
+def _actives(conn: sa.Connection, where: sa.ColumnElement[bool]) -> Iterable[Active]:
+    e, a = t.executions.c, t.attempts.c
+    query = (
+        sa.select(t.executions, a.token, a.worker, a.last_seq, a.suspected_at)
+        .join(t.attempts, sa.and_(a.execution_id == e.id, a.number == e.attempt))
+        .where(where)
+        .order_by(e.ctime)
+    )
+    for row in conn.execute(query):
+        yield Active(
+            id=row.id,
+            group=row.group_name,
+            status=Status(row.status),
+            attempt=row.attempt,
+            token=row.token,
+            worker=row.worker,
+            last_seq=row.last_seq,
+            stop_requested=row.stop_requested,
+            suspected_at=row.suspected_at,
+            priority=row.priority,
+        )
