@@ -51,7 +51,9 @@ class Section(BaseModel):
 class StoreSettings(Section):
     """One place for files, `[stores.NAME]`."""
 
-    kind: Literal["local"] = Field("local", description="`local`: a directory that control plane and workers share.")
+    kind: Literal["local"] = Field(
+        "local", description="`local`: a directory that control plane and workers share."
+    )
     path: Path = Field(description="Directory of a local store; made when missing.")
     readonly: bool = Field(False, description="Never write to it; inputs only.")
 
@@ -65,7 +67,8 @@ class GroupSettings(Section):
         "`static`: agents that somebody else starts with `valohai-agent run --queue NAME`.",
     )
     runtime: Literal["auto", "docker", "process"] = Field(
-        "auto", description="How agents run commands; `auto` is Docker when its daemon answers, else processes."
+        "auto",
+        description="How agents run commands; `auto` is Docker when its daemon answers, else processes.",
     )
     max_agents: int = Field(1, ge=0, description="Most agent processes at once (local groups).")
     slots: int = Field(2, ge=1, description="Executions that one agent runs at the same time.")
@@ -73,14 +76,16 @@ class GroupSettings(Section):
         60.0, ge=0, description="Idle time after which a local agent is stopped."
     )
     mounts_allowed: bool = Field(
-        False, description="Let steps mount directories of the worker machine (`mounts` of valohai.yaml)."
+        False,
+        description="Let steps mount directories of the worker machine (`mounts` of valohai.yaml).",
     )
     file_inputs: list[Path] = Field(
         default_factory=list,
         description="Directories below which `file:///...` inputs may be read. Needs a group on this host.",
     )
     env: dict[str, str] = Field(
-        default_factory=dict, description="Environment variables of the agent processes (not of the executions)."
+        default_factory=dict,
+        description="Environment variables of the agent processes (not of the executions).",
     )
 
 
@@ -88,7 +93,11 @@ class Settings(BaseSettings):
     """All settings; every one has a default, so that an empty directory is a working deployment."""
 
     model_config = SettingsConfigDict(
-        env_prefix="VALOHAI_", env_nested_delimiter="__", extra="forbid", frozen=True, hide_input_in_errors=True
+        env_prefix="VALOHAI_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
     )
 
     state_dir: Path = Field(
@@ -108,11 +117,18 @@ class Settings(BaseSettings):
         "Default: `records.db` in the state directory (SQLite).",
     )
     stores: dict[str, StoreSettings] = Field(
-        default_factory=dict, description="Stores by name. Default: one local store named `local` in the state directory."
+        default_factory=dict,
+        description="Stores by name. Default: one local store named `local` in the state directory.",
     )
-    default_store: str = Field("local", description="Store of outputs and uploads when nothing else is chosen.")
-    code_store: str | None = Field(None, description="Store of code archives. Default: `default_store`.")
-    log_store: str | None = Field(None, description="Store of complete logs. Default: `default_store`.")
+    default_store: str = Field(
+        "local", description="Store of outputs and uploads when nothing else is chosen."
+    )
+    code_store: str | None = Field(
+        None, description="Store of code archives. Default: `default_store`."
+    )
+    log_store: str | None = Field(
+        None, description="Store of complete logs. Default: `default_store`."
+    )
     groups: dict[str, GroupSettings] = Field(
         default_factory=lambda: {"local": GroupSettings()},
         description="Worker groups by name. Default: one group `local` on this host.",
@@ -123,35 +139,65 @@ class Settings(BaseSettings):
         description="Further environment names, such as slugs of an existing valohai.yaml, and the group that serves each. "
         "Every group's own name is an environment too.",
     )
-    http_host: str = Field("127.0.0.1", description="Address on which the service answers `/datum/...` and `/log/...`.")
+    http_host: str = Field(
+        "127.0.0.1", description="Address on which the service answers `/datum/...` and `/log/...`."
+    )
     http_port: int = Field(3080, ge=0, le=65535, description="Port of the same.")
     public_url: str | None = Field(
-        None, description="Address under which browsers reach the service. Default: http_host and http_port."
+        None,
+        description="Address under which browsers reach the service. Default: http_host and http_port.",
     )
-    webserver_url: str = Field("http://127.0.0.1:3000", description="Address of the Dagster webserver, for links.")
+    webserver_url: str = Field(
+        "http://127.0.0.1:3000", description="Address of the Dagster webserver, for links."
+    )
     idle_exit_seconds: float = Field(
-        300.0, ge=0, description="An embedded service that was started on demand ends after this long without work."
+        300.0,
+        ge=0,
+        description="An embedded service that was started on demand ends after this long without work.",
+    )
+    start_conductor: bool = Field(
+        False,
+        description="Start the conductor on demand also when `redis_url` is set. The embedded default always does.",
+    )
+    unknown_environment: Literal["default", "refuse"] = Field(
+        "default",
+        description="What happens to a step whose `environment` is not known here: run in the default group with a "
+        "warning in its log, or be refused.",
     )
     lost_grace_seconds: float = Field(
-        300.0, ge=0, description="How long a lease may stay unrenewed before the execution is given to another worker."
+        300.0,
+        ge=0,
+        description="How long a lease may stay unrenewed before the execution is given to another worker.",
     )
     max_infrastructure_attempts: int = Field(
-        3, ge=1, description="Attempts of one execution that may be lost to infrastructure before it is an error."
+        3,
+        ge=1,
+        description="Attempts of one execution that may be lost to infrastructure before it is an error.",
     )
-    grant_seconds: float = Field(3600.0, gt=0, description="Life of a signed URL that is handed to a worker.")
+    grant_seconds: float = Field(
+        3600.0, gt=0, description="Life of a signed URL that is handed to a worker."
+    )
     time_limit_seconds: float | None = Field(
-        None, gt=0, description="Limit for the commands of steps that state none. Default: unlimited."
+        None,
+        gt=0,
+        description="Limit for the commands of steps that state none. Default: unlimited.",
     )
     no_output_timeout_seconds: float = Field(
-        8 * 3600.0, gt=0, description="Silence after which an execution is stopped, for steps that state none."
+        8 * 3600.0,
+        gt=0,
+        description="Silence after which an execution is stopped, for steps that state none.",
     )
     secret_key: SecretStr | None = Field(
-        None, description="Key that encrypts secrets in the records, 32 bytes as base64. Default: `secret_key_file`."
+        None,
+        description="Key that encrypts secrets in the records, 32 bytes as base64. Default: `secret_key_file`.",
     )
     secret_key_file: Path | None = Field(
-        None, description="File with that key. Default: `secret.key` in the state directory, made when missing."
+        None,
+        description="File with that key. Default: `secret.key` in the state directory, made when missing.",
     )
-    config_file: Path | None = Field(None, exclude=True, description="The file these settings were read from (not a key).")
+    config_file: Path | None = Field(
+        None, exclude=True, description="The file these settings were read from (not a key)."
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -198,10 +244,14 @@ class Settings(BaseSettings):
         for field in ("default_store", "code_store", "log_store"):
             name = getattr(self, field)
             if name is not None and name not in self.stores:
-                raise ValueError(f"{field} names the store {name!r}, but [stores] has {_names(self.stores)}")
+                raise ValueError(
+                    f"{field} names the store {name!r}, but [stores] has {_names(self.stores)}"
+                )
         for slug, group in [("default_group", self.default_group), *self.environments.items()]:
             if group not in self.groups:
-                raise ValueError(f"{slug} names the group {group!r}, but [groups] has {_names(self.groups)}")
+                raise ValueError(
+                    f"{slug} names the group {group!r}, but [groups] has {_names(self.groups)}"
+                )
         return self
 
     @property
@@ -224,8 +274,13 @@ class Settings(BaseSettings):
     @property
     def base_url(self) -> str:
         """Address of the service for browsers, without a slash at the end."""
-        host = "127.0.0.1" if self.http_host in ("0.0.0.0", "::") else self.http_host
+        wildcard = self.http_host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+        host = "127.0.0.1" if wildcard else self.http_host
         return (self.public_url or f"http://{host}:{self.http_port}").rstrip("/")
+
+    def datum_url(self, datum_id: str) -> str:
+        """Durable address that opens a datum in a browser."""
+        return f"{self.base_url}/datum/{datum_id}"
 
     def group_of(self, environment: str | None) -> str:
         """The worker group that serves an environment (E-04); None is the default."""
@@ -268,19 +323,26 @@ def find_config(start: Path | None = None, environ: Mapping[str, str] = os.envir
             raise ConfigurationError(f"VALOHAI_CONFIG names {path}, which is not a file")
         return path
     start = (start or Path.cwd()).absolute()
-    return next((path for folder in (start, *start.parents) if (path := folder / CONFIG_NAME).is_file()), None)
+    return next(
+        (path for folder in (start, *start.parents) if (path := folder / CONFIG_NAME).is_file()),
+        None,
+    )
 
 
 def load_settings(config: Path | None = None) -> Settings:
     """The settings of this process; read again only when the file's path, its time or the environment changed."""
     config = config.absolute() if config is not None else find_config()
-    relevant = tuple(sorted((k, v) for k, v in os.environ.items() if k.upper().startswith("VALOHAI_")))
+    relevant = tuple(
+        sorted((k, v) for k, v in os.environ.items() if k.upper().startswith("VALOHAI_"))
+    )
     stamp = config.stat().st_mtime_ns if config is not None and config.exists() else 0
     return _load(config, Path.cwd(), stamp, relevant)
 
 
 @lru_cache(maxsize=8)
-def _load(config: Path | None, cwd: Path, stamp: int, environ: tuple[tuple[str, str], ...]) -> Settings:
+def _load(
+    config: Path | None, cwd: Path, stamp: int, environ: tuple[tuple[str, str], ...]
+) -> Settings:
     base = config.parent if config is not None else cwd
     data = _merge(_read_file(config), _read_environment())
     state = dict(environ).get("VALOHAI_STATE")
@@ -298,9 +360,13 @@ def _read_file(config: Path | None) -> dict[str, Any]:
     try:
         return tomllib.loads(config.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigurationError(f"cannot read the settings file {config}: {error.strerror}") from error
+        raise ConfigurationError(
+            f"cannot read the settings file {config}: {error.strerror}"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"the settings file {config} is not valid TOML: {error}") from error
+        raise ConfigurationError(
+            f"the settings file {config} is not valid TOML: {error}"
+        ) from error
 
 
 def _read_environment() -> dict[str, Any]:
@@ -308,14 +374,18 @@ def _read_environment() -> dict[str, Any]:
         return EnvSettingsSource(Settings)()
     except Exception as error:  # pydantic-settings raises its own kinds for undecodable JSON
         cause = f" ({error.__cause__})" if error.__cause__ else ""
-        raise ConfigurationError(f"an environment variable VALOHAI_* cannot be read: {error}{cause}") from error
+        raise ConfigurationError(
+            f"an environment variable VALOHAI_* cannot be read: {error}{cause}"
+        ) from error
 
 
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     merged = dict(low)
     for key, value in high.items():
         below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        merged[key] = (
+            _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        )
     return merged
 
 
@@ -330,7 +400,10 @@ def _anchor(data: dict[str, Any], base: Path) -> dict[str, Any]:
         sections = data.get(table)
         if isinstance(sections, dict):
             data[table] = {
-                name: {**section, key: [fix(p) for p in value] if isinstance(value, list) else fix(value)}
+                name: {
+                    **section,
+                    key: [fix(p) for p in value] if isinstance(value, list) else fix(value),
+                }
                 if isinstance(section, dict) and (value := section.get(key)) is not None
                 else section
                 for name, section in sections.items()
@@ -341,14 +414,18 @@ def _anchor(data: dict[str, Any], base: Path) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError, config: Path | None) -> str:
-    lines = [f"the settings are not valid ({config or 'no ' + CONFIG_NAME + ' found'}, then VALOHAI_* variables):"]
+    lines = [
+        f"the settings are not valid ({config or 'no ' + CONFIG_NAME + ' found'}, then VALOHAI_* variables):"
+    ]
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         text = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             text = "there is no such setting" + _suggestion(problem["loc"])
         lines.append(f"  - {where}: {text}" if where else f"  - {text}")
-    lines.append("See docs/settings.md for every setting; `valohai-dagster doctor` shows what is in force.")
+    lines.append(
+        "See docs/settings.md for every setting; `valohai-dagster doctor` shows what is in force."
+    )
     return "\n".join(lines)
 
 

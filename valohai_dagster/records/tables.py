@@ -34,7 +34,11 @@ class UtcDateTime(TypeDecorator[datetime]):
     def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
         if value is None:
             return None
-        return value.replace(tzinfo=timezone.utc) if value.tzinfo is None else value.astimezone(timezone.utc)
+        return (
+            value.replace(tzinfo=timezone.utc)
+            if value.tzinfo is None
+            else value.astimezone(timezone.utc)
+        )
 
 
 def _id() -> sa.Column[str]:
@@ -87,6 +91,9 @@ executions = sa.Table(
     sa.Column("tags", sa.JSON, nullable=False, default=list),
     sa.Column("spec", sa.JSON, nullable=False),  # ExecutionSpec as submitted
     sa.Column("job", sa.JSON),  # Job as queued; null while refused or not resolved
+    sa.Column(
+        "sources", sa.LargeBinary
+    ),  # how to reach each input file, encrypted (may hold credentials)
     sa.Column("status", sa.String(20), nullable=False, index=True),
     sa.Column("status_detail", sa.Text),
     sa.Column("reason", sa.Text),  # why it ended the way it did, for people
@@ -100,7 +107,9 @@ executions = sa.Table(
     sa.Column("qtime", UtcDateTime),
     sa.Column("started_at", UtcDateTime),
     sa.Column("ended_at", UtcDateTime),
-    sa.Column("phases", sa.JSON, nullable=False, default=list),  # [{phase, started_at, ended_at}] of the last attempt
+    sa.Column(
+        "phases", sa.JSON, nullable=False, default=list
+    ),  # [{phase, started_at, ended_at}] of the last attempt
     sa.Column("usage", sa.JSON),
     sa.UniqueConstraint("project_id", "counter"),
 )
@@ -122,14 +131,18 @@ attempts = sa.Table(
     sa.Column("ended_at", UtcDateTime),
     sa.Column("end", sa.String(32)),  # finished, lost, fenced
     sa.Column("reason", sa.Text),
-    sa.Column("logs", sa.JSON, nullable=False, default=dict),  # stream -> {store, key, size, lines, complete}
+    sa.Column(
+        "logs", sa.JSON, nullable=False, default=dict
+    ),  # stream -> {store, key, size, lines, complete}
 )
 
 grants = sa.Table(
     "vh_grants",  # every PUT that was ever granted; unaccepted ones are swept
     metadata,
     sa.Column("upload_id", sa.String(36), primary_key=True),
-    sa.Column("execution_id", sa.String(36), sa.ForeignKey("vh_executions.id"), nullable=False, index=True),
+    sa.Column(
+        "execution_id", sa.String(36), sa.ForeignKey("vh_executions.id"), nullable=False, index=True
+    ),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("kind", sa.String(16), nullable=False),  # output, log
     sa.Column("name", sa.String(4096), nullable=False),
