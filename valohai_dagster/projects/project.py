@@ -20,7 +20,9 @@ class GitAuth:
     token: str | None = field(default=None, repr=False)
     username: str = "git"  # sent with the token; most hosts take any name
     ssh_key: Path | str | None = field(default=None, repr=False)  # a path, or the key's text
-    known_hosts: Path | None = None  # None: trust a host on first use, remembered in the cache directory
+    known_hosts: Path | None = (
+        None  # None: trust a host on first use, remembered in the cache directory
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

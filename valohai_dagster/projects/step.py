@@ -15,6 +15,21 @@ from valohai_yaml.objs import Step
 STEP_VERSION = 1
 
 
+def unsupported_keys(step: Step) -> tuple[str, ...]:
+    """Keys of the step without effect here, in words; the one list that descriptions and logs show."""
+    words = {
+        "cache-volumes": (step.cache_volumes, "only Kubernetes workers have cache volumes (Y-14)"),
+        "runtime-config-preset": (
+            step.runtime_config_preset,
+            "runtime presets are not supported yet",
+        ),
+        "resources": (step.resources.get_data(), "only Kubernetes workers have resource requests"),
+        "autorestart": (step.autorestart, "restart after a spot interruption is not supported yet"),
+        "stop-condition": (step.stop_condition, "stopping on metadata is not supported yet"),
+    }
+    return tuple(f"`{key}` has no effect: {why}" for key, (value, why) in words.items() if value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepDefinition:
     """One step of one commit.
@@ -50,7 +65,9 @@ class StepDefinition:
     def from_dict(cls, data: Mapping[str, Any]) -> StepDefinition:
         """Raise ValueError for a newer version: then the reader is older than the code location."""
         if data.get("v") != STEP_VERSION:
-            raise ValueError(f"step definition has version {data.get('v')!r}, this side reads {STEP_VERSION}")
+            raise ValueError(
+                f"step definition has version {data.get('v')!r}, this side reads {STEP_VERSION}"
+            )
         return cls(
             project=data["project"],
             asset_name=data["asset_name"],

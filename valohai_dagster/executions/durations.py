@@ -1,1 +1,0 @@
-"""Durations of valohai.yaml (Y-19)."""
