@@ -52,31 +52,35 @@ class StoreSettings(Section):
     """One place for files, `[stores.NAME]`."""
 
     kind: Literal["local"] = Field(
-        "local", description="`local`: a directory that control plane and workers share."
+        default="local", description="`local`: a directory that control plane and workers share."
     )
     path: Path = Field(description="Directory of a local store; made when missing.")
-    readonly: bool = Field(False, description="Never write to it; inputs only.")
+    readonly: bool = Field(default=False, description="Never write to it; inputs only.")
 
 
 class GroupSettings(Section):
     """One worker group (queue), `[groups.NAME]`."""
 
     kind: Literal["local", "static"] = Field(
-        "local",
+        default="local",
         description="`local`: agent processes on this host, started when there is work. "
         "`static`: agents that somebody else starts with `valohai-agent run --queue NAME`.",
     )
     runtime: Literal["auto", "docker", "process"] = Field(
-        "auto",
+        default="auto",
         description="How agents run commands; `auto` is Docker when its daemon answers, else processes.",
     )
-    max_agents: int = Field(1, ge=0, description="Most agent processes at once (local groups).")
-    slots: int = Field(2, ge=1, description="Executions that one agent runs at the same time.")
+    max_agents: int = Field(
+        default=1, ge=0, description="Most agent processes at once (local groups)."
+    )
+    slots: int = Field(
+        default=2, ge=1, description="Executions that one agent runs at the same time."
+    )
     scale_down_grace_seconds: float = Field(
-        60.0, ge=0, description="Idle time after which a local agent is stopped."
+        default=60.0, ge=0, description="Idle time after which a local agent is stopped."
     )
     mounts_allowed: bool = Field(
-        False,
+        default=False,
         description="Let steps mount directories of the worker machine (`mounts` of valohai.yaml).",
     )
     file_inputs: list[Path] = Field(
@@ -106,12 +110,12 @@ class Settings(BaseSettings):
         "Also `VALOHAI_STATE`. Default: `.valohai` beside valohai.toml, or in the current directory.",
     )
     redis_url: str | None = Field(
-        None,
+        default=None,
         repr=False,
         description="Redis >= 7 or Valkey, `redis://`, `rediss://` or `unix://`. Default: an embedded server.",
     )
     database_url: str | None = Field(
-        None,
+        default=None,
         repr=False,
         description="Database of the records, such as `postgresql://user:password@host/dagster`. "
         "Default: `records.db` in the state directory (SQLite).",
@@ -121,82 +125,87 @@ class Settings(BaseSettings):
         description="Stores by name. Default: one local store named `local` in the state directory.",
     )
     default_store: str = Field(
-        "local", description="Store of outputs and uploads when nothing else is chosen."
+        default="local", description="Store of outputs and uploads when nothing else is chosen."
     )
     code_store: str | None = Field(
-        None, description="Store of code archives. Default: `default_store`."
+        default=None, description="Store of code archives. Default: `default_store`."
     )
     log_store: str | None = Field(
-        None, description="Store of complete logs. Default: `default_store`."
+        default=None, description="Store of complete logs. Default: `default_store`."
     )
     groups: dict[str, GroupSettings] = Field(
         default_factory=lambda: {"local": GroupSettings()},
         description="Worker groups by name. Default: one group `local` on this host.",
     )
-    default_group: str = Field("local", description="Group of executions that name no environment.")
+    default_group: str = Field(
+        default="local", description="Group of executions that name no environment."
+    )
     environments: dict[str, str] = Field(
         default_factory=dict,
         description="Further environment names, such as slugs of an existing valohai.yaml, and the group that serves each. "
         "Every group's own name is an environment too.",
     )
     http_host: str = Field(
-        "127.0.0.1", description="Address on which the service answers `/datum/...` and `/log/...`."
+        default="127.0.0.1",
+        description="Address on which the service answers `/datum/...` and `/log/...`.",
     )
-    http_port: int = Field(3080, ge=0, le=65535, description="Port of the same.")
+    http_port: int = Field(default=3080, ge=0, le=65535, description="Port of the same.")
     public_url: str | None = Field(
-        None,
+        default=None,
         description="Address under which browsers reach the service. Default: http_host and http_port.",
     )
     webserver_url: str = Field(
-        "http://127.0.0.1:3000", description="Address of the Dagster webserver, for links."
+        default="http://127.0.0.1:3000", description="Address of the Dagster webserver, for links."
     )
     idle_exit_seconds: float = Field(
-        300.0,
+        default=300.0,
         ge=0,
         description="An embedded service that was started on demand ends after this long without work.",
     )
     start_conductor: bool = Field(
-        False,
+        default=False,
         description="Start the conductor on demand also when `redis_url` is set. The embedded default always does.",
     )
     unknown_environment: Literal["default", "refuse"] = Field(
-        "default",
+        default="default",
         description="What happens to a step whose `environment` is not known here: run in the default group with a "
         "warning in its log, or be refused.",
     )
     lost_grace_seconds: float = Field(
-        300.0,
+        default=300.0,
         ge=0,
         description="How long a lease may stay unrenewed before the execution is given to another worker.",
     )
     max_infrastructure_attempts: int = Field(
-        3,
+        default=3,
         ge=1,
         description="Attempts of one execution that may be lost to infrastructure before it is an error.",
     )
     grant_seconds: float = Field(
-        3600.0, gt=0, description="Life of a signed URL that is handed to a worker."
+        default=3600.0, gt=0, description="Life of a signed URL that is handed to a worker."
     )
     time_limit_seconds: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="Limit for the commands of steps that state none. Default: unlimited.",
     )
     no_output_timeout_seconds: float = Field(
-        8 * 3600.0,
+        default=8 * 3600.0,
         gt=0,
         description="Silence after which an execution is stopped, for steps that state none.",
     )
     secret_key: SecretStr | None = Field(
-        None,
+        default=None,
         description="Key that encrypts secrets in the records, 32 bytes as base64. Default: `secret_key_file`.",
     )
     secret_key_file: Path | None = Field(
-        None,
+        default=None,
         description="File with that key. Default: `secret.key` in the state directory, made when missing.",
     )
     config_file: Path | None = Field(
-        None, exclude=True, description="The file these settings were read from (not a key)."
+        default=None,
+        exclude=True,
+        description="The file these settings were read from (not a key).",
     )
 
     @classmethod
@@ -431,7 +440,7 @@ def _explain(error: ValidationError, config: Path | None) -> str:
 
 def _suggestion(location: tuple[int | str, ...]) -> str:
     models: dict[str, type[BaseModel]] = {"stores": StoreSettings, "groups": GroupSettings}
-    model = models.get(str(location[0]), Settings) if len(location) > 1 else Settings
+    model = models.get(str(location[0]), Settings)
     close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

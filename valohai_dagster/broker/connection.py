@@ -9,7 +9,9 @@ from typing import Any
 
 import redis
 import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
 from valohai_dagster.embedded.redis import EmbeddedRedis
@@ -48,7 +50,7 @@ async def connect_async(settings: Settings) -> redis.asyncio.Redis:
     """The same for asyncio. The check itself is short and synchronous."""
     connect(settings).close()
     return redis.asyncio.Redis.from_url(
-        broker_url(settings), **_options(), retry=redis.asyncio.retry.Retry(_backoff(), _RETRIES)
+        broker_url(settings), **_options(), retry=AsyncRetry(_backoff(), _RETRIES)
     )
 
 
@@ -88,7 +90,7 @@ def explain(error: redis.RedisError, url: str) -> BrokerUnavailable | Configurat
         return ConfigurationError(
             f"Redis at {shown} refuses the user or password: {text}; check redis_url. {_HINT}"
         )
-    if isinstance(error, redis.exceptions.NoPermissionError):
+    if isinstance(error, NoPermissionError):
         return ConfigurationError(
             f"Redis at {shown} does not let this user work: {text}; the control plane needs all commands on keys vh:* "
             f"(`ACL SETUSER ... ~vh:* +@all`). {_HINT}"

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -168,10 +168,8 @@ class EmbeddedRedis:
                 f"find it with `fuser {self.dir / 'server.lock'}` and end it"
             ) from error
         for sent in (signal.SIGTERM, signal.SIGKILL):
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, sent)
-            except ProcessLookupError:
-                pass
             if self._wait_until_gone(pid):
                 return
         raise BrokerUnavailable(f"the embedded Redis (process {pid}) of {self.dir} cannot be ended")
@@ -223,10 +221,8 @@ def _try_lock(descriptor: int, mode: int) -> bool:
 
 def _reap(pid: int) -> None:
     """Collects the server when it is our own child; a zombie holds no lock but stays in the process table."""
-    try:
+    with suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        pass
 
 
 def _tail(path: Path) -> str:

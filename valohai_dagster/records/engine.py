@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sqlalchemy as sa
+from sqlalchemy import event, exc
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
 from valohai_dagster.errors import ConfigurationError, RecordsUnavailable
@@ -69,7 +70,7 @@ def open_records(settings: Settings) -> Records:
         with _transaction(engine) as connection:
             migrate(connection)
             deployment = _deployment_id(connection)
-    except sa.exc.DBAPIError as error:
+    except exc.DBAPIError as error:
         engine.dispose()
         raise RecordsUnavailable(_unavailable(settings, error)) from error
     except BaseException:
@@ -91,7 +92,7 @@ def make_engine(url: str) -> sa.Engine:
                 pool_pre_ping=True,
                 connect_args={"connect_timeout": POSTGRES_CONNECT_SECONDS},
             )
-    except sa.exc.ArgumentError:
+    except exc.ArgumentError:
         shown = "the value" if "@" in url else repr(url)
         raise ConfigurationError(
             f"database_url: {shown} is not a database URL; "
@@ -116,8 +117,8 @@ def _sqlite(url: sa.URL) -> sa.Engine:
             "set state_dir (VALOHAI_STATE) to a directory you may write to"
         ) from error
     engine = sa.create_engine(url, connect_args={"timeout": SQLITE_BUSY_SECONDS})
-    sa.event.listen(engine, "connect", _configure_sqlite)
-    sa.event.listen(engine, "begin", _begin_sqlite)
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
@@ -144,7 +145,7 @@ def _deployment_id(connection: sa.Connection) -> str:
     return str(found)
 
 
-def _unavailable(settings: Settings, error: sa.exc.DBAPIError) -> str:
+def _unavailable(settings: Settings, error: exc.DBAPIError) -> str:
     cause = " ".join(str(error.orig).split())
     if settings.database_url is None:
         return (

@@ -1,0 +1,81 @@
+"""The configured stores by name, and which of them serves a URI (I-02)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from valohai_dagster.errors import NotFoundError
+from valohai_dagster.settings import Settings, StoreSettings
+from valohai_dagster.stores.base import Store
+from valohai_dagster.stores.local import LocalStore
+
+
+class Stores(Mapping[str, Store]):
+    """Stores of one deployment. `default`, `code` and `log` are the ones the settings choose."""
+
+    def __init__(
+        self, stores: Mapping[str, Store], *, default: str, code: str = "", log: str = ""
+    ) -> None:
+        self._stores = dict(stores)
+        self._default, self._code, self._log = default, code or default, log or default
+
+    def __getitem__(self, name: str) -> Store:
+        try:
+            return self._stores[name]
+        except KeyError:
+            raise UnknownStore(name, sorted(self._stores)) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stores)
+
+    def __len__(self) -> int:
+        return len(self._stores)
+
+    @property
+    def default(self) -> Store:
+        return self[self._default]
+
+    @property
+    def code(self) -> Store:
+        return self[self._code]
+
+    @property
+    def log(self) -> Store:
+        return self[self._log]
+
+    def serving(self, uri: str) -> tuple[Store, str] | None:
+        """The store that serves the URI and the key in it; the deepest one when several directories match."""
+        found = [
+            (store, key)
+            for store in self._stores.values()
+            if (key := store.key_of(uri)) is not None
+        ]
+        return min(found, key=lambda pair: len(pair[1])) if found else None
+
+
+class UnknownStore(NotFoundError, KeyError):  # noqa: N818
+    """No store of that name; also a KeyError, so that `in` and `.get` work."""
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        self.message = (
+            f"there is no store {name!r} in the settings; known are {', '.join(known) or 'none'}"
+        )
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def open_stores(settings: Settings) -> Stores:
+    """All configured stores; nothing is contacted yet."""
+    stores = {name: make_store(name, section) for name, section in settings.stores.items()}
+    return Stores(
+        stores,
+        default=settings.default_store,
+        code=settings.code_store_name,
+        log=settings.log_store_name,
+    )
+
+
+def make_store(name: str, section: StoreSettings) -> Store:
+    return LocalStore(name, section.path, readonly=section.readonly)
