@@ -7,6 +7,7 @@ nothing, and submitting the same execution again re-attaches to it.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -82,17 +83,16 @@ class ExecutionClient:
                 continue
             silent = 0.0
             for last, fields in batch:
-                event = FollowEvent.model_validate_json(fields[b"e"])
+                event = FollowEvent.model_validate_json(fields["e"])
                 yield event
                 if event.kind is EventKind.final:
                     return
 
-    def _read(self, stream: str, last: str) -> list[tuple[str, dict[bytes, bytes]]]:
+    def _read(self, stream: str, last: str) -> list[tuple[str, dict[str, str]]]:
         reply: Any = self._patiently(
             lambda: self._redis.xread({stream: last}, count=200, block=FOLLOW_BLOCK_MS)
         )
-        entries = reply.get(stream.encode(), [[]])[0] if isinstance(reply, dict) else reply and reply[0][1]
-        return [(entry_id.decode(), fields) for entry_id, fields in entries or []]
+        return reply[0][1] if reply else []
 
     def _ask_again(self, execution_id: str, last: str) -> str:
         """After a long silence: is the service still there, and did it miss us? A fresh snapshot tells."""
@@ -105,7 +105,7 @@ class ExecutionClient:
             log.warning("the execution service does not answer, waiting: %s", error)
         # An emptied Redis starts its stream ids anew, below `last`.
         newest = self._patiently(lambda: self._redis.xrevrange(self._keys.follow(execution_id), count=1))
-        return last if newest and newest[0][0].decode() >= last else "0-0"
+        return last if newest and _entry_id(newest[0][0]) >= _entry_id(last) else "0-0"
 
     def _send(self, submission: Submission) -> None:
         entry = {"s": submission.model_dump_json()}
@@ -122,4 +122,10 @@ class ExecutionClient:
             return call()
         except (redis.ConnectionError, redis.TimeoutError) as error:
             log.warning("Redis is away (%s); the execution goes on without us, waiting", error)
+            time.sleep(FOLLOW_BLOCK_MS / 1000)
             return None
+
+
+def _entry_id(text: str) -> tuple[int, int]:
+    milliseconds, _, number = text.partition("-")
+    return int(milliseconds), int(number)

@@ -122,9 +122,10 @@ def update_attempt(conn: sa.Connection, execution_id: str, number: int, **values
     conn.execute(t.attempts.update().where(where).values(**values))
 
 
-def record_job(conn: sa.Connection, job: Job, now: datetime) -> None:
+def record_job(conn: sa.Connection, job: Job, sources: bytes, now: datetime) -> None:
     """The resolved job, its input files, and the move to `queued`."""
-    update(conn, job.execution_id, job=job.model_dump(mode="json"), status=Status.queued.value, qtime=now)
+    values = {"job": job.model_dump(mode="json"), "sources": sources}
+    update(conn, job.execution_id, **values, status=Status.queued.value, qtime=now)
     rows = [
         {
             "execution_id": job.execution_id,
@@ -146,6 +147,13 @@ def record_job(conn: sa.Connection, job: Job, now: datetime) -> None:
 def start_attempt(conn: sa.Connection, execution_id: str, number: int) -> None:
     conn.execute(t.attempts.insert().values(execution_id=execution_id, number=number))
     update(conn, execution_id, attempt=number, status=Status.queued.value)
+
+
+def attempt_reasons(conn: sa.Connection, execution_id: str) -> list[tuple[int, str]]:
+    """Why earlier attempts ended, oldest first."""
+    c = t.attempts.c
+    query = sa.select(c.number, c.reason).where(c.execution_id == execution_id).order_by(c.number)
+    return [(number, reason) for number, reason in conn.execute(query) if reason]
 
 
 def active_of(conn: sa.Connection, execution_id: str) -> Active | None:

@@ -93,7 +93,13 @@ class Loss:
     attempt: int
 
 
-def judge_loss(loss: Loss, now: datetime, *, grace: timedelta = PARTITION_GRACE) -> LossStep:
+def judge_loss(
+    loss: Loss,
+    now: datetime,
+    *,
+    grace: timedelta = PARTITION_GRACE,
+    max_attempts: int = MAX_INFRASTRUCTURE_ATTEMPTS,
+) -> LossStep:
     """The next step for a silent attempt.
 
     "Cannot reach" is not "failed": without a confirmed death the grace runs first, since the container may
@@ -104,4 +110,4 @@ def judge_loss(loss: Loss, now: datetime, *, grace: timedelta = PARTITION_GRACE)
         return LossStep.suspect if loss.suspected_at is None else LossStep.wait
     if loss.stop_requested:
         return LossStep.stopped
-    return LossStep.give_up if loss.attempt >= MAX_INFRASTRUCTURE_ATTEMPTS else LossStep.requeue
+    return LossStep.give_up if loss.attempt >= max_attempts else LossStep.requeue

@@ -1,0 +1,132 @@
+"""From a submitted spec to a job: environment, inputs, variables, limits and the execution's own description.
+
+Runs inside the service's transaction and touches no network; everything that is wrong is found here, before
+anything is queued, and said in one refusal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from valohai_agent.protocol import Job, JobInput
+from valohai_dagster.data.resolve import Source, resolve_inputs
+from valohai_dagster.data.secrets import variables_of_groups
+from valohai_dagster.errors import RefusedError, SpecError
+from valohai_dagster.executions.spec_model import ExecutionSpec
+from valohai_dagster.settings import Settings
+from valohai_dagster.stores.registry import Stores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    job: Job
+    sources: dict[str, Source]  # by JobFile.id: how to mint a grant for it
+
+
+def choose_group(spec: ExecutionSpec, settings: Settings) -> tuple[str, list[str]]:
+    """The worker group, and a warning when the step's environment is unknown (see `unknown_environment`)."""
+    try:
+        return settings.group_of(spec.environment), []
+    except RefusedError:
+        if settings.unknown_environment == "refuse":
+            raise
+        text = (
+            f"environment {spec.environment!r} is not known here, running in {settings.default_group!r}; "
+            f"map it under [environments] in valohai.toml"
+        )
+        return settings.default_group, [text]
+
+
+def prepare(
+    conn: sa.Connection, spec: ExecutionSpec, row: Any, *, group: str, notices: list[str], settings: Settings, stores: Stores
+) -> Prepared:
+    """Raises `ProblemsError` or `RefusedError` with everything that is wrong."""
+    variables, secret_names = _variables(conn, spec)
+    resolved = resolve_inputs(
+        spec.inputs,
+        connection=conn,
+        stores=stores,
+        group=settings.groups[group],
+        project_id=row.project_id,
+    )
+    policy = settings.groups[group]
+    job = Job(
+        execution_id=spec.execution_id,
+        attempt=1,
+        group=group,
+        run_id=spec.run_id,
+        step_key=spec.step_key,
+        project_id=row.project_id,
+        project_name=spec.project.name,
+        step=spec.step,
+        commit=spec.commit.identifier,
+        archive_sha256=spec.commit.archive_sha256,
+        image=spec.image,
+        commands=spec.commands,
+        parameters={name: value for name, value in spec.parameters.items() if value is not None},
+        inputs=list(resolved.inputs),
+        environment_variables=variables,
+        secret_names=sorted(secret_names),
+        execution_config=execution_config(spec, row, group),
+        mounts=spec.mounts,
+        mounts_allowed=policy.mounts_allowed,
+        fail_fast=spec.fail_fast,
+        time_limit_seconds=spec.time_limit_seconds or settings.time_limit_seconds,
+        no_output_timeout_seconds=spec.no_output_timeout_seconds or settings.no_output_timeout_seconds,
+        notices=[*spec.warnings, *notices, *resolved.warnings],
+    )
+    return Prepared(job=job, sources=dict(resolved.sources))
+
+
+def _variables(conn: sa.Connection, spec: ExecutionSpec) -> tuple[dict[str, str], set[str]]:
+    """K-73: groups below the step's and the launch's values. Secret ones travel only with the grants."""
+    plain: dict[str, str] = {}
+    secret_names: set[str] = set()
+    for variable in variables_of_groups(conn, spec.environment_variable_groups):
+        if variable.secret:
+            secret_names.add(variable.name)
+            plain.pop(variable.name, None)
+        else:
+            plain[variable.name] = variable.value
+            secret_names.discard(variable.name)
+    plain.update(spec.environment_variables)
+    secret_names -= set(spec.environment_variables)
+    missing = [n for n in spec.required_environment_variables if n not in plain and n not in secret_names]
+    if missing:
+        raise SpecError(
+            f"step {spec.step!r} needs environment variables that have no value",
+            [f"{name}: set it at launch, or with `valohai-dagster secrets set GROUP {name}`" for name in missing],
+        )
+    return plain, secret_names
+
+
+def execution_config(spec: ExecutionSpec, row: Any, group: str) -> dict[str, Any]:
+    """Content of execution.json, flat keys (K-36)."""
+    return {
+        "valohai.commit-identifier": spec.commit.identifier,
+        "valohai.creator-email": "",
+        "valohai.creator-id": 0,
+        "valohai.creator-name": spec.creator,
+        "valohai.environment-id": group,
+        "valohai.environment-name": spec.environment or group,
+        "valohai.environment-slug": spec.environment or group,
+        "valohai.execution-counter": row.counter,
+        "valohai.execution-ctime": row.ctime.isoformat(),
+        "valohai.execution-duration": None,
+        "valohai.execution-id": spec.execution_id,
+        "valohai.execution-image": spec.image,
+        "valohai.execution-qtime": None,
+        "valohai.execution-status": "created",
+        "valohai.execution-step": spec.step,
+        "valohai.execution-tags": spec.tags,
+        "valohai.execution-title": spec.title,
+        "valohai.project-id": row.project_id,
+        "valohai.project-name": spec.project.name,
+    }
+
+
+def inputs_by_file(inputs: list[JobInput]) -> dict[str, JobInput]:
+    return {file.id: item for item in inputs for file in item.files}

@@ -1,0 +1,158 @@
+"""Watches over executions that nobody reports on: lost leases, lost queue entries, stops without an answer."""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from valohai_dagster.executions import ledger
+from valohai_dagster.executions.lifecycle import (
+    STOP_ACKNOWLEDGEMENT,
+    Loss,
+    LossStep,
+    judge_loss,
+)
+from valohai_dagster.executions.salvage import salvage_logs
+from valohai_dagster.executions.stream import EventKind, ExecutionStatus
+
+if TYPE_CHECKING:
+    from valohai_dagster.executions.service import ExecutionService
+
+log = logging.getLogger(__name__)
+
+MISSING_TICKS = 3  # looks in a row that found an execution neither queued nor leased
+
+
+class LeaseWatch:
+    """Part of the service; `tick()` about once a second."""
+
+    def __init__(self, service: ExecutionService) -> None:
+        self._service = service
+        self._stops: dict[str, datetime] = {}  # forwarded, not acknowledged yet
+        self._missing: dict[str, int] = {}
+
+    def expect_acknowledgement(self, execution_id: str) -> None:
+        self._stops.setdefault(execution_id, self._service.clock())
+
+    def acknowledged(self, execution_id: str) -> None:
+        self._stops.pop(execution_id, None)
+
+    async def tick(self) -> None:
+        await self._look_for_emptied_redis()
+        await self._look_at_leases()
+        await self._look_at_stops()
+
+    async def worker_gone(self, worker: str, what: str) -> None:
+        for active in list(self._service.active.values()):
+            if active.worker == worker:
+                await self._service.dispatch.drop_lease(active.group, active.id)
+                await self._lost(active, death_confirmed=True, what=what)
+
+    async def _look_at_leases(self) -> None:
+        service = self._service
+        actives = [a for a in service.active.values() if a.status is not ExecutionStatus.created]
+        where = await service.dispatch.where((a.group, a.id) for a in actives)
+        for active in actives:
+            waits, leased = where[active.id]
+            if waits or leased:
+                self._missing.pop(active.id, None)
+                if leased and active.suspected_at is not None:
+                    await self._back(active)
+                continue
+            # A lease vanishes for a moment between an agent's report and its application: look again first.
+            self._missing[active.id] = self._missing.get(active.id, 0) + 1
+            if self._missing[active.id] >= MISSING_TICKS and active.id in service.active:
+                await self._missing_for_good(service.active[active.id])
+
+    async def _missing_for_good(self, active: ledger.Active) -> None:
+        if active.worker is None:
+            return await self._requeue(active, "it was taken from the queue by a worker that never reported")
+        group = self._service.groups.get(active.group)
+        dead = group is not None and group.is_dead(active.worker)
+        await self._lost(active, death_confirmed=dead, what="it stopped renewing its lease")
+
+    async def _lost(self, active: ledger.Active, *, death_confirmed: bool, what: str) -> None:
+        service = self._service
+        now = service.clock()
+        loss = Loss(
+            suspected_at=active.suspected_at,
+            death_confirmed=death_confirmed,
+            stop_requested=active.stop_requested > 0,
+            attempt=active.attempt,
+        )
+        grace = timedelta(seconds=service.settings.lost_grace_seconds)
+        limit = service.settings.max_infrastructure_attempts
+        step = judge_loss(loss, now, grace=grace, max_attempts=limit)
+        why = f"worker {active.worker} was lost: {what}"
+        if step is LossStep.suspect:
+            await self._suspect(active, now)
+        elif step is LossStep.requeue:
+            await self._requeue(active, why)
+        elif step is LossStep.stopped:
+            await self._end_attempt(active, why)
+            await service.finish(active.id, ExecutionStatus.stopped, f"stopped; {why}")
+        elif step is LossStep.give_up:
+            await self._end_attempt(active, why)
+            await service.finish(active.id, ExecutionStatus.crashed, await self._history(active, why))
+
+    async def _suspect(self, active: ledger.Active, now: datetime) -> None:
+        service = self._service
+        await service.write(
+            lambda conn: ledger.update_attempt(conn, active.id, active.attempt, suspected_at=now)
+        )
+        await service.remember(active.id)
+        text = (
+            f"no sign of life from worker {active.worker}; it may still be computing, "
+            f"another attempt starts in {service.settings.lost_grace_seconds:.0f} s if it stays silent"
+        )
+        await service.tell(active.id, text, kind=EventKind.warning)
+
+    async def _back(self, active: ledger.Active) -> None:
+        service = self._service
+        await service.write(
+            lambda conn: ledger.update_attempt(conn, active.id, active.attempt, suspected_at=None)
+        )
+        await service.remember(active.id)
+        await service.tell(active.id, f"worker {active.worker} is back, the attempt goes on")
+
+    async def _requeue(self, active: ledger.Active, why: str) -> None:
+        await self._end_attempt(active, why)
+        await self._service.requeue(active.id, why)
+
+    async def _end_attempt(self, active: ledger.Active, why: str) -> None:
+        """Closes the lost attempt; what its log says is kept."""
+        service = self._service
+        self._missing.pop(active.id, None)
+        logs = await salvage_logs(service, active)
+        values = {"ended_at": service.clock(), "end": "lost", "reason": why, "logs": logs}
+        await service.write(
+            lambda conn: ledger.update_attempt(conn, active.id, active.attempt, **values)
+        )
+
+    async def _history(self, active: ledger.Active, why: str) -> str:
+        attempts = await self._service.read(lambda conn: ledger.attempt_reasons(conn, active.id))
+        lines = "; ".join(f"attempt {number}: {reason}" for number, reason in attempts)
+        return f"lost {active.attempt} times: {lines or why}"
+
+    async def _look_at_stops(self) -> None:
+        now = self._service.clock()
+        for execution_id, since in list(self._stops.items()):
+            if now - since < STOP_ACKNOWLEDGEMENT:
+                continue
+            del self._stops[execution_id]
+            seconds = STOP_ACKNOWLEDGEMENT.total_seconds()
+            text = f"the worker has not confirmed the stop within {seconds:.0f} s; it may be out of reach"
+            await self._service.tell(execution_id, text, kind=EventKind.warning)
+
+    async def _look_for_emptied_redis(self) -> None:
+        """Redis came back without its data: what waited is queued again; what ran is claimed by its agents."""
+        service = self._service
+        epoch = service.keys.epoch()
+        if not await service.dispatch.redis.set(epoch, "1", nx=True):
+            return
+        waiting = [a for a in service.active.values() if a.status is ExecutionStatus.queued]
+        if service.active:
+            log.warning("Redis is empty; reconciling %d executions", len(service.active))
+        for active in waiting:
+            await service.queue_again(active.id)
