@@ -197,7 +197,7 @@ def docker_image(docker_client: docker.DockerClient) -> str:
 
     try:
         return build.ensure(docker_client)
-    except build.CannotBuild as error:
+    except build.ImageBuildError as error:
         demand.missing("docker", str(error))
 
 

@@ -30,6 +30,7 @@ PYTHON = "3.11"  # of that suite
 PACKAGES = (
     "ca-certificates",
     "procps",
+    "python-is-python3",
     "python3",
     "python3-matplotlib",
     "python3-pip",
@@ -51,7 +52,7 @@ _USELESS = (
 )
 
 
-class CannotBuild(Exception):
+class ImageBuildError(Exception):
     """This machine cannot build the image; says why."""
 
 
@@ -83,9 +84,11 @@ def _only_one() -> Iterator[None]:
 def _build(client: docker.DockerClient, name: str) -> None:
     for tool in ("debootstrap", "tar"):
         if shutil.which(tool) is None:
-            raise CannotBuild(f"image {name} is missing and `{tool}` is not installed to build it")
+            raise ImageBuildError(
+                f"image {name} is missing and `{tool}` is not installed to build it"
+            )
     if os.geteuid() != 0:
-        raise CannotBuild(
+        raise ImageBuildError(
             f"image {name} is missing and building it needs root: sudo python -m tests.images.build"
         )
     with tempfile.TemporaryDirectory(prefix="vhimage-") as work:
@@ -104,7 +107,7 @@ def _run(*command: str) -> None:
     )
     if done.returncode:
         tail = (done.stdout + done.stderr)[-1500:]
-        raise CannotBuild(f"`{' '.join(command)}` ended with {done.returncode}:\n{tail}")
+        raise ImageBuildError(f"`{' '.join(command)}` ended with {done.returncode}:\n{tail}")
 
 
 def _add_wheels(root: Path) -> None:
@@ -134,7 +137,7 @@ def _import(client: docker.DockerClient, root: Path, name: str) -> None:
         str(archive), repository=repository, tag=tag, changes=['CMD ["python3"]']
     )
     if "errorDetail" in str(answer):
-        raise CannotBuild(f"the daemon did not import {name}: {answer}")
+        raise ImageBuildError(f"the daemon did not import {name}: {answer}")
 
 
 def main() -> None:
@@ -142,7 +145,7 @@ def main() -> None:
 
     try:
         print(ensure(docker.from_env(timeout=600)))
-    except CannotBuild as error:
+    except ImageBuildError as error:
         sys.exit(str(error))
 
 
