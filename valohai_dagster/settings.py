@@ -281,11 +281,23 @@ class Settings(BaseSettings):
         return self.state_dir / "redis"
 
     @property
+    def port_file(self) -> Path:
+        """Holds the port that the service got, so that addresses stay the same for good."""
+        return self.state_dir / "http-port"
+
+    @property
+    def port(self) -> int:
+        try:
+            return int(self.port_file.read_text())
+        except (OSError, ValueError):
+            return self.http_port
+
+    @property
     def base_url(self) -> str:
         """Address of the service for browsers, without a slash at the end."""
         wildcard = self.http_host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
         host = "127.0.0.1" if wildcard else self.http_host
-        return (self.public_url or f"http://{host}:{self.http_port}").rstrip("/")
+        return (self.public_url or f"http://{host}:{self.port}").rstrip("/")
 
     def datum_url(self, datum_id: str) -> str:
         """Durable address that opens a datum in a browser."""

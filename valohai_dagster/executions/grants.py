@@ -70,7 +70,7 @@ class GrantMinter:
         upload_id = str(uuid.uuid4())
         store_name = self._store_for(row, request.kind)
         key = _fresh_key(row, attempt, request, upload_id)
-        transfer = self._stores.get(store_name).sign_put(key, expires=self._life, size=request.size)
+        transfer = self._stores[store_name].sign_put(key, expires=self._life, size=request.size)
         conn.execute(
             t.grants.insert().values(
                 upload_id=upload_id,
@@ -110,7 +110,7 @@ class GrantMinter:
 
     def _get(self, store: str, key: str, name: str, refused: dict[str, str]) -> Transfer | None:
         try:
-            return self._stores.get(store).sign_get(key, expires=self._life)
+            return self._stores[store].sign_get(key, expires=self._life)
         except StoreError as error:
             refused[name] = str(error)
             return None

@@ -37,7 +37,7 @@ async def salvage_logs(service: ExecutionService, active: ledger.Active) -> dict
         key = f"logs/{row.project_id}/{active.id}/{active.attempt}/{uuid.uuid4()}/{stream}"
         store = service.settings.log_store_name
         try:
-            service.stores.get(store).put(key, content)
+            service.stores[store].put(key, content)
         except StoreError as error:
             log.warning("the log of a lost attempt cannot be stored: %s", error, extra={"action": "salvage"})
             return {}

@@ -100,15 +100,8 @@ class LocalGroup:
 
     def is_dead(self, worker: str) -> bool:
         """True only if it was one of ours and is surely gone; False for living and for unknown workers."""
-        path = self._dir / f"{worker}.lock"
-        try:
-            with path.open("r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except FileNotFoundError:
-            return worker.startswith(f"{self.name}-{_host()}-")
-        return True
+        held = _lock_held(self._dir, worker)
+        return worker.startswith(f"{self.name}-{_host()}-") if held is None else not held
 
     async def drain_all(self, timeout: float) -> None:
         """Asks all agents to finish and go; those still there after `timeout` seconds are terminated."""
@@ -144,13 +137,7 @@ class LocalGroup:
         )
 
     def _known(self) -> list[Launched]:
-        agents = []
-        for path in sorted(self._dir.glob(f"{self.name}-*.json")):
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                data: dict[str, Any] = json.loads(path.read_text())
-                started = datetime.fromisoformat(data["started_at"])
-                agents.append(Launched(name=data["name"], pid=data["pid"], started_at=started))
-        return agents
+        return _launched(self._dir, f"{self.name}-")
 
     def _sweep_dead(self) -> list[Launched]:
         alive = []
@@ -222,3 +209,31 @@ class LocalGroup:
 
 def _host() -> str:
     return os.uname().nodename.split(".")[0].lower()
+
+
+def living_agents(state_dir: Path) -> list[Launched]:
+    """All agents of this deployment that run on this host, whichever group they serve."""
+    directory = state_dir / "agents"
+    return [agent for agent in _launched(directory, "") if _lock_held(directory, agent.name)]
+
+
+def _launched(directory: Path, prefix: str) -> list[Launched]:
+    agents = []
+    for path in sorted(directory.glob(f"{prefix}*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            data: dict[str, Any] = json.loads(path.read_text())
+            started = datetime.fromisoformat(data["started_at"])
+            agents.append(Launched(name=data["name"], pid=data["pid"], started_at=started))
+    return agents
+
+
+def _lock_held(directory: Path, worker: str) -> bool | None:
+    """Whether the agent's process lives; None when there is no lock of that name."""
+    try:
+        with (directory / f"{worker}.lock").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return None
+    return False

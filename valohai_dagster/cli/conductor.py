@@ -1,0 +1,59 @@
+"""`valohai-dagster conductor` and `valohai-dagster down`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+
+import typer
+
+from valohai_dagster.capacity.clouds.local import living_agents
+from valohai_dagster.embedded.conductor import running_conductor
+from valohai_dagster.embedded.redis import EmbeddedRedis
+from valohai_dagster.settings import load_settings
+
+DOWN_SECONDS = 30.0
+
+
+def conductor(
+    on_demand: bool = typer.Option(
+        False, "--on-demand", help="End after `idle_exit_seconds` without work, with the embedded parts."
+    ),
+) -> None:
+    """Run the conductor: the service that follows all executions. The embedded default starts it by itself."""
+    from valohai_dagster.web.conductor import run_conductor
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    settings = load_settings()
+    if not run_conductor(settings, on_demand=on_demand):
+        typer.echo(f"a conductor serves {settings.state_dir} already", err=True)
+
+
+def down(
+    agents: bool = typer.Option(True, help="Also end the local agents; what they run starts again later."),
+) -> None:
+    """Stop what runs in the background: the conductor, the local agents, the embedded Redis."""
+    settings = load_settings()
+    info = running_conductor(settings)
+    if info is not None:
+        _end(info.pid, "conductor")
+    if agents:
+        for agent in living_agents(settings.state_dir):
+            _end(agent.pid, "agent")
+        if settings.redis_url is None and EmbeddedRedis(settings).stop():
+            typer.echo("stopped the embedded Redis")
+
+
+def _end(pid: int, what: str) -> None:
+    """SIGTERM, and SIGKILL when that was not enough."""
+    try:
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + DOWN_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            os.kill(pid, 0)
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        typer.echo(f"stopped {what} {pid}")

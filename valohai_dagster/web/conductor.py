@@ -1,0 +1,149 @@
+"""The conductor process: hosts the execution service and the HTTP server until told to go, or idle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+from datetime import timedelta
+
+import uvicorn
+
+from valohai_dagster.broker.connection import broker_url, connect_async
+from valohai_dagster.data.secrets import SecretKey
+from valohai_dagster.embedded.conductor import conductor_lock, info_path
+from valohai_dagster.embedded.redis import EmbeddedRedis
+from valohai_dagster.errors import ConfigurationError
+from valohai_dagster.executions.service import ExecutionService
+from valohai_dagster.records.engine import Records, open_records
+from valohai_dagster.settings import Settings
+from valohai_dagster.stores.registry import Stores, open_stores
+from valohai_dagster.web.service_app import make_app
+
+log = logging.getLogger(__name__)
+
+IDLE_LOOK_SECONDS = 1.0
+AGENT_STOP_SECONDS = 10.0
+
+
+def run_conductor(settings: Settings, *, on_demand: bool) -> bool:
+    """Serves until SIGTERM or SIGINT; False at once when another conductor serves this state directory.
+
+    Started on demand, it also ends by itself after `idle_exit_seconds` without work, and takes the idle agents and
+    the embedded Redis with it. Told to go earlier, it leaves both: running executions go on without it.
+    """
+    with conductor_lock(settings) as mine:
+        if not mine:
+            return False
+        info_path(settings).unlink(missing_ok=True)
+        try:
+            asyncio.run(_serve(settings, on_demand))
+        finally:
+            info_path(settings).unlink(missing_ok=True)
+    return True
+
+
+async def _serve(settings: Settings, on_demand: bool) -> None:
+    records, stores = open_records(settings), open_stores(settings)
+    broker = await connect_async(settings)
+    service = ExecutionService(
+        settings,
+        records=records,
+        broker=broker,
+        broker_url=broker_url(settings),
+        stores=stores,
+        secret_key=SecretKey.load(settings),
+    )
+    listener = _listen(settings)
+    server = _http_server(settings, records, stores)
+    stop = _stop_event()
+    tasks = [
+        asyncio.create_task(service.run()),
+        asyncio.create_task(server.serve([listener])),
+        asyncio.create_task(stop.wait()),
+    ]
+    if on_demand:
+        tasks.append(asyncio.create_task(_until_idle(service, settings.idle_exit_seconds)))
+    _announce(settings)
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    idle = on_demand and tasks[-1] in done
+    await _wind_down(settings, service, server, tasks, idle=idle)
+    await broker.aclose()
+    records.close()
+    if idle and settings.redis_url is None:
+        EmbeddedRedis(settings).stop(only_if_unused=True)
+
+
+async def _wind_down(
+    settings: Settings,
+    service: ExecutionService,
+    server: uvicorn.Server,
+    tasks: list[asyncio.Task[None]],
+    *,
+    idle: bool,
+) -> None:
+    info_path(settings).unlink(missing_ok=True)
+    failed = next((task for task in tasks if task.done() and task.exception()), None)
+    if idle:
+        await service.stop_agents(AGENT_STOP_SECONDS)
+    server.should_exit = True
+    for task in (tasks[0], *tasks[2:]):
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    log.info("the conductor goes: %s", "idle" if idle else "told to", extra={"action": "exit"})
+    if failed is not None:
+        raise failed.exception() or RuntimeError("a task of the conductor ended")
+
+
+async def _until_idle(service: ExecutionService, seconds: float) -> None:
+    while service.idle_for() < timedelta(seconds=seconds):
+        await asyncio.sleep(IDLE_LOOK_SECONDS)
+
+
+def _stop_event() -> asyncio.Event:
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, event.set)
+    return event
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """The service's socket. An embedded service whose port is taken picks a free one and keeps it for good."""
+    candidates = [settings.port]
+    if settings.redis_url is None and settings.public_url is None:
+        candidates.append(0)
+    family = socket.AF_INET6 if ":" in settings.http_host else socket.AF_INET
+    for port in candidates:
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.http_host, port))
+        except OSError:
+            listener.close()
+            continue
+        settings.port_file.write_text(str(listener.getsockname()[1]))
+        return listener
+    raise ConfigurationError(
+        f"cannot listen on {settings.http_host}:{settings.port}; set http_host and http_port to a free address"
+    )
+
+
+def _http_server(settings: Settings, records: Records, stores: Stores) -> uvicorn.Server:
+    app = make_app(records, stores, host=settings.http_host)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
+    server = uvicorn.Server(config)
+    server.capture_signals = contextlib.nullcontext  # ours: see _stop_event
+    return server
+
+
+def _announce(settings: Settings) -> None:
+    target = info_path(settings)
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"pid": os.getpid(), "url": settings.base_url}))
+    temporary.replace(target)
+    log.info("serving at %s", settings.base_url, extra={"action": "serve"})
