@@ -1,0 +1,83 @@
+# valohai-dagster: everything a checkout can do. Needs Python >= 3.10 and a package index; see `make help`.
+#
+# The virtual environment lies in the checkout. Stamp files remember which pyproject.toml it was made from, so that
+# the second `make` of anything starts at once.
+
+SHELL       := /bin/sh
+.DEFAULT_GOAL := help
+
+PYTHON      ?= python3
+VENV        ?= .venv
+BIN         := $(VENV)/bin
+STATE       := $(if $(VALOHAI_STATE),$(VALOHAI_STATE),$(CURDIR)/.valohai)
+PORT        ?= 3000
+PYTEST_ARGS ?=
+WORKERS     ?= 2
+
+MANIFESTS   := pyproject.toml agent/pyproject.toml
+RUN_STAMP   := $(VENV)/.valohai-run
+DEV_STAMP   := $(VENV)/.valohai-dev
+
+export DAGSTER_DISABLE_TELEMETRY ?= yes
+
+.PHONY: help setup setup-dev demo up down test lint format docs bench-dispatch clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+setup: $(RUN_STAMP)  ## Make the virtual environment
+
+setup-dev: $(DEV_STAMP)  ## The same with everything that tests and lint need
+
+demo: $(RUN_STAMP)  ## Run the example project on the embedded default and print a summary
+	@$(BIN)/valohai-dagster demo
+
+up: $(RUN_STAMP) $(STATE)/dagster/dagster.yaml  ## Start the UI with everything behind it (PORT=3000)
+	@echo "The UI comes up on http://127.0.0.1:$(PORT) - Ctrl-C ends it."
+	@DAGSTER_HOME="$(STATE)/dagster" $(BIN)/dagster dev -w workspace.yaml -h 127.0.0.1 -p $(PORT)
+
+down: $(RUN_STAMP)  ## Stop the embedded services of this checkout
+	@$(BIN)/valohai-dagster down
+
+test: $(DEV_STAMP)  ## Pass the whole suite: lint, then tests
+	@$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest tests/unit tests/contract tests/integration -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+
+lint: $(DEV_STAMP)  ## Formatting, lint, types and the floors of the architecture
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pyright
+
+format: $(DEV_STAMP)  ## Format and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(RUN_STAMP)  ## Write the generated pages (docs/settings.md)
+	$(BIN)/python -m valohai_dagster.settings_docs > docs/settings.md
+
+bench-dispatch: $(RUN_STAMP)  ## Time from launch to first output line, against Dagster's default launcher
+	@$(BIN)/python -m bench.dispatch
+
+clean:  ## Stop what runs and remove everything that make made
+	-@if [ -x $(BIN)/valohai-dagster ]; then $(BIN)/valohai-dagster down --quiet; fi
+	rm -rf $(VENV) .valohai .demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +
+
+# -- environment ----------------------------------------------------------------------------------------------------
+
+$(STATE)/dagster/dagster.yaml: dagster.yaml
+	@mkdir -p "$(@D)" && cp dagster.yaml "$@"
+
+$(BIN)/python:
+	@sh deploy/make-venv.sh create "$(PYTHON)" "$(VENV)"
+
+$(RUN_STAMP): $(MANIFESTS) | $(BIN)/python
+	@sh deploy/make-venv.sh install "$(VENV)" -e ./agent -e '.[embedded]'
+	@touch $@
+
+$(DEV_STAMP): $(MANIFESTS) | $(BIN)/python
+	@sh deploy/make-venv.sh install "$(VENV)" -e ./agent -e '.[embedded,postgres]' --group dev
+	@touch $@ $(RUN_STAMP)
