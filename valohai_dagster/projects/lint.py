@@ -9,19 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from difflib import get_close_matches
 from typing import Any
 
-from jsonschema.exceptions import ValidationError, relevance
 from valohai_yaml.lint import LintResult
 from valohai_yaml.objs import Config, Pipeline
-from valohai_yaml.validation import get_validator
 
 from valohai_dagster.projects import yaml_text
 from valohai_dagster.projects.normalise import normalised
 from valohai_dagster.projects.problems import Level, Problem, errors_of
-from valohai_dagster.projects.yaml_text import YamlText
+from valohai_dagster.projects.schema_check import schema_problems
+from valohai_dagster.projects.yaml_text import YamlText, child_of
 
 KINDS = ("step", "task", "endpoint", "pipeline", "blueprint", "deployment")  # order of Y-04
 _PARSE_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError)
@@ -44,7 +42,7 @@ def check_config(content: bytes | str) -> CheckedConfig:
     if not errors_of(problems):
         problems.extend(_shape_problems(text))
     if not errors_of(problems):
-        problems.extend(_schema_problems(text))
+        problems.extend(schema_problems(text))
     if errors_of(problems):
         return CheckedConfig(config=None, problems=_sorted(problems))
     data, more = normalised(text)
@@ -64,7 +62,7 @@ def _sorted(problems: Sequence[Problem]) -> tuple[Problem, ...]:
     return tuple(sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0))
 
 
-# -- shape and schema --------------------------------------------------------------------------------------------
+# -- shape --------------------------------------------------------------------------------------------
 
 
 def _shape_problems(text: YamlText) -> Iterator[Problem]:
@@ -102,106 +100,6 @@ def _item_problems(item: Any, line: int | None) -> Iterator[Problem]:
         yield Problem(level="warning" if close else "note", message=message, line=line, hint=hint)
 
 
-def _schema_problems(text: YamlText) -> Iterator[Problem]:
-    errors = sorted(
-        get_validator().iter_errors(text.data), key=lambda e: (relevance(e), repr(e.path))
-    )
-    for error in errors:
-        cause = _cause(error)
-        path = tuple(cause.absolute_path)
-        message = f"{_place(text.data, path)}: {_words(cause)}"
-        yield Problem(
-            level="error", message=message, line=_schema_line(cause, text), hint=_schema_hint(cause)
-        )
-
-
-def _cause(error: ValidationError) -> ValidationError:
-    """The alternative that the value came closest to: the one whose error lies deepest."""
-    while error.context:
-        deepest = max(len(child.absolute_path) for child in error.context)
-        if deepest == len(error.absolute_path):
-            return error
-        error = next(child for child in error.context if len(child.absolute_path) == deepest)
-    return error
-
-
-def _words(error: ValidationError) -> str:
-    """The validator's message without the dump of the whole value that some messages begin with."""
-    if error.validator in ("oneOf", "anyOf") and isinstance(error.validator_value, list):
-        types = [
-            str(o.get("type")) for o in error.validator_value if isinstance(o, dict) and "type" in o
-        ]
-        if types:
-            return f"{_short(error.instance)} is not {' or '.join(dict.fromkeys(types))}"
-        required = [" + ".join(o["required"]) for o in error.validator_value if "required" in o]
-        if required:
-            return f"exactly one of {', '.join(f'`{name}`' for name in required)} is needed"
-    if error.validator == "type" and error.instance is None:
-        return f"has no value, expected {error.validator_value}"
-    return error.message if len(error.message) < 300 else error.message[:300] + " ..."
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:60] + "..."
-
-
-def _schema_line(error: ValidationError, text: YamlText) -> int | None:
-    """Of the unexpected key when there is one, else of the key whose value is wrong."""
-    path = tuple(error.absolute_path)
-    unexpected = _unexpected(error)
-    if unexpected:
-        return text.line((*path, unexpected[0]), key=True)
-    return text.line(path, key=True)
-
-
-def _unexpected(error: ValidationError) -> list[str]:
-    if error.validator != "additionalProperties" or not isinstance(error.instance, dict):
-        return []
-    known = error.schema.get("properties", {}) if isinstance(error.schema, dict) else {}
-    return [str(key) for key in error.instance if key not in known]
-
-
-def _schema_hint(error: ValidationError) -> str | None:
-    if error.instance is None and len(error.absolute_path) == 2:
-        return f"indent the keys of `{error.absolute_path[-1]}` deeper than the `-` before it"
-    for name in _unexpected(error):
-        known = error.schema.get("properties", {}) if isinstance(error.schema, dict) else {}
-        close = get_close_matches(name.replace("_", "-"), known, n=1)
-        return f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(sorted(known))}"
-    if error.validator == "required" and isinstance(error.validator_value, list):
-        missing = next((n for n in error.validator_value if n not in error.instance), None)
-        return f"add `{missing}:`" if missing else None
-    if error.validator in ("type", "oneOf", "anyOf") and isinstance(
-        error.instance, (bool, int, float)
-    ):
-        return f"quote it to make it text: '{error.instance}'"
-    return None
-
-
-def _place(data: Any, path: Sequence[str | int]) -> str:
-    """`step "train", parameters[0] "lr", default` for a path into the data."""
-    words: list[str] = []
-    for depth, part in enumerate(path):
-        data = _at(data, part)
-        name = data.get("name") if isinstance(data, dict) else None
-        label = f"[{part}]" if isinstance(part, int) else str(part)
-        if isinstance(part, int) and words:
-            words[-1] += label
-        elif depth:
-            words.append(label)
-        if isinstance(name, str) and words:
-            words[-1] += f" `{name}`"
-    return ", ".join(words) or "the file"
-
-
-def _at(data: Any, part: str | int) -> Any:
-    try:
-        return data[part]
-    except (KeyError, IndexError, TypeError):
-        return None
-
-
 # -- parsing -----------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +111,7 @@ def _parsed(data: list[Any], text: YamlText) -> tuple[Config | None, list[Proble
             Config.parse([item])
         except _PARSE_ERRORS as error:
             kind = next((kind for kind in KINDS if kind in item), "")
-            name = _at(_at(item, kind), "name")
+            name = child_of(child_of(item, kind), "name")
             message = f"{kind} `{name}` cannot be read: {_error_words(error)}"
             problems.append(
                 Problem(level="error", message=message, line=text.line((index, kind), key=True))
@@ -314,7 +212,7 @@ def _located(data: list[Any], path: Path, place: str) -> Path:
     """Follow `key/name` and `edges/side:prefix` as far as they lead."""
     value: Any = data
     for part in path:
-        value = _at(value, part)
+        value = child_of(value, part)
     for step in place.split("/"):
         wanted = step.replace("\0", "/")
         if isinstance(value, dict):

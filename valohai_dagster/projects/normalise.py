@@ -80,10 +80,11 @@ def _number(value: Any, cast: Any) -> Any:
 
 def _sockets(pipeline: dict[str, Any], text: YamlText, path: tuple[int, str]) -> Iterator[Problem]:
     edges: list[Any] = pipeline.get("edges") or []
+    edge: Any
     for number, edge in enumerate(edges):
-        keys: Sequence[Any] = range(len(edge)) if isinstance(edge, list) else ("source", "target")
+        keys: Sequence[Any] = (0, 1) if isinstance(edge, list) else ("source", "target")
         for key in keys:
-            before = edge[key]
+            before: Any = edge[key]
             after = _singular(before)
             if after != before:
                 edge[key] = after

@@ -75,6 +75,14 @@ def read(text: bytes | str) -> YamlText:
     return YamlText(data=data, root=root, problems=tuple(_duplicate_keys(root)))
 
 
+def child_of(data: Any, part: str | int) -> Any:
+    """One level down in plain data; None where there is nothing."""
+    try:
+        return data[part]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
 def _broken(message: str, *, line: int | None = None, hint: str | None = None) -> YamlText:
     problem = Problem(level="error", message=message, line=line, hint=hint)
     return YamlText(data=None, root=None, problems=(problem,))
