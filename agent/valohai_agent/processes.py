@@ -1,0 +1,55 @@
+"""Finds and ends the processes of an attempt, even those that left its session.
+
+Every process of the process runtime inherits VH_EXECUTION_ID and VALOHAI_ATTEMPT. Reading them from
+`/proc/<pid>/environ` needs no notes on disk, so that processes of an agent that died can be ended too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+ATTEMPT_VARIABLE = "VALOHAI_ATTEMPT"
+
+
+def kill_attempt(execution_id: str, attempt: int, *, rounds: int = 20) -> int:
+    """Kills all processes of one attempt on this machine; repeats while new ones appear."""
+    killed: set[int] = set()
+    for turn in range(rounds):
+        living = attempt_processes(execution_id, attempt)
+        if not living:
+            break
+        for pid in living:
+            _kill(pid)
+            killed.add(pid)
+        time.sleep(0.01 * (turn + 1))
+    return len(killed)
+
+
+def attempt_processes(execution_id: str, attempt: int) -> list[int]:
+    """Process ids that carry the marks of this attempt; zombies and foreign processes left out."""
+    marks = {
+        f"VH_EXECUTION_ID={execution_id}".encode(),
+        f"{ATTEMPT_VARIABLE}={attempt}".encode(),
+    }
+    own = os.getpid()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == own:
+            continue
+        try:
+            environ = set((entry / "environ").read_bytes().split(b"\0"))
+        except OSError:
+            continue
+        if marks <= environ:
+            found.append(int(entry.name))
+    return found
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
