@@ -1,0 +1,153 @@
+"""The only file with private Dagster imports; `tests/contract/plugin/test_compat.py` pins each of them.
+
+A release of Dagster that moves or changes one of these breaks one named test instead of a user's run. Whatever has
+a public name in `dagster` is imported from there by its user, not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dagster._core.definitions.data_version import (
+    CODE_VERSION_TAG,
+    DATA_VERSION_TAG,
+    extract_data_version_from_entry,
+    get_input_data_version_tag,
+)
+from dagster._core.events import EngineEventData
+from dagster._core.launcher.base import (
+    CheckRunHealthResult,
+    LaunchRunContext,
+    ResumeRunContext,
+    RunLauncher,
+    WorkerStatus,
+)
+from dagster._core.storage.compute_log_manager import (
+    CapturedLogContext,
+    CapturedLogData,
+    CapturedLogMetadata,
+    CapturedLogSubscription,
+    ComputeIOType,
+    ComputeLogManager,
+)
+from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
+from dagster._serdes import ConfigurableClass, ConfigurableClassData
+
+if TYPE_CHECKING:
+    from dagster import AssetExecutionContext, AssetKey, DagsterInstance, DagsterRun, EventLogRecord
+
+__all__ = [
+    "CODE_VERSION_TAG",
+    "DATA_VERSION_TAG",
+    "CapturedLogContext",
+    "CapturedLogData",
+    "CapturedLogMetadata",
+    "CapturedLogSubscription",
+    "CheckRunHealthResult",
+    "ComputeIOType",
+    "ComputeLogManager",
+    "ConfigurableClass",
+    "ConfigurableClassData",
+    "LaunchRunContext",
+    "LocalComputeLogManager",
+    "ResumeRunContext",
+    "RunLauncher",
+    "WorkerStatus",
+    "code_location_pin",
+    "get_input_data_version_tag",
+    "input_storage_id",
+    "pin_code_location",
+    "pin_input",
+    "report_engine_event",
+    "step_key_of",
+    "tagged_ops",
+]
+
+
+def report_engine_event(
+    instance: DagsterInstance,
+    run: DagsterRun,
+    message: str,
+    *,
+    step_key: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes an ENGINE_EVENT at once, which also works while the step is being interrupted."""
+    data = EngineEventData(metadata=dict(metadata or {}))
+    instance.report_engine_event(message, run, data, step_key=step_key)
+
+
+def step_key_of(context: AssetExecutionContext) -> str:
+    return context.op_execution_context.get_step_execution_context().step.key
+
+
+def input_storage_id(context: AssetExecutionContext, key: AssetKey) -> int | None:
+    """Storage id of the upstream event that the engine will write into this step's provenance tags."""
+    step = context.op_execution_context.get_step_execution_context()
+    info = step.maybe_fetch_and_get_input_asset_version_info(key)
+    return info.storage_id if info else None
+
+
+def pin_input(context: AssetExecutionContext, key: AssetKey, record: EventLogRecord) -> None:
+    """Makes the engine record `record` as the version of that upstream asset that this step used.
+
+    Without it the tags would name the newest materialization even when the run's own, or its parent run's, was
+    used; the asset would then look fresh though it is not (DAGSTER_NOTES 11).
+    """
+    from dagster._core.execution.context.data_version_cache import InputAssetVersionInfo
+
+    step = context.op_execution_context.get_step_execution_context()
+    event = record.event_log_entry.dagster_event
+    assert event is not None
+    records = step.input_asset_records
+    assert isinstance(records, dict)
+    records[key] = InputAssetVersionInfo(
+        record.storage_id,
+        event.event_type,
+        extract_data_version_from_entry(record.event_log_entry),
+        record.run_id,
+        record.timestamp,
+    )
+
+
+def pin_code_location(name: str, value: str) -> None:
+    """Remembers a fact of this load of the code location for the processes that load it again for a run."""
+    from dagster._core.definitions.definitions_load_context import DefinitionsLoadContext, DefinitionsLoadType
+
+    if not DefinitionsLoadContext.is_set():
+        return
+    load = DefinitionsLoadContext.get()
+    if load.load_type == DefinitionsLoadType.INITIALIZATION:
+        load.add_to_pending_reconstruction_metadata(name, value)
+
+
+def code_location_pin(name: str) -> str | None:
+    """What the code server remembered under that name; None there itself, and outside code locations."""
+    from dagster._core.definitions.definitions_load_context import DefinitionsLoadContext, DefinitionsLoadType
+
+    if not DefinitionsLoadContext.is_set():
+        return None
+    load = DefinitionsLoadContext.get()
+    if load.load_type != DefinitionsLoadType.RECONSTRUCTION:
+        return None
+    value = load.reconstruction_metadata.get(name)
+    return value if isinstance(value, str) else None
+
+
+def tagged_ops(instance: DagsterInstance, run: DagsterRun | None, tag: str) -> frozenset[str]:
+    """Names of the run's ops that carry the tag, from the snapshot, so without user code."""
+    if run is None or run.job_snapshot_id is None:
+        return frozenset()
+    snapshot = instance.get_job_snapshot(run.job_snapshot_id)
+    return frozenset(op.name for op in snapshot.node_defs_snapshot.op_def_snaps if tag in op.tags)
+
+
+def fields_of(config_type: Any) -> Mapping[str, Any]:
+    """Fields of a Shape by name, for tests and documentation."""
+    return config_type.fields
+
+
+def log_key_of_event(run_id: str, file_key: str) -> Sequence[str]:
+    """Compute-log key of a LOGS_CAPTURED event (`ComputeLogManager.build_log_key_for_run`)."""
+    return [run_id, "compute_logs", file_key]
