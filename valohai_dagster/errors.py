@@ -17,6 +17,7 @@
         +-- StoreFull               no space left
         +-- StoreBadKey             the key is not a safe relative path
         +-- StoreUnavailable        cannot reach or cannot tell
+        +-- StoreUnknown            no store of that name is configured
 
 A message names the thing, what was tried and the next step.
 """
@@ -45,6 +46,7 @@ __all__ = [
     "StoreMissing",
     "StoreNotWritable",
     "StoreUnavailable",
+    "StoreUnknown",
     "ValohaiError",
 ]
 
@@ -131,3 +133,7 @@ class StoreBadKey(StoreError):
 
 class StoreUnavailable(StoreError):
     """The store cannot be reached, so existence is unknown."""
+
+
+class StoreUnknown(StoreError):
+    """No store of that name is configured."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from valohai_dagster.errors import NotFoundError
+from valohai_dagster.errors import StoreUnknown
 from valohai_dagster.settings import Settings, StoreSettings
 from valohai_dagster.stores.base import Store
 from valohai_dagster.stores.local import LocalStore
 
 
-class Stores(Mapping[str, Store]):
+class Stores:
     """Stores of one deployment. `default`, `code` and `log` are the ones the settings choose."""
 
     def __init__(
@@ -19,11 +19,21 @@ class Stores(Mapping[str, Store]):
         self._stores = dict(stores)
         self._default, self._code, self._log = default, code or default, log or default
 
-    def __getitem__(self, name: str) -> Store:
-        try:
+    def get(self, name: str) -> Store:
+        """The store of that name; raises `StoreUnknown` with the known names."""
+        if name in self._stores:
             return self._stores[name]
-        except KeyError:
-            raise UnknownStore(name, sorted(self._stores)) from None
+        known = ", ".join(sorted(self._stores)) or "none"
+        raise StoreUnknown(
+            f"there is no store {name!r} in the settings; known are {known}. Add [stores.{name}] to valohai.toml",
+            store=name,
+        )
+
+    def __getitem__(self, name: str) -> Store:
+        return self.get(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stores
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stores)
@@ -51,19 +61,6 @@ class Stores(Mapping[str, Store]):
             if (key := store.key_of(uri)) is not None
         ]
         return min(found, key=lambda pair: len(pair[1])) if found else None
-
-
-class UnknownStore(NotFoundError, KeyError):  # noqa: N818
-    """No store of that name; also a KeyError, so that `in` and `.get` work."""
-
-    def __init__(self, name: str, known: list[str]) -> None:
-        self.message = (
-            f"there is no store {name!r} in the settings; known are {', '.join(known) or 'none'}"
-        )
-        super().__init__(self.message)
-
-    def __str__(self) -> str:
-        return self.message
 
 
 def open_stores(settings: Settings) -> Stores:

@@ -1,0 +1,69 @@
+"""Datum aliases: movable names of datums within a project, with history (T-15)."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from valohai_dagster.errors import RefusedError
+from valohai_dagster.records.store import upsert
+from valohai_dagster.records.tables import datum_aliases
+
+MAX_NAME = 255
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+
+
+def is_datum_id(text: str) -> bool:
+    return _UUID.fullmatch(text) is not None
+
+
+def check_alias(name: Any) -> str:
+    """The name when it can be an alias; it must not look like a datum id and must survive in a URI."""
+    if not isinstance(name, str) or not name.strip():
+        raise RefusedError(f"{name!r} is no datum alias: expected one non-empty string")
+    if len(name) > MAX_NAME or not name.isprintable() or name != name.strip():
+        raise RefusedError(
+            f"{name[:80]!r} is no datum alias: at most {MAX_NAME} printable characters, no outer spaces"
+        )
+    if is_datum_id(name):
+        raise RefusedError(f"{name!r} is no datum alias: it looks like a datum id")
+    return name
+
+
+def find_alias(connection: sa.Connection, project_id: str, name: str) -> str | None:
+    """The id of the datum that the alias points to now."""
+    c = datum_aliases.c
+    query = sa.select(c.datum_id).where(c.project_id == project_id, c.name == name)
+    return connection.execute(query).scalar_one_or_none()
+
+
+def set_alias(
+    connection: sa.Connection, *, project_id: str, name: str, datum_id: str, now: datetime
+) -> None:
+    """Creates or moves an alias; every datum it ever pointed to stays in its history, oldest first."""
+    check_alias(name)
+    c = datum_aliases.c
+    query = sa.select(c.datum_id, c.history).where(c.project_id == project_id, c.name == name)
+    known = connection.execute(query.with_for_update()).one_or_none()
+    if known is not None and known.datum_id == datum_id:
+        return
+    history = [*(known.history if known else []), {"datum_id": datum_id, "time": now.isoformat()}]
+    upsert(
+        connection,
+        datum_aliases,
+        project_id=project_id,
+        name=name,
+        datum_id=datum_id,
+        history=history,
+        mtime=now,
+    )
+
+
+def alias_history(connection: sa.Connection, project_id: str, name: str) -> list[dict[str, Any]]:
+    """`{datum_id, time}` of every move, oldest first; empty for an unknown alias."""
+    c = datum_aliases.c
+    query = sa.select(c.history).where(c.project_id == project_id, c.name == name)
+    return list(connection.execute(query).scalar_one_or_none() or [])

@@ -1,0 +1,157 @@
+"""Datums: immutable tracked files (T-14). Statements over a connection; the caller owns the transaction."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from valohai_agent.protocol import Checksums
+from valohai_dagster.data import aliases
+from valohai_dagster.errors import NotFoundError, RefusedError
+from valohai_dagster.records.tables import datum_aliases, datums
+from valohai_dagster.stores.registry import Stores
+
+SCHEME = "datum://"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Datum:
+    """One row of the records, typed."""
+
+    id: str
+    name: str
+    size: int
+    store: str
+    key: str
+    ctime: datetime
+    md5: str | None = None
+    sha1: str | None = None
+    sha256: str | None = None
+    project_id: str | None = None
+    execution_id: str | None = None
+    tags: list[str] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    live: bool = False
+    file_ctime: datetime | None = None
+    file_mtime: datetime | None = None
+    purged: bool = False
+
+    @property
+    def uri(self) -> str:
+        return SCHEME + self.id
+
+    @property
+    def checksums(self) -> Checksums:
+        return Checksums(md5=self.md5, sha1=self.sha1, sha256=self.sha256)
+
+
+def create_datum(connection: sa.Connection, datum: Datum) -> None:
+    values = {column.name: getattr(datum, column.name) for column in datums.columns}
+    connection.execute(datums.insert().values(**values))
+
+
+def find_datum(connection: sa.Connection, datum_id: str) -> Datum | None:
+    query = sa.select(datums).where(datums.c.id == datum_id.lower())
+    row = connection.execute(query).mappings().one_or_none()
+    return Datum(**row) if row else None
+
+
+def get_datum(connection: sa.Connection, reference: str, *, project_id: str | None) -> Datum:
+    """The datum of `datum://<id or alias>` or of the bare id or alias; the content may be purged.
+
+    Raises `NotFoundError` naming what is unknown. Aliases are looked up in the project only (I-07).
+    """
+    name = reference.removeprefix(SCHEME)
+    if aliases.is_datum_id(name):
+        datum = find_datum(connection, name)
+        if datum is None:
+            raise NotFoundError(
+                f"{SCHEME}{name}: there is no datum with this id; `valohai-dagster data ls` lists them"
+            )
+        return datum
+    target = aliases.find_alias(connection, project_id, name) if project_id and name else None
+    datum = find_datum(connection, target) if target else None
+    if datum is None:
+        raise NotFoundError(
+            f"{SCHEME}{name}: this project has no datum alias {name!r}; an output gets one by `valohai.alias` "
+            "in its metadata, an upload by `valohai-dagster data put --alias`"
+        )
+    return datum
+
+
+def list_datums(
+    connection: sa.Connection,
+    *,
+    project_id: str | None = None,
+    execution_id: str | None = None,
+    name: str | None = None,
+    tags: Iterable[str] = (),
+    purged: bool = False,
+    limit: int = 100,
+) -> list[Datum]:
+    """Newest first. `name` may hold `*`; every tag of `tags` must be there (I-41)."""
+    query = sa.select(datums).order_by(datums.c.ctime.desc(), datums.c.id)
+    if not purged:
+        query = query.where(datums.c.purged.is_(False))
+    for column, value in ((datums.c.project_id, project_id), (datums.c.execution_id, execution_id)):
+        if value is not None:
+            query = query.where(column == value)
+    if name is not None:
+        query = query.where(datums.c.name.like(_like(name), escape="\\"))
+    wanted = set(tags)
+    found: list[Datum] = []
+    for row in connection.execute(query).mappings():
+        if wanted <= set(row["tags"]):
+            found.append(Datum(**row))
+        if len(found) >= limit:
+            break
+    return found
+
+
+def aliases_of(connection: sa.Connection, datum_ids: Sequence[str]) -> dict[str, list[str]]:
+    """Names that point to each of the datums now."""
+    c = datum_aliases.c
+    query = sa.select(c.datum_id, c.name).where(c.datum_id.in_(datum_ids)).order_by(c.name)
+    found: dict[str, list[str]] = {}
+    for datum_id, name in connection.execute(query):
+        found.setdefault(datum_id, []).append(name)
+    return found
+
+
+def add_tags(connection: sa.Connection, datum_id: str, tags: Sequence[str]) -> None:
+    """Appends tags that are not there yet."""
+    c = datums.c
+    have = connection.execute(sa.select(c.tags).where(c.id == datum_id)).scalar_one()
+    connection.execute(
+        datums.update().where(c.id == datum_id).values(tags=list(dict.fromkeys([*have, *tags])))
+    )
+
+
+def purge_datum(connection: sa.Connection, stores: Stores, datum: Datum) -> None:
+    """Deletes the content and keeps the record (O-20). Marked first: a crash leaves content, never a lie."""
+    connection.execute(datums.update().where(datums.c.id == datum.id).values(purged=True))
+    stores.get(datum.store).delete(datum.key)
+
+
+def require_content(datum: Datum) -> Datum:
+    """The datum, or a refusal when its content was purged (I-38)."""
+    if datum.purged:
+        raise RefusedError(
+            f"{datum.uri} ({datum.name}): the content was purged; choose another datum, or run again what made it"
+        )
+    return datum
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def _like(pattern: str) -> str:
+    for special in ("\\", "%", "_"):
+        pattern = pattern.replace(special, "\\" + special)
+    return pattern.replace("*", "%")
