@@ -145,12 +145,12 @@ class JobFile(Message):
     id: str = Field(description="Names the file in grants: unique within the job.")
     name: str = Field(description="Path below /valohai/inputs/<input>/, placed by I-20..I-25.")
     uri: str = Field(description="What inputs.json shows: the HTTP URL without credentials, else datum://<id>.")
-    size: int | None = Field(None, description="Bytes, if known.")
+    size: int | None = Field(default=None, description="Bytes, if known.")
     checksums: Checksums = Checksums()
     datum_id: str | None = None
     metadata: list[dict[str, Any]] = Field(default_factory=list, description="The datum's metadata (K-33).")
     cache_key: str | None = Field(
-        None, description="Content identity (sha256:<hex>) if known; without it the agent asks the server (ETag)."
+        default=None, description="Content identity (sha256:<hex>) if known; without it the agent asks the server (ETag)."
     )
 
 
@@ -193,8 +193,8 @@ class Job(Message):
     execution_config: dict[str, Any] = Field(default_factory=dict, description="Content of execution.json (K-36).")
     mounts: list[JobMount] = Field(default_factory=list)
     mounts_allowed: bool = False
-    fail_fast: bool = Field(False, description="Join the command items with && (C-22).")
-    respect_image_user: bool = Field(False, description="Do not force root (K-51).")
+    fail_fast: bool = Field(default=False, description="Join the command items with && (C-22).")
+    respect_image_user: bool = Field(default=False, description="Do not force root (K-51).")
     time_limit_seconds: float | None = None
     no_output_timeout_seconds: float = 8 * 3600
     notices: list[str] = Field(default_factory=list, description="Status lines to log before the start.")
@@ -238,7 +238,7 @@ class Grants(Message):
     registry: RegistryLogin | None = None
     uploads: dict[str, UploadGrant] = Field(default_factory=dict, description="By GrantRequest.id.")
     refused: dict[str, str] = Field(default_factory=dict, description="Reason by JobFile.id or GrantRequest.id.")
-    initial: bool = Field(False, description="True on the grants that are pushed unasked after `leased`.")
+    initial: bool = Field(default=False, description="True on the grants that are pushed unasked after `leased`.")
 
 
 class GrantRequest(Message):
@@ -287,7 +287,7 @@ class PhaseChanged(Message):
 
     kind: Literal["phase"] = "phase"
     phase: Phase
-    message: str | None = Field(None, description="Words for people: `pulling 63 %`.")
+    message: str | None = Field(default=None, description="Words for people: `pulling 63 %`.")
     done: int | None = None
     total: int | None = None
 
@@ -376,7 +376,7 @@ class Finished(Message):
     kind: Literal["finished"] = "finished"
     outcome: Outcome
     exit_code: int | None = None
-    reason: str | None = Field(None, description="Why it is not complete: names the thing and the next step.")
+    reason: str | None = Field(default=None, description="Why it is not complete: names the thing and the next step.")
     phases: list[PhaseSpan] = Field(default_factory=list)
     usage: Usage = Usage()
     logs: list[LogStored] = Field(default_factory=list)
@@ -508,5 +508,5 @@ class Worker(Message):
     started_at: str = ""
     seen_at: str = ""
     disk_free_bytes: int = 0
-    gpus: str = Field("", description="Comma-separated device names.")
-    cached: str = Field("", description="Comma-separated content keys of the input cache (a few hundred at most).")
+    gpus: str = Field(default="", description="Comma-separated device names.")
+    cached: str = Field(default="", description="Comma-separated content keys of the input cache (a few hundred at most).")

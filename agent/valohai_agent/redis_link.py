@@ -22,6 +22,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError
 from redis.retry import Retry
 
 from valohai_agent.errors import AgentError
@@ -76,18 +77,20 @@ def has_password(url: str) -> bool:
 
 def is_transient(error: BaseException) -> bool:
     """Whether waiting can cure it. Missing functions count: the control plane loads them when it sees the loss."""
-    if isinstance(error, redis.exceptions.AuthenticationError):
+    if isinstance(error, AuthenticationError):
         return False
     if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
         return True
-    return isinstance(error, redis.ResponseError) and any(word in str(error) for word in _TEMPORARY_WORDS)
+    return isinstance(error, redis.ResponseError) and any(
+        word in str(error) for word in _TEMPORARY_WORDS
+    )
 
 
 def is_refusal(error: BaseException) -> bool:
     refusals = (
-        redis.exceptions.AuthenticationError,
-        redis.exceptions.AuthorizationError,
-        redis.exceptions.NoPermissionError,
+        AuthenticationError,
+        AuthorizationError,
+        NoPermissionError,
     )
     return isinstance(error, refusals)
 
@@ -117,13 +120,16 @@ class RedisLink:
             url,
             socket_timeout=SOCKET_SECONDS,
             socket_connect_timeout=CONNECT_SECONDS,
-            retry=Retry(NoBackoff(), 0),  # repeating is decided here, where it is known what may be repeated
+            retry=Retry(
+                NoBackoff(), 0
+            ),  # repeating is decided here, where it is known what may be repeated
             health_check_interval=0,
             client_name="valohai-agent",
         )
         self._closed = threading.Event()
         self._away_since: float | None = None
         self._lock = threading.Lock()
+        self._returns: set[threading.Event] = set()
         self.clock_offset_seconds = 0.0
         """Redis TIME minus this machine's clock, when last measured."""
 
@@ -139,6 +145,15 @@ class RedisLink:
     def close(self) -> None:
         self._closed.set()
         self._client.close()
+
+    def on_return(self, event: threading.Event) -> None:
+        """Sets the event each time Redis is back after an absence."""
+        with self._lock:
+            self._returns.add(event)
+
+    def off_return(self, event: threading.Event) -> None:
+        with self._lock:
+            self._returns.discard(event)
 
     def fcall(self, function: str, keys: list[str], *args: Any) -> Any:
         return self.client.fcall(function, len(keys), *keys, *args)
@@ -204,6 +219,9 @@ class RedisLink:
     def _note_return(self) -> None:
         with self._lock:
             since, self._away_since = self._away_since, None
+            waiting = list(self._returns) if since is not None else []
+        for event in waiting:
+            event.set()
         if since is not None:
             seconds = time.monotonic() - since
             extra = {"action": "redis-back", "away_seconds": round(seconds, 1)}
@@ -247,7 +265,9 @@ def find_deployment(link: RedisLink) -> str:
             for key in link.client.scan_iter(match=pattern, count=1000)
         }
     except redis.ResponseError as exc:
-        raise NoDeployment(f"cannot look for the deployment on {link.url} ({exc}); give --deployment") from exc
+        raise NoDeployment(
+            f"cannot look for the deployment on {link.url} ({exc}); give --deployment"
+        ) from exc
     if len(found) == 1:
         return found.pop()
     if not found:
@@ -255,4 +275,6 @@ def find_deployment(link: RedisLink) -> str:
             f"no control plane has used Redis at {link.url} yet; start it, or give --deployment "
             "(`valohai-dagster doctor` prints the id)"
         )
-    raise NoDeployment(f"several deployments use {link.url}: {', '.join(sorted(found))}; choose with --deployment")
+    raise NoDeployment(
+        f"several deployments use {link.url}: {', '.join(sorted(found))}; choose with --deployment"
+    )

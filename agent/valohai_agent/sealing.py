@@ -12,7 +12,14 @@ from nacl.public import PrivateKey, PublicKey, SealedBox
 
 from valohai_agent.protocol import Grants
 
-__all__ = ["CannotOpen", "PrivateKey", "new_private_key", "open_grants", "public_key_of", "seal_grants"]
+__all__ = [
+    "CannotOpen",
+    "PrivateKey",
+    "new_private_key",
+    "open_grants",
+    "public_key_of",
+    "seal_grants",
+]
 
 
 class CannotOpen(Exception):

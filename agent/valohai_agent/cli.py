@@ -1,0 +1,280 @@
+"""The command `valohai-agent`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from valohai_agent.errors import AgentError
+from valohai_agent.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
+from valohai_agent.version import __version__
+
+logger = logging.getLogger(__name__)
+
+EXIT_REFUSED = 2  # cannot work like this; restarting will not help
+EXIT_NAME_TAKEN = 3
+
+app = typer.Typer(
+    name="valohai-agent",
+    help="Leases executions from a queue in Redis and runs them in containers or processes.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentOptions:
+    """What `run` was asked for."""
+
+    queue: str
+    redis_url: str
+    deployment: str | None
+    name: str
+    slots: int
+    work_dir: Path
+    runtime: str
+    gpus: str
+    once: bool
+    idle_exit_seconds: float | None
+
+
+def default_name() -> str:
+    """The host's name and something random, so that no two agents meet under one name by accident."""
+    return f"{socket.gethostname()}-{secrets.token_hex(3)}"
+
+
+def default_work_dir() -> Path:
+    base = (
+        Path("/var/lib")
+        if os.geteuid() == 0
+        else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    )
+    return (
+        base / "valohai-agent"
+        if os.access(base, os.W_OK)
+        else Path(tempfile.gettempdir()) / "valohai-agent"
+    )
+
+
+@app.command()
+def run(
+    queue: Annotated[
+        str, typer.Option(help="Worker group whose jobs to take.", envvar="VALOHAI_AGENT_QUEUE")
+    ],
+    redis: Annotated[
+        str,
+        typer.Option(
+            help="redis://, rediss:// or unix:// URL. Put it into the variable rather than on the command line, where "
+            "everybody on the host can read its password.",
+            envvar="VALOHAI_AGENT_REDIS",
+            show_envvar=True,
+        ),
+    ],
+    deployment: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Id of the deployment (`valohai-dagster doctor` prints it); found in Redis when only one uses it.",
+            envvar="VALOHAI_AGENT_DEPLOYMENT",
+        ),
+    ] = None,
+    name: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Unique within the group; made up if absent.", envvar="VALOHAI_AGENT_NAME"
+        ),
+    ] = None,
+    slots: Annotated[
+        int, typer.Option(min=1, help="Executions at the same time.", envvar="VALOHAI_AGENT_SLOTS")
+    ] = 1,
+    work_dir: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Private directories and the input cache.", envvar="VALOHAI_AGENT_WORK_DIR"
+        ),
+    ] = None,
+    runtime: Annotated[
+        str, typer.Option(help="auto, docker or process.", envvar="VALOHAI_AGENT_RUNTIME")
+    ] = "auto",
+    gpus: Annotated[
+        str,
+        typer.Option(help="all, none, or comma-separated device ids.", envvar="VALOHAI_AGENT_GPUS"),
+    ] = "",
+    once: Annotated[bool, typer.Option("--once", help="Run one execution, then exit.")] = False,
+    idle_exit: Annotated[
+        Optional[float],
+        typer.Option(help="Exit after so many idle seconds.", envvar="VALOHAI_AGENT_IDLE_EXIT"),
+    ] = None,
+    json_logs: Annotated[
+        bool,
+        typer.Option("--json-logs", help="Log as JSON lines.", envvar="VALOHAI_AGENT_JSON_LOGS"),
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Takes jobs of one queue until told to stop.
+
+    SIGTERM drains: what runs is finished, nothing new is taken, exit code 0. A second SIGTERM, or SIGINT, stops the
+    running commands softly; a third one at once.
+    """
+    from valohai_agent.json_logging import set_up_logging
+
+    set_up_logging(as_json=json_logs, verbose=verbose)
+    _warn_about_password(redis)
+    options = AgentOptions(
+        queue=queue,
+        redis_url=redis,
+        deployment=deployment,
+        name=name or default_name(),
+        slots=slots,
+        work_dir=(work_dir or default_work_dir()).absolute(),
+        runtime=runtime,
+        gpus=gpus,
+        once=once,
+        idle_exit_seconds=idle_exit,
+    )
+    raise typer.Exit(run_agent(options))
+
+
+@app.command()
+def version() -> None:
+    """Prints the version and the protocol versions that this agent speaks."""
+    typer.echo(f"valohai-agent {__version__} (protocol {MIN_PROTOCOL_VERSION}..{PROTOCOL_VERSION})")
+
+
+def run_agent(options: AgentOptions) -> int:
+    """Runs until drained; gives the process's exit code, with the reason on the log."""
+    from valohai_agent.session import NameTaken
+
+    try:
+        _run_agent(options)
+    except NameTaken as exc:
+        logger.error("%s", exc, extra={"action": "name-taken"})
+        return EXIT_NAME_TAKEN
+    except (AgentError, ValueError) as exc:
+        logger.error("%s", exc, extra={"action": "refused"})
+        return EXIT_REFUSED
+    return 0
+
+
+def _run_agent(options: AgentOptions) -> None:
+    from valohai_agent.cache import InputCache
+    from valohai_agent.host import observe_host
+    from valohai_agent.job import JobRun, Surroundings
+    from valohai_agent.redis_link import connect, find_deployment
+    from valohai_agent.runtimes import select_runtime
+    from valohai_agent.session import AgentIdentity, Session
+    from valohai_agent.worker import LoopOptions, WorkerLoop
+    from valohai_agent.workspace import reap_leftovers
+
+    signals = Signals()
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    runtime = select_runtime(options.runtime, work_dir=options.work_dir)
+    host = observe_host()
+    cache = InputCache(options.work_dir / "cache")
+    reap = functools.partial(
+        reap_leftovers,
+        options.work_dir,
+        remove_containers=runtime.remove_leftovers,
+        remove_tree=runtime.remove_tree,
+    )
+    reap()
+    link = connect(options.redis_url, stop=signals.leaving)
+    if signals.leaving.is_set():
+        return
+    identity = AgentIdentity(
+        deployment=options.deployment or find_deployment(link),
+        group=options.queue,
+        name=options.name,
+        slots=options.slots,
+        runtime=runtime.name,
+        host=host,
+    )
+    session = Session(link, identity, work_dir=options.work_dir, cached=cache.keys)
+    session.register(stop=signals.leaving)
+    around = Surroundings(
+        runtime=runtime,
+        work_dir=options.work_dir,
+        worker=options.name,
+        host=host,
+        cache=cache,
+        gpus=options.gpus,
+    )
+    loop = WorkerLoop(
+        session,
+        LoopOptions(
+            slots=options.slots, once=options.once, idle_exit_seconds=options.idle_exit_seconds
+        ),
+        start_run=lambda lease: JobRun(lease, around),
+        reap=reap,
+    )
+    signals.attach(drain=loop.drain, stop=loop.stop_jobs)
+    _log_start(options, runtime.name)
+    try:
+        loop.run()
+    finally:
+        session.close()
+        link.close()
+    logger.info("agent %s is done", options.name, extra={"action": "exit"})
+
+
+class Signals:
+    """SIGTERM drains; SIGINT, or a second SIGTERM, also stops the running commands; the next one kills them."""
+
+    def __init__(self) -> None:
+        self.leaving = threading.Event()
+        self._stops = 0
+        self._drain: Callable[[], None] = lambda: None
+        self._stop: Callable[..., None] = lambda **_: None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._received)
+
+    def attach(self, *, drain: Callable[[], None], stop: Callable[..., None]) -> None:
+        self._drain, self._stop = drain, stop
+        if self.leaving.is_set():
+            drain()
+
+    def _received(self, number: int, frame: object) -> None:
+        again = self.leaving.is_set()
+        self.leaving.set()
+        self._drain()
+        if again or number == signal.SIGINT:
+            self._stops += 1
+            self._stop(hard=self._stops > 1)
+
+
+def _warn_about_password(url: str) -> None:
+    from valohai_agent.redis_link import has_password
+
+    if has_password(url) and any(url in argument for argument in sys.argv):
+        logger.warning(
+            "the Redis password is on the command line, where every user of this host can read it; set "
+            "VALOHAI_AGENT_REDIS instead",
+            extra={"action": "password-on-argv"},
+        )
+
+
+def _log_start(options: AgentOptions, runtime: str) -> None:
+    extra = {"action": "start", "worker": options.name, "group": options.queue, "runtime": runtime}
+    text = "agent %s %s takes jobs of %s in %d slots, %s runtime, working in %s"
+    values = (options.name, __version__, options.queue, options.slots, runtime, options.work_dir)
+    logger.info(text, *values, extra=extra)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

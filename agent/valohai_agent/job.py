@@ -1,0 +1,480 @@
+"""One attempt of one execution, from the lease to the last report.
+
+Phases: preparing (directories, code) -> pulling (image) -> downloading (inputs) -> running (the user's command, the
+only one that limits count) -> uploading (outputs, logs). Whatever happens, the attempt ends in one `finished` report,
+unless its lease was lost: then it ends in silence, since nothing of it counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from valohai_agent.archive import unpack_archive
+from valohai_agent.cache import InputCache
+from valohai_agent.clock import Clock, SystemClock
+from valohai_agent.config_files import HostFacts, build_environment, switch, write_config_files
+from valohai_agent.console import Console
+from valohai_agent.errors import AgentError
+from valohai_agent.host import Host
+from valohai_agent.inputs import InputFetcher
+from valohai_agent.lease import Lease
+from valohai_agent.local_api import LocalApi
+from valohai_agent.outputs import OutputCollector, OutputSummary, upload_logs
+from valohai_agent.phases import PhaseClock
+from valohai_agent.protocol import (
+    PROTOCOL_VERSION,
+    Finished,
+    Grants,
+    Leased,
+    LogStored,
+    Phase,
+    PhaseChanged,
+    Preempted,
+    StatusDetail,
+    StopAcknowledged,
+    Usage,
+    Warned,
+)
+from valohai_agent.runtimes.base import ExitStatus, Running, RunSpec, Runtime
+from valohai_agent.stopping import Cause, Limits, Patience, SignalName
+from valohai_agent.supervise import Supervisor
+from valohai_agent.transfer import Transferer
+from valohai_agent.verdict import Observed, judge, limit_words
+from valohai_agent.version import __version__
+from valohai_agent.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What all jobs of one agent share."""
+
+    runtime: Runtime
+    work_dir: Path
+    worker: str
+    host: Host = field(default_factory=Host)
+    cache: InputCache | None = None
+    gpus: str = ""
+    clock: Clock = field(default_factory=SystemClock)
+    patience: Patience = field(default_factory=Patience)
+
+
+class Ended(Exception):
+    """The attempt was told to end before its command began."""
+
+
+class JobRun:
+    """Runs one lease to its end; `stop`, `fence` and `upload_now` come from the command thread."""
+
+    def __init__(self, lease: Lease, around: Surroundings) -> None:
+        self.lease, self.job, self._around = lease, lease.job, around
+        self._clock = around.clock
+        self._phases = PhaseClock(
+            around.clock, changed=self._phase_changed, progress=lease.reporter.progress
+        )
+        self._limits = Limits(
+            time_limit_seconds=self.job.time_limit_seconds,
+            no_output_timeout_seconds=self.job.no_output_timeout_seconds,
+        )
+        self._supervisor = Supervisor(
+            around.clock,
+            limits=self._limits,
+            patience=around.patience,
+            last_output_at=lambda: self._console.last_output_at,
+            on_limit=self._limit_reached,
+            on_signal=self._signal_sent,
+            tick=lambda: self._console.tick(),
+        )
+        self._lock = threading.Lock()
+        self._stop_requested = False
+        self._stop_reason = ""
+        self._collecting = threading.Event()
+        self._cancel_preparing = threading.Event()
+        self._cancel_uploading = threading.Event()
+        self._storing_logs = False
+        self._collector: OutputCollector | None = None
+        self._exit: ExitStatus | None = None
+        self._usage = Usage()
+        self._console: Console
+        self._workspace: Workspace
+        self._grants = Grants()
+        lease.on_lost = self._lease_lost
+
+    # -- from outside ---------------------------------------------------------------------------------------------
+    def stop(self, *, hard: bool = False, cause: Cause = Cause.user, reason: str = "") -> None:
+        """A stop request: soft first (K-54), hard when it says so or comes again."""
+        with self._lock:
+            hard = hard or (self._stop_requested and cause is Cause.user)
+            self._stop_requested = self._stop_requested or cause is Cause.user
+            self._stop_reason = self._stop_reason or reason
+        if cause is Cause.shutdown:
+            self.lease.report(Preempted())
+        if self._collecting.is_set():
+            self._stop_while_uploading(hard)
+            return
+        if self._phases.current is not Phase.running:
+            self._acknowledge("none", "the command has not begun and will not")
+        self._cancel_preparing.set()
+        if hard:
+            self._supervisor.kill(cause)
+        else:
+            self._supervisor.stop(cause)
+
+    def fence(self) -> None:
+        """The control plane says that another attempt holds the lease."""
+        self.lease.fence()
+
+    def upload_now(self) -> None:
+        """Picks up live outputs without waiting for the next scan."""
+        if self._collector is not None and not self._collecting.is_set():
+            self._collector.scan_now()
+
+    # -- the attempt ----------------------------------------------------------------------------------------------
+    def run(self) -> None:
+        """Blocks until the attempt is over and its last report delivered (or its lease lost)."""
+        self.lease.start(self._leased(), aborted=self._waiting_is_pointless)
+        try:
+            self._run_in_workspace()
+        except Exception as exc:
+            logger.exception("attempt failed", extra={"action": "attempt-failed", **self._ids()})
+            reason = str(exc) if isinstance(exc, AgentError) else f"defect in the agent: {exc!r}"
+            self.lease.report(
+                Finished(outcome=judge(Observed(failure=reason)).outcome, reason=reason)
+            )
+        finally:
+            self.lease.reporter.flush()
+            self.lease.close()
+
+    def _run_in_workspace(self) -> None:
+        around = self._around
+        self._phases.enter(Phase.preparing)
+        self._workspace = Workspace.create(
+            around.work_dir, self.job.execution_id, self.lease.attempt, around.worker
+        )
+        logs_stored = False
+        try:
+            self._console = Console(
+                self._workspace.logs,
+                self.lease.live_log.put,
+                self.lease.reporter.metadata,
+                self._clock,
+            )
+            logs_stored = self._run_with_console()
+        finally:
+            self.lease.reporter.flush()
+            self._workspace.remove(
+                remove_tree=around.runtime.remove_tree, keep_logs=not logs_stored
+            )
+
+    def _run_with_console(self) -> bool:
+        failure: str | None = None
+        try:
+            with contextlib.ExitStack() as stack:
+                running = self._prepare(stack)
+                self._exit = self._watch(running)
+        except Ended:
+            pass
+        except AgentError as exc:
+            failure = str(exc)
+        except Exception as exc:  # the log and the outputs are worth saving even from a defect
+            logger.exception(
+                "defect in an attempt", extra={"action": "attempt-failed", **self._ids()}
+            )
+            failure = f"defect in the agent: {exc!r}"
+        summary = self._collect_outputs()
+        if self.lease.lost.is_set():
+            self._console.close()
+            self.lease.live_log.close(0)
+            return False
+        return self._finish(failure, summary)
+
+    # -- before the command -----------------------------------------------------------------------------------------
+    def _prepare(self, stack: contextlib.ExitStack) -> Running:
+        self._say_hello()
+        refusal = self._around.runtime.refuse(self.job)
+        if refusal:
+            raise AgentError(refusal)
+        self._grants = self.lease.grants()
+        self._console.add_secrets(self._secret_values())
+        self._go_on()
+        facts = self._facts()
+        valohai_dir = self._around.runtime.valohai_dir(self._workspace)
+        environment = build_environment(
+            self.job, secrets=self._grants.secrets, valohai_dir=valohai_dir, facts=facts
+        )
+        transferer = Transferer(cancelled=self._cancel_preparing)
+        self._clean(environment)
+        stack.callback(self._clean, environment)
+        self._unpack_code(transferer)
+        self._pull(environment)
+        inputs = self._download_inputs(transferer, environment, valohai_dir)
+        bind_host, public_host = self._around.runtime.api_hosts(environment)
+        api = stack.enter_context(
+            LocalApi(
+                bind_host=bind_host,
+                public_host=public_host,
+                inputs=self.job.inputs,
+                on_status_detail=lambda text: self.lease.report(StatusDetail(text=text)),
+                input_grants=self.lease.input_grants,
+            )
+        )
+        write_config_files(
+            self._workspace, self.job, inputs=inputs, api=api.endpoints(), facts=facts
+        )
+        return self._start(stack, environment, valohai_dir)
+
+    def _say_hello(self) -> None:
+        status, host = self._console.status, self._around.host.hostname
+        status(f"Starting job on {host}, valohai-agent {__version__} (protocol {PROTOCOL_VERSION})")
+        for notice in [*self.job.notices, *self._around.runtime.notices(self.job)]:
+            status(notice)
+
+    def _secret_values(self) -> list[str]:
+        values = list(self._grants.secrets.values())
+        return [*values, self._grants.registry.password] if self._grants.registry else values
+
+    def _unpack_code(self, transferer: Transferer) -> None:
+        archive = self._grants.archive
+        if archive is None:
+            reason = self._grants.refused.get("archive", "the control plane gave no reason")
+            raise AgentError(f"no permission to download the code archive: {reason}")
+        self._console.status("downloading repository (code)")
+        target = self._workspace.run / "code.tar.gz"
+        transferer.download(archive, target, name="code archive")
+        unpack_archive(target, self._workspace.repository, sha256=self.job.archive_sha256)
+        target.unlink(missing_ok=True)
+        self._go_on()
+
+    def _pull(self, environment: dict[str, str]) -> None:
+        self._phases.enter(Phase.pulling, f"pulling {self.job.image}")
+        self._around.runtime.pull(
+            self.job.image,
+            login=self._grants.registry,
+            progress=lambda words, done, total: self._phases.move(done, total, words),
+            force=switch(environment, "VH_NO_IMAGE_CACHE"),
+            cancelled=self._cancel_preparing,
+        )
+        self._go_on()
+
+    def _download_inputs(
+        self, transferer: Transferer, environment: dict[str, str], valohai_dir: str
+    ) -> dict[str, object]:
+        self._phases.enter(Phase.downloading)
+        fetcher = InputFetcher(
+            self._workspace,
+            valohai_dir=valohai_dir,
+            transferer=transferer,
+            cache=self._around.cache,
+            status=self._console.status,
+            on_ready=self.lease.report,
+            renew=lambda file_ids: self.lease.input_grants(file_ids).inputs,
+            progress=self._phases.move,
+            no_cache=switch(environment, "VH_NO_DATA_CACHE"),
+        )
+        inputs = fetcher.fetch(self.job.inputs, self._grants.inputs, self._grants.refused)
+        self._go_on()
+        return inputs
+
+    def _start(
+        self, stack: contextlib.ExitStack, environment: dict[str, str], valohai_dir: str
+    ) -> Running:
+        runtime, console = self._around.runtime, self._console
+        runtime.remove_leftovers(self.job.execution_id)
+        noun = "container" if runtime.name == "docker" else "process"
+        console.status(f"starting {noun}...")
+        self._collector = self._new_collector(valohai_dir)
+        self._go_on()
+        self._phases.enter(Phase.running)
+        console.touch()
+        running = runtime.start(self._run_spec(environment), console.feed)
+        stack.callback(running.remove)
+        console.status(f"started {noun} {running.id} on {self._around.host.hostname}")
+        self._collector.start_live()
+        return running
+
+    def _run_spec(self, environment: dict[str, str]) -> RunSpec:
+        job = self.job
+        return RunSpec(
+            workspace=self._workspace,
+            image=job.image,
+            commands=job.commands,
+            environment=environment,
+            mounts=job.mounts if job.mounts_allowed else (),
+            fail_fast=job.fail_fast,
+            respect_image_user=job.respect_image_user,
+            gpus=self._around.gpus,
+            project_name=job.project_name,
+            step=job.step,
+        )
+
+    def _clean(self, environment: dict[str, str]) -> None:
+        """VH_CLEAN: images and cached data go before and after (K-22)."""
+        if not switch(environment, "VH_CLEAN"):
+            return
+        freed = self._around.cache.clear() if self._around.cache else 0
+        self._console.status(
+            f"VH_CLEAN: removed {freed:,} bytes of cached inputs; {self._around.runtime.clean()}"
+        )
+
+    # -- the command and after ------------------------------------------------------------------------------------
+    def _watch(self, running: Running) -> ExitStatus:
+        status = self._supervisor.watch(running)
+        self._usage = running.usage()
+        if status.oom_killed:
+            self._usage = self._usage.model_copy(update={"oom_killed": True})
+        self._console.status(f"command ended with exit code {status.code}")
+        if status.message:
+            self._console.status(status.message)
+        return status
+
+    def _new_collector(self, valohai_dir: str) -> OutputCollector:
+        return OutputCollector(
+            self._workspace,
+            transferer=Transferer(cancelled=self._cancel_uploading),
+            request_grants=self.lease.request_grants,
+            report=self.lease.report,
+            status=self._console.status,
+            warn=self._warn,
+            progress=self._phases.move,
+            valohai_dir=valohai_dir,
+        )
+
+    def _collect_outputs(self) -> OutputSummary:
+        """Also after a crash or a stop (O-01); a failure is a problem, never an exception."""
+        self._collecting.set()
+        if self._collector is None or self.lease.lost.is_set():
+            return OutputSummary()
+        self._phases.enter(Phase.uploading)
+        try:
+            self._around.runtime.make_readable(self._workspace.outputs)
+            return self._collector.finish()
+        except AgentError as exc:
+            self._console.status(f"uploading outputs failed: {exc}")
+            return OutputSummary(problems=[f"uploading outputs failed: {exc}"])
+
+    def _finish(self, failure: str | None, summary: OutputSummary) -> bool:
+        verdict = judge(
+            Observed(
+                exit=self._exit,
+                cause=self._supervisor.cause,
+                stop_requested=self._stop_requested,
+                stop_reason=self._stop_reason,
+                failure=failure,
+                output_problems=summary.problems,
+                limits=self._limits,
+            )
+        )
+        self._console.status(
+            f"Execution {verdict.outcome.value}" + (f": {verdict.reason}" if verdict.reason else "")
+        )
+        logs = self._store_logs()
+        self.lease.report(
+            Finished(
+                outcome=verdict.outcome,
+                exit_code=verdict.exit_code,
+                reason=verdict.reason,
+                phases=self._phases.finish(),
+                usage=self._usage,
+                logs=logs,
+                interpolated_command="\n".join(self.job.commands),
+            )
+        )
+        return bool(logs)
+
+    def _store_logs(self) -> list[LogStored]:
+        """The complete files; what cannot be stored stays on the worker's disk for salvage."""
+        files = self._console.close()
+        self.lease.live_log.close()
+        self._storing_logs = True
+        try:
+            return upload_logs(
+                {name: log.path for name, log in files.items()},
+                {name: log.lines for name, log in files.items()},
+                transferer=Transferer(),
+                request_grants=self.lease.request_grants,
+                warn=lambda text: self.lease.report(Warned(message=text)),
+            )
+        except AgentError as exc:
+            self.lease.report(Warned(message=f"the complete log could not be stored: {exc}"))
+            return []
+
+    # -- small ones ---------------------------------------------------------------------------------------------------
+    def _leased(self) -> Leased:
+        host = self._around.host
+        return Leased(
+            runtime=self._around.runtime.name,
+            host=host.hostname,
+            machine_id=host.machine_id,
+            agent_version=__version__,
+            local_ips=host.local_ips,
+            gpus=host.gpus,
+        )
+
+    def _facts(self) -> HostFacts:
+        host = self._around.host
+        return HostFacts(
+            hostname=host.hostname,
+            worker=self._around.worker,
+            agent_version=__version__,
+            runtime=self._around.runtime.name,
+            local_ip=host.local_ips[0] if host.local_ips else "",
+            public_ip=host.public_ip,
+            machine_id=host.machine_id,
+        )
+
+    def _go_on(self) -> None:
+        if self._cancel_preparing.is_set() or self.lease.lost.is_set():
+            raise Ended
+
+    def _waiting_is_pointless(self) -> bool:
+        """Whether a wait for grants should end: before the command by any stop, later only by a hard one."""
+        if self._storing_logs:
+            return False
+        if self._collector is None:
+            return self._cancel_preparing.is_set()
+        return self._cancel_uploading.is_set()
+
+    def _lease_lost(self) -> None:
+        self._cancel_preparing.set()
+        self._cancel_uploading.set()
+        self._supervisor.kill(Cause.fenced)
+
+    def _stop_while_uploading(self, hard: bool) -> None:
+        if hard:
+            self._cancel_uploading.set()
+        text = (
+            "upload of the outputs is cut short"
+            if hard
+            else "the command has ended; its outputs are being uploaded"
+        )
+        self._acknowledge("none", text)
+
+    def _phase_changed(self, body: PhaseChanged) -> None:
+        self.lease.phase = body.phase.value
+        self.lease.report(body)
+
+    def _limit_reached(self, cause: Cause) -> None:
+        self._console.status(limit_words(cause, self._limits))
+
+    def _signal_sent(self, name: SignalName, cause: Cause) -> None:
+        if cause is Cause.fenced:
+            return
+        self._console.status(f"sent {name} to the command ({cause.value})")
+        self._acknowledge(
+            name, f"worker {self._around.worker} sent {name} to the command ({cause.value})"
+        )
+
+    def _acknowledge(self, signal_name: str, message: str) -> None:
+        self.lease.report(StopAcknowledged(signal=signal_name, message=message))
+
+    def _warn(self, message: str) -> None:
+        self._console.status(f"Warning: {message}")
+        self.lease.report(Warned(message=message))
+
+    def _ids(self) -> dict[str, object]:
+        return {"execution": self.job.execution_id, "attempt": self.lease.attempt}
