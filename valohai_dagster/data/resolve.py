@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
 from urllib.parse import unquote, urlsplit
 
 import sqlalchemy as sa
@@ -18,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from valohai_agent.protocol import Checksums, JobFile, JobInput
 from valohai_dagster.data import placement
-from valohai_dagster.data.input_spec import InputSpec
 from valohai_dagster.data.datums import Datum, get_datum, require_content
+from valohai_dagster.data.input_spec import InputSpec
 from valohai_dagster.errors import RefusedError, ResolutionError, StoreError
 from valohai_dagster.settings import GroupSettings
 from valohai_dagster.stores.base import Store
@@ -29,23 +28,6 @@ from valohai_dagster.stores.registry import Stores
 
 MAX_FILES = 100_000  # of one execution; more belong into an archive (O-17)
 _LATER = ("dataset", "model", "s3", "gs", "azure", "swift")
-
-
-class InputWanted(Protocol):
-    """What is asked for; `executions.spec_model.InputSpec` fits."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def uris(self) -> Sequence[str]: ...
-    @property
-    def optional(self) -> bool: ...
-    @property
-    def keep_directories(self) -> placement.KeepDirectories: ...
-    @property
-    def filename(self) -> str | None: ...
-    @property
-    def download(self) -> Literal["always", "on-demand"]: ...
 
 
 class Source(BaseModel):
@@ -87,7 +69,7 @@ class _Resolver:
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def files(self, spec: InputWanted) -> list[_Found]:
+    def files(self, spec: InputSpec) -> list[_Found]:
         """All files of one input in URI order; a URI that cannot be resolved becomes a problem."""
         found: list[_Found] = []
         for uri in spec.uris:
@@ -105,7 +87,7 @@ class _Resolver:
             )
         return found
 
-    def _resolve(self, spec: InputWanted, uri: str) -> Iterator[_Found]:
+    def _resolve(self, spec: InputSpec, uri: str) -> Iterator[_Found]:
         scheme = urlsplit(uri).scheme.lower()
         if scheme in ("http", "https"):
             yield _http(uri, spec)
@@ -120,7 +102,7 @@ class _Resolver:
                 "not an input URI; known are http(s)://, datum://, store://NAME/KEY and file:///PATH"
             )
 
-    def _datum(self, uri: str, spec: InputWanted) -> _Found:
+    def _datum(self, uri: str, spec: InputSpec) -> _Found:
         datum = require_content(get_datum(self.connection, uri, project_id=self.project_id))
         return _Found(
             path=placement.place_datum(datum.name, keep=spec.keep_directories),
@@ -130,7 +112,7 @@ class _Resolver:
             datum=datum,
         )
 
-    def _objects(self, uri: str, spec: InputWanted) -> Iterator[_Found]:
+    def _objects(self, uri: str, spec: InputSpec) -> Iterator[_Found]:
         served = self.stores.serving(uri)
         if served is not None:
             store, pattern = served
@@ -181,7 +163,7 @@ class _Resolver:
 
 
 def resolve_inputs(
-    inputs: Sequence[InputWanted],
+    inputs: Sequence[InputSpec],
     *,
     connection: sa.Connection,
     stores: Stores,
@@ -213,7 +195,7 @@ def resolve_inputs(
     return ResolvedInputs(inputs=jobs, sources=sources, warnings=resolver.warnings)
 
 
-def _checked(resolver: _Resolver, spec: InputWanted) -> list[_Found]:
+def _checked(resolver: _Resolver, spec: InputSpec) -> list[_Found]:
     known = len(resolver.problems)
     kept: list[_Found] = []
     for found in resolver.files(spec):
@@ -228,14 +210,14 @@ def _checked(resolver: _Resolver, spec: InputWanted) -> list[_Found]:
     return kept
 
 
-def _nothing(spec: InputWanted) -> str:
+def _nothing(spec: InputSpec) -> str:
     if not spec.uris:
         return f"input {spec.name!r} is required and has no URI; give it one at launch or a default in valohai.yaml"
     shown = ", ".join(_shown(uri) for uri in spec.uris)
     return f"input {spec.name!r} is required, but no file matches {shown}; check the path, or make the input optional"
 
 
-def _select(store: Store, pattern: str, spec: InputWanted) -> Iterator[tuple[str, str, int | None]]:
+def _select(store: Store, pattern: str, spec: InputSpec) -> Iterator[tuple[str, str, int | None]]:
     """(key, path, size) of the objects that a key or wildcard means, in key order."""
     if not has_wildcard(pattern):
         found = store.stat(check_key(pattern, store=store.name))
@@ -261,7 +243,7 @@ def _literal_prefix(wildcard: Wildcard) -> str:
     return wildcard.pattern.partition("*")[0]
 
 
-def _http(uri: str, spec: InputWanted) -> _Found:
+def _http(uri: str, spec: InputSpec) -> _Found:
     parts = urlsplit(uri)
     if not parts.hostname or parts.port == 0:
         raise RefusedError("the URL has no host")
