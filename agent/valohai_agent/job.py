@@ -107,9 +107,9 @@ class JobRun:
 
     # -- from outside ---------------------------------------------------------------------------------------------
     def stop(self, *, hard: bool = False, cause: Cause = Cause.user, reason: str = "") -> None:
-        """A stop request: soft first (K-54), hard when it says so or comes again."""
+        """A stop request (K-54). Repeating a soft one changes nothing: commands are delivered at least once, so it is the
+        control plane that counts requests and sends a hard one."""
         with self._lock:
-            hard = hard or (self._stop_requested and cause is Cause.user)
             self._stop_requested = self._stop_requested or cause is Cause.user
             self._stop_reason = self._stop_reason or reason
         if cause is Cause.shutdown:

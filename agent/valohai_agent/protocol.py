@@ -436,7 +436,8 @@ class Report(Message):
 class Command(Message):
     """One entry of an agent's command stream, stored as JSON under the field `c`.
 
-    stop: K-54 sequence for one execution (a second one counts as stop-hard). stop-hard: SIGKILL at once.
+    stop: K-54 sequence for one execution; repeating it changes nothing. stop-hard: SIGKILL at once, sent for a user's
+    second request (the control plane counts, since commands are delivered at least once).
     fence: the attempt lost its lease, kill it and report nothing. drain: finish what runs, take nothing new, exit.
     upload-now: pick up outputs now. update: exit when idle so that the supervisor starts a newer agent.
     """
