@@ -11,9 +11,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from valohai_agent.protocol import Job, JobInput
+from valohai_agent.protocol import Job
 from valohai_dagster.data.resolve import Source, resolve_inputs
-from valohai_dagster.data.secrets import variables_of_groups
+from valohai_dagster.data.secrets import SecretKey, unknown_groups, variables_of_groups
 from valohai_dagster.errors import RefusedError, SpecError
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.settings import Settings
@@ -41,10 +41,21 @@ def choose_group(spec: ExecutionSpec, settings: Settings) -> tuple[str, list[str
 
 
 def prepare(
-    conn: sa.Connection, spec: ExecutionSpec, row: Any, *, group: str, notices: list[str], settings: Settings, stores: Stores
+    conn: sa.Connection,
+    spec: ExecutionSpec,
+    row: Any,
+    *,
+    group: str,
+    notices: list[str],
+    settings: Settings,
+    stores: Stores,
+    secret_key: SecretKey,
 ) -> Prepared:
     """Raises `ProblemsError` or `RefusedError` with everything that is wrong."""
-    variables, secret_names = _variables(conn, spec)
+    if spec.upload_store is not None:
+        stores[spec.upload_store]  # raises for an unknown one, before the work is done
+    variables, secret_names = _variables(conn, spec, secret_key)
+    unknown = unknown_groups(conn, spec.environment_variable_groups)
     resolved = resolve_inputs(
         spec.inputs,
         connection=conn,
@@ -76,16 +87,23 @@ def prepare(
         fail_fast=spec.fail_fast,
         time_limit_seconds=spec.time_limit_seconds or settings.time_limit_seconds,
         no_output_timeout_seconds=spec.no_output_timeout_seconds or settings.no_output_timeout_seconds,
-        notices=[*spec.warnings, *notices, *resolved.warnings],
+        notices=[
+            *spec.warnings,
+            *notices,
+            *resolved.warnings,
+            *(f"the environment variable group {name!r} is empty or unknown" for name in unknown),
+        ],
     )
     return Prepared(job=job, sources=dict(resolved.sources))
 
 
-def _variables(conn: sa.Connection, spec: ExecutionSpec) -> tuple[dict[str, str], set[str]]:
+def _variables(
+    conn: sa.Connection, spec: ExecutionSpec, secret_key: SecretKey
+) -> tuple[dict[str, str], set[str]]:
     """K-73: groups below the step's and the launch's values. Secret ones travel only with the grants."""
     plain: dict[str, str] = {}
     secret_names: set[str] = set()
-    for variable in variables_of_groups(conn, spec.environment_variable_groups):
+    for variable in variables_of_groups(conn, spec.environment_variable_groups, secret_key):
         if variable.secret:
             secret_names.add(variable.name)
             plain.pop(variable.name, None)
@@ -127,6 +145,3 @@ def execution_config(spec: ExecutionSpec, row: Any, group: str) -> dict[str, Any
         "valohai.project-name": spec.project.name,
     }
 
-
-def inputs_by_file(inputs: list[JobInput]) -> dict[str, JobInput]:
-    return {file.id: item for item in inputs for file in item.files}

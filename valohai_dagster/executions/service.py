@@ -72,6 +72,7 @@ class ExecutionService:
         self.settings = settings
         self.records = records
         self.stores = stores
+        self.secret_key = secret_key
         self.clock = clock
         self.keys = p.Keys(records.deployment_id)
         self.dispatch = Dispatch(broker, self.keys)
@@ -204,7 +205,14 @@ class ExecutionService:
             try:
                 group, notices = choose_group(spec, self.settings)
                 prepared = prepare(
-                    conn, spec, row, group=group, notices=notices, settings=self.settings, stores=self.stores
+                    conn,
+                    spec,
+                    row,
+                    group=group,
+                    notices=notices,
+                    settings=self.settings,
+                    stores=self.stores,
+                    secret_key=self.secret_key,
                 )
             except ValohaiError as error:
                 refusal = {"status": ExecutionStatus.error.value, "reason": str(error), "ended_at": self.clock()}

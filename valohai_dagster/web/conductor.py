@@ -14,7 +14,7 @@ from datetime import timedelta
 import uvicorn
 
 from valohai_dagster.broker.connection import broker_url, connect_async
-from valohai_dagster.data.secrets import SecretKey
+from valohai_dagster.data.secrets import load_secret_key
 from valohai_dagster.embedded.conductor import conductor_lock, info_path
 from valohai_dagster.embedded.redis import EmbeddedRedis
 from valohai_dagster.errors import ConfigurationError
@@ -56,7 +56,7 @@ async def _serve(settings: Settings, on_demand: bool) -> None:
         broker=broker,
         broker_url=broker_url(settings),
         stores=stores,
-        secret_key=SecretKey.load(settings),
+        secret_key=load_secret_key(settings),
     )
     listener = _listen(settings)
     server = _http_server(settings, records, stores)
