@@ -6,11 +6,12 @@ It is what a client submits and what the records keep; it holds no secrets and n
 from __future__ import annotations
 
 import uuid
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from valohai_agent.protocol import JobMount
+from valohai_dagster.data.input_spec import InputSpec
 
 _NAMESPACE = uuid.UUID("5f1c1f4e-6d0f-5b7c-9b62-6c8e3f1f0a11")
 
@@ -38,17 +39,6 @@ class CommitRef(Spec):
     archive_key: str
     archive_sha256: str
     archive_size: int | None = None
-
-
-class InputSpec(Spec):
-    """URIs of one input, not resolved yet; `{parameter:NAME}` already replaced (I-04)."""
-
-    name: str
-    uris: list[str] = Field(default_factory=list)
-    optional: bool = False
-    keep_directories: Literal["none", "suffix", "full"] = "none"
-    filename: str | None = None
-    download: Literal["always", "on-demand"] = "always"
 
 
 class ExecutionSpec(Spec):

@@ -1,0 +1,252 @@
+"""The execution service against a real Redis and real records, with agents that the tests play."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from tests.support.redis_server import RedisServer
+from tests.support.service import RunningService, make_spec, running_service, static_settings
+from valohai_agent import protocol as p
+from valohai_dagster.data.secrets import load_secret_key, set_variable
+from valohai_dagster.executions.spec_model import InputSpec
+from valohai_dagster.executions.stream import EventKind, ExecutionStatus, ExecutionView
+from valohai_dagster.records import tables as t
+from valohai_dagster.settings import Settings
+
+
+@pytest.fixture
+def service(settings: Settings) -> Iterator[RunningService]:
+    with running_service(static_settings(settings)) as service:
+        yield service
+
+
+def final_view(service: RunningService, execution_id: str) -> ExecutionView:
+    return ExecutionView.model_validate(service.final(execution_id).data)
+
+
+def test_l01_an_execution_goes_from_created_over_queued_and_started_to_complete(
+    service: RunningService, redis_server: RedisServer
+):
+    spec = make_spec(parameters={"epochs": 3, "skip": None})
+    service.client.submit(spec)
+    lease = service.agent(redis_server).take()
+    assert lease.job.parameters == {"epochs": 3}  # K-32: no nulls
+    lease.leased()
+    grants = lease.wait_grants()
+    assert grants.initial
+    assert grants.archive is not None
+    datum_id = lease.store("models/model.pkl", b"weights")
+    lease.report(p.MetadataEvents(events=[{"loss": 0.5, "_time": "2026-01-01T00:00:00Z"}]))
+    lease.report(p.MetadataEvents(events=[{"accuracy": 0.9}, {"loss": 0.1}]))
+    lease.finish(exit_code=0)
+    view = final_view(service, spec.execution_id)
+    assert view.status is ExecutionStatus.complete
+    assert view.latest_metadata["loss"] == 0.1
+    assert view.latest_metadata["accuracy"] == 0.9
+    assert [(o.id, o.name, o.size) for o in view.outputs] == [(datum_id, "models/model.pkl", 7)]
+    assert view.outputs[0].url == service.settings.datum_url(datum_id)
+    assert view.counter == 1
+
+
+def test_submitting_twice_makes_one_execution_and_tells_how_it_stands(
+    service: RunningService, redis_server: RedisServer
+):
+    spec = make_spec()
+    service.client.submit(spec)
+    service.client.submit(spec)
+    agent = service.agent(redis_server)
+    lease = agent.take()
+    time.sleep(0.3)
+    assert agent.try_take() is None
+    lease.leased()
+    lease.finish()
+    service.final(spec.execution_id)
+    service.client.submit(spec)
+    time.sleep(0.3)
+    kinds = [e.kind for e in service.events(spec.execution_id, lambda e: e.kind is EventKind.final)]
+    assert kinds.count(EventKind.snapshot) >= 1
+    with service.records.read() as conn:
+        assert conn.execute(sa.select(sa.func.count()).select_from(t.executions)).scalar() == 1
+
+
+def test_a_required_input_that_cannot_be_resolved_refuses_the_execution_with_all_problems(service: RunningService):
+    inputs = [
+        InputSpec(name="data", uris=["datum://no-such-alias"]),
+        InputSpec(name="more", uris=["store://local/nothing/*.csv"]),
+    ]
+    spec = make_spec(inputs=inputs)
+    service.client.submit(spec)
+    view = final_view(service, spec.execution_id)
+    assert view.status is ExecutionStatus.error
+    assert "no-such-alias" in str(view.reason)
+    assert "nothing/*.csv" in str(view.reason)
+
+
+def test_an_unknown_environment_runs_in_the_default_group_and_says_so(
+    service: RunningService, redis_server: RedisServer
+):
+    service.client.submit(make_spec(environment="aws-eu-west-1-p3"))
+    lease = service.agent(redis_server).take()
+    assert any("aws-eu-west-1-p3" in notice for notice in lease.job.notices)
+
+
+def test_secrets_travel_only_in_sealed_grants(service: RunningService, redis_server: RedisServer):
+    from datetime import datetime, timezone
+
+    key = load_secret_key(service.settings)
+    with service.records.write() as conn:
+        now = datetime.now(timezone.utc)
+        set_variable(conn, key, group="aws", name="TOKEN", value="s3cr3t-token-value", now=now)
+        set_variable(conn, key, group="aws", name="REGION", value="eu", now=now, secret=False)
+    service.client.submit(make_spec(environment_variable_groups=["aws"]))
+    lease = service.agent(redis_server).take()
+    lease.leased()
+    deadline = time.monotonic() + 5
+    stream = service.keys.grant("local", lease.job.execution_id)
+    with redis_server.client() as client:
+        while not client.exists(stream):
+            assert time.monotonic() < deadline
+        for found in client.scan_iter():
+            kind = client.type(found).decode()
+            content = repr(client.xrange(found) if kind == "stream" else client.dump(found))
+            assert "s3cr3t-token-value" not in content, found
+    assert lease.job.environment_variables == {"REGION": "eu"}
+    assert lease.wait_grants().secrets == {"TOKEN": "s3cr3t-token-value"}
+
+
+def test_l02_a_waiting_execution_is_stopped_at_once(service: RunningService, redis_server: RedisServer):
+    spec = make_spec()
+    service.client.submit(spec)
+    service.events(spec.execution_id, lambda e: e.kind is EventKind.snapshot)
+    service.client.stop(spec.execution_id, reason="changed my mind")
+    view = final_view(service, spec.execution_id)
+    assert (view.status, view.reason) == (ExecutionStatus.stopped, "changed my mind")
+    assert service.agent(redis_server).try_take() is None
+
+
+def test_l20_a_stop_reaches_the_worker_and_a_second_one_is_hard(
+    service: RunningService, redis_server: RedisServer
+):
+    spec = make_spec()
+    service.client.submit(spec)
+    agent = service.agent(redis_server)
+    lease = agent.take()
+    lease.leased()
+    lease.wait_grants()
+    service.client.stop(spec.execution_id)
+    service.events(spec.execution_id, lambda e: "stop sent to worker" in e.message)
+    lease.report(p.StopAcknowledged(signal="SIGINT"))
+    service.client.stop(spec.execution_id)
+    service.events(spec.execution_id, lambda e: "stop-hard sent" in e.message)
+    assert [c.kind for c in agent.commands()] == ["stop", "stop-hard"]
+    lease.finish(p.Outcome.complete)  # L-03
+    view = final_view(service, spec.execution_id)
+    assert view.status is ExecutionStatus.stopped
+
+
+def test_reports_under_a_wrong_token_have_no_effect_and_fence_their_sender(
+    service: RunningService, redis_server: RedisServer
+):
+    spec = make_spec()
+    service.client.submit(spec)
+    agent = service.agent(redis_server)
+    lease = agent.take()
+    lease.leased()
+    lease.wait_grants()
+    lease.report(p.Finished(outcome=p.Outcome.error), seq=99, token="stolen")
+    lease.report(p.Warned(message="from a fenced one"), seq=98, token="stolen")
+    lease.finish()
+    view = final_view(service, spec.execution_id)
+    assert view.status is ExecutionStatus.complete
+    assert "fence" in [c.kind for c in agent.commands()]
+
+
+def test_a_report_delivered_twice_applies_once(service: RunningService, redis_server: RedisServer):
+    spec = make_spec()
+    service.client.submit(spec)
+    agent = service.agent(redis_server)
+    lease = agent.take()
+    lease.leased()
+    lease.wait_grants()
+    report = lease.report(p.MetadataEvents(events=[{"n": 1}]))
+    agent.send(report)
+    lease.finish()
+    service.final(spec.execution_id)
+    with service.records.read() as conn:
+        assert conn.execute(sa.select(sa.func.count()).select_from(t.metadata_events)).scalar() == 1
+
+
+def test_an_output_without_a_grant_never_becomes_a_datum(service: RunningService, redis_server: RedisServer):
+    spec = make_spec()
+    service.client.submit(spec)
+    lease = service.agent(redis_server).take()
+    lease.leased()
+    lease.report(p.OutputStored(upload_id="forged", name="x", size=1, checksums=p.Checksums()))
+    lease.finish()
+    assert final_view(service, spec.execution_id).outputs == []
+
+
+def test_a_service_that_dies_is_followed_by_one_that_goes_on(service: RunningService, redis_server: RedisServer):
+    spec = make_spec()
+    service.client.submit(spec)
+    lease = service.agent(redis_server).take()
+    lease.leased()
+    lease.wait_grants()
+    service.kill()
+    lease.report(p.MetadataEvents(events=[{"while": "nobody listens"}]))
+    lease.finish(exit_code=0)
+    service.start()
+    view = final_view(service, spec.execution_id)
+    assert view.status is ExecutionStatus.complete
+    assert view.latest_metadata["while"] == "nobody listens"
+
+
+def test_an_execution_submitted_while_no_service_runs_is_taken_up_later(
+    service: RunningService, redis_server: RedisServer
+):
+    service.kill()
+    spec = make_spec()
+    service.client.submit(spec)
+    service.start()
+    assert service.agent(redis_server).take().job.execution_id == spec.execution_id
+
+
+def test_a_job_of_a_newer_protocol_stays_in_the_queue_for_an_agent_that_speaks_it(
+    service: RunningService, redis_server: RedisServer
+):
+    service.client.submit(make_spec())
+    agent = service.agent(redis_server)
+    redis_server.client().blpop([service.keys.bell("local")], timeout=5)
+    assert agent.try_take(protocol=(p.PROTOCOL_VERSION + 1, p.PROTOCOL_VERSION + 2)) is None
+    assert agent.try_take() is not None
+
+
+def test_i32_changed_content_under_one_url_is_warned_about(service: RunningService, redis_server: RedisServer):
+    agent = service.agent(redis_server)
+    for sha in ("a" * 64, "b" * 64):
+        spec = make_spec(inputs=[InputSpec(name="data", uris=["http://example.org/data.csv"])])
+        service.client.submit(spec)
+        lease = agent.take()
+        lease.leased()
+        lease.wait_grants()
+        file = lease.job.inputs[0].files[0]
+        checksums = p.Checksums(sha256=sha)
+        lease.report(p.InputReady(input="data", file_id=file.id, name=file.name, size=3, checksums=checksums))
+        lease.finish()
+        events = service.events(spec.execution_id, lambda e: e.kind is EventKind.final)
+        warned = [e.message for e in events if e.kind is EventKind.warning]
+    assert any("http://example.org/data.csv" in text for text in warned)
+
+
+def test_credentials_in_an_input_url_are_not_in_the_job(service: RunningService, redis_server: RedisServer):
+    url = "http://user:hunter22@example.org/data.csv"
+    service.client.submit(make_spec(inputs=[InputSpec(name="data", uris=[url])]))
+    lease = service.agent(redis_server).take()
+    assert "hunter22" not in lease.job.model_dump_json()
+    lease.leased()
+    grants = lease.wait_grants()
+    assert [transfer.url for transfer in grants.inputs.values()] == [url]
