@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import hmac
+import json
+import logging
+import secrets
+import shutil
+import threading
 from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
 
-from valohai_agent.protocol import Grants, JobInput
+from valohai_agent.errors import AgentError
+from valohai_agent.protocol import Grants, JobFile, JobInput, Transfer
+from valohai_agent.transfer import file_path
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 64 * 1024
+MAX_DETAIL_CHARACTERS = 1000
+NO_CATALOG = "This platform has no trigger catalogue yet: call the webhook's URL directly."
 
 
 class LocalApi:
-    """Serves set_status_detail, input_request and trigger_catalog under a token that only api.json names.
+    """Serves set_status_detail, input_request and trigger_catalog under a token only api.json names.
 
-    `bind_host` and `public_host` are `Runtime.api_hosts(...)`: where to listen, and what the command connects to.
-    `input_grants(file_ids)` asks the control plane (kind `input`); files granted as `file://` are served from here,
-    since the command cannot see them. Use as a context manager.
+    `bind_host` and `public_host` are `Runtime.api_hosts(...)`: where to listen, and what the command
+    connects to. `input_grants(file_ids)` asks the control plane (kind `input`); files granted as
+    `file://` are served from here, since the command cannot see them. A context manager.
     """
 
     def __init__(
@@ -25,17 +41,183 @@ class LocalApi:
         on_status_detail: Callable[[str], None],
         input_grants: Callable[[list[str]], Grants],
     ) -> None:
-        raise NotImplementedError
+        self._token = secrets.token_urlsafe(32)
+        self._inputs = {item.input_id: item for item in inputs}
+        self._on_status_detail = on_status_detail
+        self._input_grants = input_grants
+        self._served: dict[str, Transfer] = {}
+        self._server = ThreadingHTTPServer((bind_host, 0), _handler(self))
+        self._server.daemon_threads = True
+        self._base = f"http://{public_host}:{self._server.server_address[1]}"
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True
+        )
+        self._thread.start()
 
     def endpoints(self) -> dict[str, Any]:
-        """Content of api.json."""
-        raise NotImplementedError
+        """Content of api.json: each entry is enough for `requests.request(**entry)` (K-39)."""
+        headers = {"Authorization": f"Bearer {self._token}"}
+        methods = {"set_status_detail": "POST", "input_request": "GET", "trigger_catalog": "GET"}
+        return {
+            name: {"url": f"{self._base}/{name}", "method": method, "headers": headers}
+            for name, method in methods.items()
+        }
 
     def close(self) -> None:
-        raise NotImplementedError
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
 
     def __enter__(self) -> LocalApi:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    # -- called by the handler ---------------------------------------------------------------------
+    def authorized(self, header: str | None) -> bool:
+        expected = f"Bearer {self._token}"
+        return header is not None and hmac.compare_digest(header.encode(), expected.encode())
+
+    def set_status_detail(self, body: Any) -> tuple[int, Any]:
+        text = body.get("status_detail") if isinstance(body, dict) else None
+        if not isinstance(text, str):
+            return 400, {"detail": 'The body must be {"status_detail": "text"}.'}
+        self._on_status_detail(text[:MAX_DETAIL_CHARACTERS])
+        return 200, {"ok": True}
+
+    def input_request(self, input_ids: list[str]) -> tuple[int, Any]:
+        unknown = [input_id for input_id in input_ids if input_id not in self._inputs]
+        if unknown or not input_ids:
+            return 404, {"detail": f"No such input of this execution: {unknown or 'none given'}."}
+        files = [file for input_id in input_ids for file in self._inputs[input_id].files]
+        grants = self._input_grants([file.id for file in files])
+        missing = [file.id for file in files if file.id not in grants.inputs]
+        if missing:
+            reason = grants.refused.get(missing[0], "the control plane granted no access")
+            return 403, {"detail": f"{len(missing)} files cannot be had: {reason}."}
+        return 200, [self._described(self._inputs[i], grants) for i in input_ids]
+
+    def file(self, token: str) -> Transfer | None:
+        return self._served.get(token)
+
+    def _described(self, item: JobInput, grants: Grants) -> dict[str, Any]:
+        return {
+            "files": [
+                {
+                    "filename": file.name,
+                    "url": self._url(file, grants.inputs[file.id]),
+                    "input_id": item.input_id,
+                }
+                for file in item.files
+            ]
+        }
+
+    def _url(self, file: JobFile, grant: Transfer) -> str:
+        if urlsplit(grant.url).scheme != "file" and not grant.headers:
+            return grant.url
+        token = secrets.token_urlsafe(24)
+        self._served[token] = grant
+        return f"{self._base}/files/{token}/{quote(file.name.rpartition('/')[2])}"
+
+
+def _handler(api: LocalApi) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        timeout = 60
+
+        def do_GET(self) -> None:
+            parts = urlsplit(self.path)
+            if parts.path.startswith("/files/"):
+                self._send_file(parts.path.split("/")[2])
+            elif not api.authorized(self.headers.get("Authorization")):
+                self._answer(401, {"detail": "Use the headers of api.json."})
+            elif parts.path == "/input_request":
+                self._guarded(lambda: api.input_request(parse_qs(parts.query).get("inputs", [])))
+            elif parts.path == "/trigger_catalog":
+                self._answer(404, {"detail": NO_CATALOG})
+            else:
+                self._answer(404, {"detail": "No such endpoint."})
+
+        def do_POST(self) -> None:
+            body = self._body()
+            if not api.authorized(self.headers.get("Authorization")):
+                self._answer(401, {"detail": "Use the headers of api.json."})
+            elif urlsplit(self.path).path == "/set_status_detail":
+                self._guarded(lambda: api.set_status_detail(body))
+            else:
+                self._answer(404, {"detail": "No such endpoint."})
+
+        def _guarded(self, action: Callable[[], tuple[int, Any]]) -> None:
+            try:
+                status, answer = action()
+            except Exception as error:  # the outermost frame of a request
+                log.warning("local API: %s", error, extra={"action": "local-api"})
+                words = str(error) if isinstance(error, AgentError) else "The agent failed."
+                status, answer = 503, {"detail": words}
+            self._answer(status, answer)
+
+        def _body(self) -> Any:
+            length = self.headers.get("Content-Length", "0")
+            size = int(length) if length.isdigit() else MAX_BODY_BYTES + 1
+            if size > MAX_BODY_BYTES:
+                self.close_connection = True
+                return None
+            try:
+                return json.loads(self.rfile.read(size) or b"null")
+            except ValueError:
+                return None
+
+        def _answer(self, status: int, content: Any) -> None:
+            data = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def _send_file(self, token: str) -> None:
+            grant = api.file(token)
+            if grant is None:
+                self._answer(404, {"detail": "No such file."})
+                return
+            if urlsplit(grant.url).scheme == "file":
+                self._send_local(grant)
+            else:
+                self._relay(grant)
+
+        def _send_local(self, grant: Transfer) -> None:
+            try:
+                file = file_path(grant.url).open("rb")
+            except OSError as error:
+                self._answer(404, {"detail": f"The file cannot be read: {error.strerror}."})
+                return
+            with file:
+                self._stream(file, file.seek(0, 2))
+
+        def _stream(self, file: Any, size: int) -> None:
+            file.seek(0)
+            self.send_response(200)
+            self.send_header("Content-Type", "application/octet-stream")
+            self.send_header("Content-Length", str(size))
+            self.end_headers()
+            shutil.copyfileobj(file, self.wfile, 1024 * 1024)
+
+        def _relay(self, grant: Transfer) -> None:
+            """Fetches on the command's behalf where the request needs headers it cannot know."""
+            import requests
+
+            with requests.get(
+                grant.url, headers=grant.headers, stream=True, timeout=(10, 60)
+            ) as response:
+                self.send_response(response.status_code)
+                self.send_header("Connection", "close")
+                self.end_headers()
+                self.close_connection = True
+                for chunk in response.iter_content(1024 * 1024):
+                    self.wfile.write(chunk)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Keeps tokens in paths out of the log."""
+
+    return Handler
