@@ -61,7 +61,7 @@ bench-dispatch: $(RUN_STAMP)  ## Time from launch to first output line, against 
 	@$(BIN)/python -m bench.dispatch
 
 clean:  ## Stop what runs and remove everything that make made
-	-@if [ -x $(BIN)/valohai-dagster ]; then $(BIN)/valohai-dagster down --quiet; fi
+	-@if [ -x $(BIN)/valohai-dagster ]; then $(BIN)/valohai-dagster down; fi
 	rm -rf $(VENV) .valohai .demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +

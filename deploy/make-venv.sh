@@ -40,6 +40,8 @@ install() {
     if command -v uv >/dev/null 2>&1; then
         uv pip install -q --python "$venv/bin/python" "$@"
     else
+        "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip -q ||
+            fail "$venv has no pip. Run:  make clean"
         # --group needs pip 25.1
         "$venv/bin/python" -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1'
         "$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"

@@ -1,0 +1,90 @@
+"""`valohai-dagster outputs RUN`: lists the files that a run made, and downloads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from valohai_dagster.cli.download import Target, download_all
+from valohai_dagster.cli.lookup import REFERENCE_HELP, find_executions
+from valohai_dagster.cli.render import size_text
+from valohai_dagster.records import tables as t
+from valohai_dagster.records.engine import open_records
+from valohai_dagster.settings import load_settings
+from valohai_dagster.stores.registry import open_stores
+
+
+def outputs(
+    run: str = typer.Argument("latest", help=REFERENCE_HELP),
+    download: bool = typer.Option(False, "--download", "-d", help="Fetch the files."),
+    to: Path = typer.Option(
+        Path("outputs"), "--to", help="Directory for the files; made when missing."
+    ),
+    step: str | None = typer.Option(None, "--step", help="Only this step's files."),
+    overwrite: bool = typer.Option(
+        False, "--overwrite", help="Replace files that exist and differ."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
+) -> None:
+    """List the output files of a run or execution, or download them."""
+    settings = load_settings()
+    records = open_records(settings)
+    with records.read() as conn:
+        rows = _rows(conn, find_executions(conn, run, step=step))
+    if download:
+        targets = _targets(rows, to)
+        download_all(targets, open_stores(settings), overwrite=overwrite, quiet=as_json)
+    if as_json:
+        print(json.dumps([_as_dict(row, settings.datum_url(row.id)) for row in rows], indent=2))
+    elif not download:
+        _print(rows, settings.datum_url)
+
+
+def _rows(conn: sa.Connection, executions: list[str]) -> list[Any]:
+    """Datum rows with their step, in order of execution and name."""
+    query = (
+        sa.select(t.datums, t.executions.c.step, t.executions.c.counter)
+        .join(t.executions, t.executions.c.id == t.datums.c.execution_id)
+        .where(t.datums.c.execution_id.in_(executions))
+        .order_by(t.executions.c.counter, t.datums.c.name)
+    )
+    return list(conn.execute(query))
+
+
+def _targets(rows: list[Any], directory: Path) -> list[Target]:
+    """One step's files go straight into the directory, several steps' files into a folder per step."""
+    several = len({row.execution_id for row in rows}) > 1
+    return [
+        Target(
+            store=row.store,
+            key=row.key,
+            sha256=row.sha256,
+            size=row.size,
+            directory=directory / f"{row.step}-{row.counter}" if several else directory,
+            name=row.name,
+        )
+        for row in rows
+        if not row.purged
+    ]
+
+
+def _as_dict(row: Any, url: str) -> dict[str, Any]:
+    fields = ("id", "name", "size", "md5", "sha1", "sha256", "step", "counter", "execution_id")
+    values = {name: getattr(row, name) for name in fields}
+    return {**values, "uri": f"datum://{row.id}", "url": url, "metadata": row.metadata}
+
+
+def _print(rows: list[Any], datum_url: Any) -> None:
+    table = Table("step", "file", "size", "opens at", box=None, pad_edge=False)
+    for row in rows:
+        note = " (purged)" if row.purged else ""
+        table.add_row(
+            f"{row.step} #{row.counter}", row.name + note, size_text(row.size), datum_url(row.id)
+        )
+    Console().print(table if rows else "No output files.")

@@ -1,0 +1,93 @@
+"""How the commands write sizes, durations, phases and values for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from valohai_agent.protocol import PhaseSpan
+from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
+
+PHASES: tuple[str, ...] = ("queued", "preparing", "pulling", "downloading", "running", "uploading")
+STYLE = {
+    ExecutionStatus.complete: "green",
+    ExecutionStatus.error: "red",
+    ExecutionStatus.crashed: "red",
+    ExecutionStatus.stopped: "yellow",
+    ExecutionStatus.stopping: "yellow",
+    ExecutionStatus.stopping_hard: "yellow",
+}
+
+
+def size_text(size: int | None) -> str:
+    """Decimal units, as the logs of inputs use them (I-31).
+
+    >>> size_text(70591)
+    '70.6 kB'
+    """
+    if size is None:
+        return "?"
+    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{size} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """
+    >>> seconds_text(0.42), seconds_text(63.2), seconds_text(3725)
+    ('0.4 s', '1 min 3 s', '1 h 2 min')
+    """
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+
+
+def value_text(value: Any) -> str:
+    """One metric value, floats without noise digits."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def metrics_text(values: Mapping[str, Any]) -> str:
+    """`epoch=3 loss=0.12`; nested values and our own `_time` stay out."""
+    shown = {k: v for k, v in values.items() if k != "_time" and not isinstance(v, (dict, list))}
+    return " ".join(f"{name}={value_text(value)}" for name, value in shown.items())
+
+
+def status_text(status: ExecutionStatus) -> str:
+    """With rich's colour tags."""
+    style = STYLE.get(status)
+    return f"[{style}]{status.value}[/{style}]" if style else status.value
+
+
+def phase_seconds(view: ExecutionView) -> dict[str, float]:
+    """Seconds by phase of the last attempt; `queued` is from the queue to the first phase."""
+    spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+    for span in view.phases:
+        spent[span.phase] = spent.get(span.phase, 0.0) + _length(span)
+    begun = min((span.started_at for span in view.phases), default=view.started_at)
+    if view.qtime and begun:
+        spent["queued"] = max(0.0, (begun - view.qtime).total_seconds())
+    return {name: round(seconds, 3) for name, seconds in spent.items()}
+
+
+def total_seconds(view: ExecutionView) -> float | None:
+    return _between(view.ctime, view.ended_at)
+
+
+def total_size(sizes: Iterable[int]) -> str:
+    return size_text(sum(sizes))
+
+
+def _length(span: PhaseSpan) -> float:
+    return max(0.0, (span.ended_at - span.started_at).total_seconds())
+
+
+def _between(start: datetime | None, end: datetime | None) -> float | None:
+    return (end - start).total_seconds() if start and end else None
