@@ -74,7 +74,11 @@ def get_datum(connection: sa.Connection, reference: str, *, project_id: str | No
                 f"{SCHEME}{name}: there is no datum with this id; `valohai-dagster data ls` lists them"
             )
         return datum
-    target = aliases.find_alias(connection, project_id, name) if project_id and name else None
+    if project_id is None:
+        raise NotFoundError(
+            f"{SCHEME}{name}: not a datum id, and an alias belongs to a project; name the project too"
+        )
+    target = aliases.find_alias(connection, project_id, name)
     datum = find_datum(connection, target) if target else None
     if datum is None:
         raise NotFoundError(
