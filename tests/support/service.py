@@ -77,7 +77,9 @@ class RunningService:
     def agent(self, redis_server: RedisServer, name: str = "sim-1") -> SimAgent:
         return SimAgent(redis_server.client(), self.keys, name=name)
 
-    def events(self, execution_id: str, until: Callable[[FollowEvent], bool], timeout: float = 10.0) -> list[FollowEvent]:
+    def events(
+        self, execution_id: str, until: Callable[[FollowEvent], bool], timeout: float = 10.0
+    ) -> list[FollowEvent]:
         """What a follower sees from the start up to the first event that `until` accepts."""
         seen: list[FollowEvent] = []
         deadline = time.monotonic() + timeout

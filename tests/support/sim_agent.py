@@ -110,7 +110,9 @@ class SimLease:
 class SimAgent:
     """Checks in on construction; `client` must not decode responses."""
 
-    def __init__(self, client: redis.Redis, keys: p.Keys, *, group: str = "local", name: str = "sim-1") -> None:
+    def __init__(
+        self, client: redis.Redis, keys: p.Keys, *, group: str = "local", name: str = "sim-1"
+    ) -> None:
         self.redis = client
         self.keys = keys
         self.group = group
@@ -119,7 +121,14 @@ class SimAgent:
         self.heartbeat()
 
     def heartbeat(self, **fields: str) -> bool:
-        values = {"name": self.name, "group": self.group, "state": "idle", "slots": "1", "busy": "0", **fields}
+        values = {
+            "name": self.name,
+            "group": self.group,
+            "state": "idle",
+            "slots": "1",
+            "busy": "0",
+            **fields,
+        }
         flat = [item for pair in values.items() for item in pair]
         key = self.keys.worker(self.group, self.name)
         return bool(self.redis.fcall("vh1_heartbeat", 1, key, self.incarnation, "30000", *flat))
@@ -128,11 +137,15 @@ class SimAgent:
         """Waits on the bell and takes; fails the test when nothing is to be had."""
         lease = self.try_take()
         while lease is None:
-            assert self.redis.blpop([self.keys.bell(self.group)], timeout=timeout), "the bell did not ring"
+            assert self.redis.blpop([self.keys.bell(self.group)], timeout=timeout), (
+                "the bell did not ring"
+            )
             lease = self.try_take()
         return lease
 
-    def try_take(self, *, protocol: tuple[int, int] = (p.MIN_PROTOCOL_VERSION, p.PROTOCOL_VERSION)) -> SimLease | None:
+    def try_take(
+        self, *, protocol: tuple[int, int] = (p.MIN_PROTOCOL_VERSION, p.PROTOCOL_VERSION)
+    ) -> SimLease | None:
         key, token = PrivateKey.generate(), secrets.token_hex(16)
         reply = self.redis.fcall(
             "vh1_take",

@@ -62,4 +62,6 @@ def _free_slots(agent: AgentSeen, policy: GroupPolicy, now: datetime) -> int:
 
 
 def _overdue(agent: AgentSeen, policy: GroupPolicy, now: datetime) -> bool:
-    return agent.busy == 0 and agent.idle_since is not None and now - agent.idle_since >= policy.grace
+    return (
+        agent.busy == 0 and agent.idle_since is not None and now - agent.idle_since >= policy.grace
+    )

@@ -19,7 +19,9 @@ DOWN_SECONDS = 30.0
 
 def conductor(
     on_demand: bool = typer.Option(
-        False, "--on-demand", help="End after `idle_exit_seconds` without work, with the embedded parts."
+        False,
+        "--on-demand",
+        help="End after `idle_exit_seconds` without work, with the embedded parts.",
     ),
 ) -> None:
     """Run the conductor: the service that follows all executions. The embedded default starts it by itself."""
@@ -32,7 +34,9 @@ def conductor(
 
 
 def down(
-    agents: bool = typer.Option(True, help="Also end the local agents; what they run starts again later."),
+    agents: bool = typer.Option(
+        True, help="Also end the local agents; what they run starts again later."
+    ),
 ) -> None:
     """Stop what runs in the background: the conductor, the local agents, the embedded Redis."""
     settings = load_settings()

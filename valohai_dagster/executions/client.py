@@ -37,7 +37,9 @@ class ExecutionClient:
     In the embedded default, `open` starts Redis and the service when they do not run.
     """
 
-    def __init__(self, settings: Settings, broker: redis.Redis, records: Records, keys: Keys) -> None:
+    def __init__(
+        self, settings: Settings, broker: redis.Redis, records: Records, keys: Keys
+    ) -> None:
         self.settings = settings
         self.records = records
         self._redis = broker
@@ -104,7 +106,9 @@ class ExecutionClient:
         except ServiceUnavailable as error:
             log.warning("the execution service does not answer, waiting: %s", error)
         # An emptied Redis starts its stream ids anew, below `last`.
-        newest = self._patiently(lambda: self._redis.xrevrange(self._keys.follow(execution_id), count=1))
+        newest = self._patiently(
+            lambda: self._redis.xrevrange(self._keys.follow(execution_id), count=1)
+        )
         return last if newest and _entry_id(newest[0][0]) >= _entry_id(last) else "0-0"
 
     def _send(self, submission: Submission) -> None:

@@ -32,7 +32,9 @@ class Dispatch:
         self.redis = broker
         self.keys = keys
 
-    async def enqueue(self, job: Job, *, priority: int = 0, front: bool = False, force: bool = False) -> bool:
+    async def enqueue(
+        self, job: Job, *, priority: int = 0, front: bool = False, force: bool = False
+    ) -> bool:
         """Puts the job into its group's queue and wakes an agent; False if that attempt is known already."""
         keys, group, exec_id = self.keys, job.group, job.execution_id
         score = ready_score(await self.redis.incr(keys.sequence()), priority=priority, front=front)
@@ -87,7 +89,9 @@ class Dispatch:
     async def drop_lease(self, group: str, execution_id: str) -> None:
         await self.redis.delete(self.keys.lease(group, execution_id))
 
-    async def forget(self, group: str, execution_id: str, attempt: int, live_log_seconds: int) -> None:
+    async def forget(
+        self, group: str, execution_id: str, attempt: int, live_log_seconds: int
+    ) -> None:
         """Removes an ended execution's keys; its live log stays readable for a while."""
         keys = self.keys
         async with self.redis.pipeline(transaction=False) as pipe:
@@ -115,14 +119,18 @@ class Dispatch:
         stream = self.keys.follow(execution_id)
         async with self.redis.pipeline(transaction=False) as pipe:
             for event in events:
-                pipe.xadd(stream, {"e": event.model_dump_json()}, maxlen=FOLLOW_LENGTH, approximate=True)
+                pipe.xadd(
+                    stream, {"e": event.model_dump_json()}, maxlen=FOLLOW_LENGTH, approximate=True
+                )
             pipe.expire(stream, FOLLOW_SECONDS)
             await pipe.execute()
 
     async def workers(self, group: str) -> dict[str, Worker]:
         """Workers of the group that have checked in and not fallen silent."""
         found: dict[str, Worker] = {}
-        async for key in self.redis.scan_iter(match=self.keys.worker(_escaped(group), "*"), count=500):
+        async for key in self.redis.scan_iter(
+            match=self.keys.worker(_escaped(group), "*"), count=500
+        ):
             worker = _worker(await self.redis.hgetall(key), group)
             if worker:
                 found[worker.name] = worker

@@ -93,7 +93,12 @@ def _(body: p.InputReady, cause: Cause) -> list[FollowEvent]:
     conn, c = cause.conn, t.execution_inputs.c
     mine = sa.and_(c.execution_id == cause.active.id, c.file_id == body.file_id)
     uri = conn.execute(sa.select(c.uri).where(mine)).scalar_one_or_none()
-    values = {"name": body.name, "size": body.size, "cached": body.cached, **body.checksums.model_dump()}
+    values = {
+        "name": body.name,
+        "size": body.size,
+        "cached": body.cached,
+        **body.checksums.model_dump(),
+    }
     conn.execute(t.execution_inputs.update().where(mine).values(**values))
     if uri is None or not _changed_since_last_use(cause, uri, body.checksums.sha256):
         return []
@@ -119,7 +124,9 @@ def _changed_since_last_use(cause: Cause, uri: str, sha256: str | None) -> bool:
 def _(body: p.MetadataEvents, cause: Cause) -> list[FollowEvent]:
     conn, c = cause.conn, t.metadata_events.c
     execution_id = cause.active.id
-    highest = conn.execute(sa.select(sa.func.max(c.number)).where(c.execution_id == execution_id)).scalar()
+    highest = conn.execute(
+        sa.select(sa.func.max(c.number)).where(c.execution_id == execution_id)
+    ).scalar()
     first = (highest or 0) + 1
     rows = [
         {
@@ -223,7 +230,11 @@ def _(body: p.StopAcknowledged, cause: Cause) -> list[FollowEvent]:
 @_apply.register
 def _(body: p.Preempted, cause: Cause) -> list[FollowEvent]:
     left = "" if body.seconds_left is None else f", {body.seconds_left:.0f} s left"
-    return [cause.event(EventKind.warning, f"the machine of {cause.report.worker} is being reclaimed{left}")]
+    return [
+        cause.event(
+            EventKind.warning, f"the machine of {cause.report.worker} is being reclaimed{left}"
+        )
+    ]
 
 
 @_apply.register
@@ -266,5 +277,3 @@ def _stored_logs(body: p.Finished, cause: Cause) -> dict[str, Any]:
                 "complete": True,
             }
     return logs
-
-

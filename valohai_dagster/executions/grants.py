@@ -36,7 +36,10 @@ class GrantMinter:
     def initial(self, conn: sa.Connection, row: Any) -> Grants:
         """What every execution needs at its start; pushed unasked once it is leased."""
         commit = row.spec["commit"]
-        grants = self._inputs(row, [f["id"] for i in row.job["inputs"] if i["download"] == "always" for f in i["files"]])
+        grants = self._inputs(
+            row,
+            [f["id"] for i in row.job["inputs"] if i["download"] == "always" for f in i["files"]],
+        )
         refused = dict(grants.refused)
         archive = self._get(commit["archive_store"], commit["archive_key"], "archive", refused)
         return grants.model_copy(
@@ -49,7 +52,12 @@ class GrantMinter:
         )
 
     def requested(
-        self, conn: sa.Connection, row: Any, attempt: int, requests: Sequence[GrantRequest], now: datetime
+        self,
+        conn: sa.Connection,
+        row: Any,
+        attempt: int,
+        requests: Sequence[GrantRequest],
+        now: datetime,
     ) -> Grants:
         """Answers one `grants-wanted`; what cannot be granted is refused with the reason."""
         uploads: dict[str, UploadGrant] = {}
@@ -123,7 +131,9 @@ class GrantMinter:
 
     def seal_sources(self, sources: dict[str, Source]) -> bytes:
         """How to reach the inputs, encrypted for the records: URLs may hold credentials."""
-        return self._secret_key.encrypt_json({k: v.model_dump(mode="json") for k, v in sources.items()})
+        return self._secret_key.encrypt_json(
+            {k: v.model_dump(mode="json") for k, v in sources.items()}
+        )
 
     def open_sources(self, row: Any) -> dict[str, Source]:
         if not row.sources:
@@ -134,7 +144,9 @@ class GrantMinter:
 
 def seal(grants: Grants, public_key: str) -> bytes:
     """Readable only by the holder of the lease's private key; `public_key` is hex."""
-    return SealedBox(PublicKey(bytes.fromhex(public_key))).encrypt(grants.model_dump_json().encode())
+    return SealedBox(PublicKey(bytes.fromhex(public_key))).encrypt(
+        grants.model_dump_json().encode()
+    )
 
 
 def _fresh_key(row: Any, attempt: int, request: GrantRequest, upload_id: str) -> str:

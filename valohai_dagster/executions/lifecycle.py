@@ -38,7 +38,9 @@ class Standing:
     last_seq: int
 
 
-def judge_report(standing: Standing, *, attempt: int, token: str, seq: int, lease_token: str | None) -> Verdict:
+def judge_report(
+    standing: Standing, *, attempt: int, token: str, seq: int, lease_token: str | None
+) -> Verdict:
     """Whether a report may take effect.
 
     Reports carry the fencing token of their lease. The first report of an attempt binds its token, provided

@@ -86,7 +86,8 @@ def prepare(
         mounts_allowed=policy.mounts_allowed,
         fail_fast=spec.fail_fast,
         time_limit_seconds=spec.time_limit_seconds or settings.time_limit_seconds,
-        no_output_timeout_seconds=spec.no_output_timeout_seconds or settings.no_output_timeout_seconds,
+        no_output_timeout_seconds=spec.no_output_timeout_seconds
+        or settings.no_output_timeout_seconds,
         notices=[
             *spec.warnings,
             *notices,
@@ -112,11 +113,16 @@ def _variables(
             secret_names.discard(variable.name)
     plain.update(spec.environment_variables)
     secret_names -= set(spec.environment_variables)
-    missing = [n for n in spec.required_environment_variables if n not in plain and n not in secret_names]
+    missing = [
+        n for n in spec.required_environment_variables if n not in plain and n not in secret_names
+    ]
     if missing:
         raise SpecError(
             f"step {spec.step!r} needs environment variables that have no value",
-            [f"{name}: set it at launch, or with `valohai-dagster secrets set GROUP {name}`" for name in missing],
+            [
+                f"{name}: set it at launch, or with `valohai-dagster secrets set GROUP {name}`"
+                for name in missing
+            ],
         )
     return plain, secret_names
 
@@ -144,4 +150,3 @@ def execution_config(spec: ExecutionSpec, row: Any, group: str) -> dict[str, Any
         "valohai.project-id": row.project_id,
         "valohai.project-name": spec.project.name,
     }
-

@@ -47,7 +47,9 @@ READ_BLOCK_MS = 2_000
 READ_COUNT = 100
 TICK_SECONDS = 1.0
 OUTAGE_PAUSE_SECONDS = 0.5
-LIVE_LOG_SECONDS = 3600  # how long a live log is kept after its end; the stored one is kept for good
+LIVE_LOG_SECONDS = (
+    3600  # how long a live log is kept after its end; the stored one is kept for good
+)
 SERVICE_TTL_SECONDS = 15
 
 
@@ -133,7 +135,9 @@ class ExecutionService:
             if active.status is ExecutionStatus.created:
                 await self._prepare_and_queue(active.id)
         if actives:
-            log.info("going on with %d unfinished executions", len(actives), extra={"action": "recover"})
+            log.info(
+                "going on with %d unfinished executions", len(actives), extra={"action": "recover"}
+            )
 
     async def _forever(self, step: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -170,13 +174,17 @@ class ExecutionService:
 
     async def _read_submissions(self) -> None:
         stream = self.keys.submissions()
-        reply: Any = await self.dispatch.redis.xread({stream: "0-0"}, count=READ_COUNT, block=READ_BLOCK_MS)
+        reply: Any = await self.dispatch.redis.xread(
+            {stream: "0-0"}, count=READ_COUNT, block=READ_BLOCK_MS
+        )
         for entry_id, fields in reply[0][1] if reply else []:
             self.last_work = self.clock()
             try:
                 await self._submitted(Submission.model_validate_json(fields["s"]))
             except (ValidationError, KeyError) as error:
-                log.error("dropped a submission that cannot be read: %s", error, extra={"action": "drop"})
+                log.error(
+                    "dropped a submission that cannot be read: %s", error, extra={"action": "drop"}
+                )
             await self.dispatch.redis.xdel(stream, entry_id)
 
     async def _submitted(self, submission: Submission) -> None:
@@ -215,21 +223,34 @@ class ExecutionService:
                     secret_key=self.secret_key,
                 )
             except ValohaiError as error:
-                refusal = {"status": ExecutionStatus.error.value, "reason": str(error), "ended_at": self.clock()}
+                refusal = {
+                    "status": ExecutionStatus.error.value,
+                    "reason": str(error),
+                    "ended_at": self.clock(),
+                }
                 ledger.update(conn, execution_id, **refusal)
                 return str(error)
             ledger.update(conn, execution_id, group_name=group)
-            ledger.record_job(conn, prepared.job, self.minter.seal_sources(prepared.sources), self.clock())
+            ledger.record_job(
+                conn, prepared.job, self.minter.seal_sources(prepared.sources), self.clock()
+            )
             return prepared.job
 
         job = await self.write(change)
         await self.remember(execution_id)
         if isinstance(job, str):
-            log.info("refused %s: %s", execution_id, job, extra={"action": "refuse", "execution": execution_id})
+            log.info(
+                "refused %s: %s",
+                execution_id,
+                job,
+                extra={"action": "refuse", "execution": execution_id},
+            )
             return
         await self.enqueue(job, priority=self.active[execution_id].priority)
 
-    async def enqueue(self, job: p.Job, *, priority: int, front: bool = False, force: bool = False) -> None:
+    async def enqueue(
+        self, job: p.Job, *, priority: int, front: bool = False, force: bool = False
+    ) -> None:
         """Queues the job, says where it stands, and lets capacity know at once."""
         await self.dispatch.enqueue(job, priority=priority, front=front, force=force)
         ahead = await self.dispatch.position(job.group, job.execution_id) or 0
@@ -266,18 +287,29 @@ class ExecutionService:
         level = 2 if hard else 1
         waiting = active.token is None and await self.dispatch.withdraw(active.group, execution_id)
         if waiting:
-            return await self.finish(execution_id, ExecutionStatus.stopped, reason or "stopped before it started")
+            return await self.finish(
+                execution_id, ExecutionStatus.stopped, reason or "stopped before it started"
+            )
         await self.write(
-            lambda conn: ledger.update(conn, execution_id, status=status.value, stop_requested=level)
+            lambda conn: ledger.update(
+                conn, execution_id, status=status.value, stop_requested=level
+            )
         )
         await self.remember(execution_id)
         word = "hard stop" if hard else "stop"
-        await self.tell(execution_id, f"{word} requested{': ' + reason if reason else ''}", status=status.value)
+        await self.tell(
+            execution_id, f"{word} requested{': ' + reason if reason else ''}", status=status.value
+        )
         await self._forward_stop(execution_id)
 
     async def _forward_stop(self, execution_id: str) -> None:
         active = self.active.get(execution_id)
-        if active is None or active.worker is None or active.token is None or not active.stop_requested:
+        if (
+            active is None
+            or active.worker is None
+            or active.token is None
+            or not active.stop_requested
+        ):
             return
         kind = "stop-hard" if active.stop_requested > 1 else "stop"
         command = p.Command(kind=kind, execution_id=execution_id, token=active.token)
@@ -288,7 +320,9 @@ class ExecutionService:
     # -- reports ---------------------------------------------------------------------------------------------
 
     async def _read_reports(self) -> None:
-        streams: dict[Any, Any] = {self.keys.reports(group): "0-0" for group in self.settings.groups}
+        streams: dict[Any, Any] = {
+            self.keys.reports(group): "0-0" for group in self.settings.groups
+        }
         reply: Any = await self.dispatch.redis.xread(streams, count=READ_COUNT, block=READ_BLOCK_MS)
         for stream, entries in reply or []:
             group = next(g for g in self.settings.groups if self.keys.reports(g) == stream)
@@ -305,10 +339,17 @@ class ExecutionService:
             return await self._fence(group, report, "no such execution in this group")
         lease = await self.dispatch.lease(group, active.id) if active.token is None else {}
         standing = Standing(
-            status=active.status, attempt=active.attempt, token=active.token, last_seq=active.last_seq
+            status=active.status,
+            attempt=active.attempt,
+            token=active.token,
+            last_seq=active.last_seq,
         )
         verdict = judge_report(
-            standing, attempt=report.attempt, token=report.token, seq=report.seq, lease_token=lease.get("token")
+            standing,
+            attempt=report.attempt,
+            token=report.token,
+            seq=report.seq,
+            lease_token=lease.get("token"),
         )
         if verdict is Verdict.fence:
             return await self._fence(group, report, "its lease is over")
@@ -320,7 +361,11 @@ class ExecutionService:
 
             def change(conn: sa.Connection) -> list[FollowEvent]:
                 cause = Cause(
-                    conn=conn, active=active, report=report, now=cause_now, datum_url=self.settings.datum_url
+                    conn=conn,
+                    active=active,
+                    report=report,
+                    now=cause_now,
+                    datum_url=self.settings.datum_url,
                 )
                 return apply_report(cause)
 
@@ -361,7 +406,12 @@ class ExecutionService:
     async def _fence(self, group: str, report: p.Report, why: str) -> None:
         if isinstance(report.body, (p.LostLease, p.Finished)):
             return  # it has stopped already
-        log.info("fencing %s: %s", report.worker, why, extra={"action": "fence", "execution": report.execution_id})
+        log.info(
+            "fencing %s: %s",
+            report.worker,
+            why,
+            extra={"action": "fence", "execution": report.execution_id},
+        )
         command = p.Command(
             kind="fence", execution_id=report.execution_id, token=report.token, reason=why
         )
@@ -385,7 +435,9 @@ class ExecutionService:
 
     async def snapshot(self, execution_id: str) -> None:
         """Publishes how the execution stands; `final` when it has ended."""
-        view = await self.read(lambda conn: view_of(conn, execution_id, datum_url=self.settings.datum_url))
+        view = await self.read(
+            lambda conn: view_of(conn, execution_id, datum_url=self.settings.datum_url)
+        )
         if view is None:
             return
         kind = EventKind.final if view.status.final else EventKind.snapshot
@@ -399,10 +451,14 @@ class ExecutionService:
         )
         await self.dispatch.publish(execution_id, [event])
 
-    async def tell(self, execution_id: str, text: str, *, kind: EventKind = EventKind.state, **data: Any) -> None:
+    async def tell(
+        self, execution_id: str, text: str, *, kind: EventKind = EventKind.state, **data: Any
+    ) -> None:
         active = self.active.get(execution_id)
         attempt = active.attempt if active else 1
-        log.info("%s: %s", execution_id, text, extra={"action": kind.value, "execution": execution_id})
+        log.info(
+            "%s: %s", execution_id, text, extra={"action": kind.value, "execution": execution_id}
+        )
         event = FollowEvent(kind=kind, time=self.clock(), attempt=attempt, message=text, data=data)
         await self.dispatch.publish(execution_id, [event])
 
@@ -417,7 +473,9 @@ class ExecutionService:
     async def reconcile(self, group: str) -> None:
         local = self.groups.get(group)
         if local is not None:
-            await local.reconcile(await self.dispatch.waiting(group), await self.dispatch.workers(group))
+            await local.reconcile(
+                await self.dispatch.waiting(group), await self.dispatch.workers(group)
+            )
 
     async def worker_gone(self, worker: str, what: str) -> None:
         """A supervisor saw the worker die: its leases are over at once."""

@@ -48,7 +48,9 @@ class ExecutionSpec(Spec):
     run_id: str | None = None
     step_key: str | None = None
     retry_number: int = 0
-    log_key: list[str] | None = Field(None, description="Dagster compute-log key that shows this execution's log.")
+    log_key: list[str] | None = Field(
+        None, description="Dagster compute-log key that shows this execution's log."
+    )
     asset_key: list[str] | None = None
     partition_key: str | None = None
     project: ProjectRef
@@ -56,10 +58,16 @@ class ExecutionSpec(Spec):
     step: str
     image: str
     commands: list[str] = Field(description="Built by Step.build_command, not joined.")
-    parameters: dict[str, Any] = Field(default_factory=dict, description="Typed values; null means left out.")
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="Typed values; null means left out."
+    )
     inputs: list[InputSpec] = Field(default_factory=list)
-    environment: str | None = Field(None, description="Environment (worker group) asked for; None = default.")
-    environment_variables: dict[str, str] = Field(default_factory=dict, description="Step defaults under launch values.")
+    environment: str | None = Field(
+        None, description="Environment (worker group) asked for; None = default."
+    )
+    environment_variables: dict[str, str] = Field(
+        default_factory=dict, description="Step defaults under launch values."
+    )
     environment_variable_groups: list[str] = Field(default_factory=list)
     required_environment_variables: list[str] = Field(default_factory=list, description="Y-51.")
     mounts: list[JobMount] = Field(default_factory=list)
@@ -71,4 +79,6 @@ class ExecutionSpec(Spec):
     tags: list[str] = Field(default_factory=list)
     creator: str = ""
     priority: int = 0
-    warnings: list[str] = Field(default_factory=list, description="Unsupported keys and the like; shown in the log.")
+    warnings: list[str] = Field(
+        default_factory=list, description="Unsupported keys and the like; shown in the log."
+    )

@@ -33,7 +33,12 @@ class ExecutionStatus(str, Enum):
         return self in _FINAL
 
 
-_FINAL = {ExecutionStatus.stopped, ExecutionStatus.error, ExecutionStatus.crashed, ExecutionStatus.complete}
+_FINAL = {
+    ExecutionStatus.stopped,
+    ExecutionStatus.error,
+    ExecutionStatus.crashed,
+    ExecutionStatus.complete,
+}
 
 
 class EventKind(str, Enum):
@@ -59,7 +64,9 @@ class DatumView(View):
     sha1: str | None = None
     sha256: str | None = None
     uri: str = Field(description="datum://<id>")
-    url: str | None = Field(None, description="Durable address that opens the file, served by the execution service.")
+    url: str | None = Field(
+        None, description="Durable address that opens the file, served by the execution service."
+    )
     store_uri: str | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
 

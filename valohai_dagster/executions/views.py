@@ -34,7 +34,9 @@ def datum_view(row: Any, datum_url: DatumUrl | None = None) -> DatumView:
     )
 
 
-def outputs_of(conn: sa.Connection, execution_id: str, datum_url: DatumUrl | None) -> list[DatumView]:
+def outputs_of(
+    conn: sa.Connection, execution_id: str, datum_url: DatumUrl | None
+) -> list[DatumView]:
     """Datums of an execution in the order in which they became visible."""
     query = (
         sa.select(t.datums)
@@ -46,7 +48,11 @@ def outputs_of(conn: sa.Connection, execution_id: str, datum_url: DatumUrl | Non
 
 def inputs_of(conn: sa.Connection, execution_id: str) -> list[InputView]:
     c = t.execution_inputs.c
-    query = sa.select(t.execution_inputs).where(c.execution_id == execution_id).order_by(c.input, c.name)
+    query = (
+        sa.select(t.execution_inputs)
+        .where(c.execution_id == execution_id)
+        .order_by(c.input, c.name)
+    )
     return [
         InputView(
             input=row.input,
@@ -63,7 +69,9 @@ def inputs_of(conn: sa.Connection, execution_id: str) -> list[InputView]:
 
 def attempts_of(conn: sa.Connection, execution_id: str) -> list[Any]:
     c = t.attempts.c
-    return list(conn.execute(sa.select(t.attempts).where(c.execution_id == execution_id).order_by(c.number)))
+    return list(
+        conn.execute(sa.select(t.attempts).where(c.execution_id == execution_id).order_by(c.number))
+    )
 
 
 def view_of(
@@ -99,7 +107,10 @@ def view_of(
         host=last.host if last else None,
         runtime=last.runtime if last else None,
         attempt=row.attempt,
-        attempts=[AttemptView(number=a.number, worker=a.worker, end=a.end, reason=a.reason) for a in attempts],
+        attempts=[
+            AttemptView(number=a.number, worker=a.worker, end=a.end, reason=a.reason)
+            for a in attempts
+        ],
         command=row.interpolated_command or "\n".join(job.get("commands", [])) or None,
         parameters=job.get("parameters", {}),
         inputs=inputs_of(conn, execution_id),

@@ -3,31 +3,75 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
+import sqlalchemy as sa
+
+from valohai_agent.protocol import Keys
 from valohai_dagster.executions import ledger
+from valohai_dagster.executions.dispatch import Dispatch
 from valohai_dagster.executions.lifecycle import (
     STOP_ACKNOWLEDGEMENT,
     Loss,
     LossStep,
     judge_loss,
 )
-from valohai_dagster.executions.salvage import salvage_logs
+from valohai_dagster.executions.salvage import from_files, from_live, store_salvaged
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus
-
-if TYPE_CHECKING:
-    from valohai_dagster.executions.service import ExecutionService
+from valohai_dagster.settings import Settings
+from valohai_dagster.stores.registry import Stores
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MISSING_TICKS = 3  # looks in a row that found an execution neither queued nor leased
+
+
+class Supervisor(Protocol):
+    """What a group on this host knows of its agents."""
+
+    def is_dead(self, worker: str) -> bool: ...
+
+    def attempt_logs(self, execution_id: str, attempt: int) -> Path: ...
+
+
+class Watched(Protocol):
+    """The service, as far as the watch uses it."""
+
+    settings: Settings
+    stores: Stores
+    keys: Keys
+    dispatch: Dispatch
+    active: dict[str, ledger.Active]
+    clock: Callable[[], datetime]
+
+    @property
+    def groups(self) -> Mapping[str, Supervisor]: ...
+
+    async def read(self, query: Callable[[sa.Connection], T]) -> T: ...
+
+    async def write(self, change: Callable[[sa.Connection], T]) -> T: ...
+
+    async def remember(self, execution_id: str) -> ledger.Active | None: ...
+
+    async def tell(
+        self, execution_id: str, text: str, *, kind: EventKind = ..., **data: Any
+    ) -> None: ...
+
+    async def finish(self, execution_id: str, status: ExecutionStatus, reason: str) -> None: ...
+
+    async def requeue(self, execution_id: str, why: str) -> None: ...
+
+    async def queue_again(self, execution_id: str) -> None: ...
 
 
 class LeaseWatch:
     """Part of the service; `tick()` about once a second."""
 
-    def __init__(self, service: ExecutionService) -> None:
+    def __init__(self, service: Watched) -> None:
         self._service = service
         self._stops: dict[str, datetime] = {}  # forwarded, not acknowledged yet
         self._missing: dict[str, int] = {}
@@ -67,7 +111,9 @@ class LeaseWatch:
 
     async def _missing_for_good(self, active: ledger.Active) -> None:
         if active.worker is None:
-            return await self._requeue(active, "it was taken from the queue by a worker that never reported")
+            return await self._requeue(
+                active, "it was taken from the queue by a worker that never reported"
+            )
         group = self._service.groups.get(active.group)
         dead = group is not None and group.is_dead(active.worker)
         await self._lost(active, death_confirmed=dead, what="it stopped renewing its lease")
@@ -94,7 +140,9 @@ class LeaseWatch:
             await service.finish(active.id, ExecutionStatus.stopped, f"stopped; {why}")
         elif step is LossStep.give_up:
             await self._end_attempt(active, why)
-            await service.finish(active.id, ExecutionStatus.crashed, await self._history(active, why))
+            await service.finish(
+                active.id, ExecutionStatus.crashed, await self._history(active, why)
+            )
 
     async def _suspect(self, active: ledger.Active, now: datetime) -> None:
         service = self._service
@@ -124,11 +172,25 @@ class LeaseWatch:
         """Closes the lost attempt; what its log says is kept."""
         service = self._service
         self._missing.pop(active.id, None)
-        logs = await salvage_logs(service, active)
+        logs = await self._salvage(active)
         values = {"ended_at": service.clock(), "end": "lost", "reason": why, "logs": logs}
         await service.write(
             lambda conn: ledger.update_attempt(conn, active.id, active.attempt, **values)
         )
+
+    async def _salvage(self, active: ledger.Active) -> dict[str, Any]:
+        """The dead agent's own files if it ran on this host, else what arrived of its live log."""
+        service = self._service
+        local = service.groups.get(active.group)
+        files = from_files(local.attempt_logs(active.id, active.attempt)) if local else {}
+        complete = bool(files)
+        if not files:
+            live = service.keys.log(active.group, active.id, active.attempt)
+            files = from_live(await service.dispatch.redis.xrange(live))
+        row = await service.read(lambda conn: ledger.row_of(conn, active.id))
+        prefix = f"logs/{row.project_id}/{active.id}/{active.attempt}"
+        store = service.stores[service.settings.log_store_name]
+        return store_salvaged(files, store, prefix, complete=complete)
 
     async def _history(self, active: ledger.Active, why: str) -> str:
         attempts = await self._service.read(lambda conn: ledger.attempt_reasons(conn, active.id))

@@ -28,7 +28,14 @@ from valohai_dagster.stores.registry import Stores
 from valohai_dagster.version import __version__
 
 CHUNK_BYTES = 1024 * 1024
-_INLINE = {"image/png", "image/jpeg", "image/gif", "image/webp", "application/pdf", "application/json"}
+_INLINE = {
+    "image/png",
+    "image/jpeg",
+    "image/gif",
+    "image/webp",
+    "application/pdf",
+    "application/json",
+}
 _SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:",
@@ -86,8 +93,13 @@ class _Files:
         if row is None:
             return PlainTextResponse(f"there is no datum {datum_id}\n", 404)
         if row.purged:
-            return PlainTextResponse(f"the content of {row.name} was purged; its record is kept\n", 410)
-        headers = {"Cache-Control": "private, max-age=31536000, immutable", "ETag": f'"{row.sha256}"'}
+            return PlainTextResponse(
+                f"the content of {row.name} was purged; its record is kept\n", 410
+            )
+        headers = {
+            "Cache-Control": "private, max-age=31536000, immutable",
+            "ETag": f'"{row.sha256}"',
+        }
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
         return self._stream(row.store, row.key, row.name, row.size, headers)
@@ -97,14 +109,20 @@ class _Files:
         c = t.attempts.c
         mine = sa.and_(c.execution_id == params["execution_id"], c.number == params["attempt"])
         with self._records.read() as conn:
-            logs: dict[str, Any] | None = conn.execute(sa.select(c.logs).where(mine)).scalar_one_or_none()
+            logs: dict[str, Any] | None = conn.execute(
+                sa.select(c.logs).where(mine)
+            ).scalar_one_or_none()
         stored = (logs or {}).get(params["stream"])
         if stored is None:
             return PlainTextResponse("no such log, or its attempt still runs\n", 404)
         suffix = ".jsonl.gz" if params["stream"] == "events" else ".txt"
-        return self._stream(stored["store"], stored["key"], params["stream"] + suffix, stored["size"], {})
+        return self._stream(
+            stored["store"], stored["key"], params["stream"] + suffix, stored["size"], {}
+        )
 
-    def _stream(self, store: str, key: str, name: str, size: int, headers: dict[str, str]) -> Response:
+    def _stream(
+        self, store: str, key: str, name: str, size: int, headers: dict[str, str]
+    ) -> Response:
         try:
             content = self._stores[store].open(key)
         except StoreMissing:

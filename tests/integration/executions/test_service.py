@@ -73,7 +73,9 @@ def test_submitting_twice_makes_one_execution_and_tells_how_it_stands(
         assert conn.execute(sa.select(sa.func.count()).select_from(t.executions)).scalar() == 1
 
 
-def test_a_required_input_that_cannot_be_resolved_refuses_the_execution_with_all_problems(service: RunningService):
+def test_a_required_input_that_cannot_be_resolved_refuses_the_execution_with_all_problems(
+    service: RunningService,
+):
     inputs = [
         InputSpec(name="data", uris=["datum://no-such-alias"]),
         InputSpec(name="more", uris=["store://local/nothing/*.csv"]),
@@ -118,7 +120,9 @@ def test_secrets_travel_only_in_sealed_grants(service: RunningService, redis_ser
     assert lease.wait_grants().secrets == {"TOKEN": "s3cr3t-token-value"}
 
 
-def test_l02_a_waiting_execution_is_stopped_at_once(service: RunningService, redis_server: RedisServer):
+def test_l02_a_waiting_execution_is_stopped_at_once(
+    service: RunningService, redis_server: RedisServer
+):
     spec = make_spec()
     service.client.submit(spec)
     service.events(spec.execution_id, lambda e: e.kind is EventKind.snapshot)
@@ -180,7 +184,9 @@ def test_a_report_delivered_twice_applies_once(service: RunningService, redis_se
         assert conn.execute(sa.select(sa.func.count()).select_from(t.metadata_events)).scalar() == 1
 
 
-def test_an_output_without_a_grant_never_becomes_a_datum(service: RunningService, redis_server: RedisServer):
+def test_an_output_without_a_grant_never_becomes_a_datum(
+    service: RunningService, redis_server: RedisServer
+):
     spec = make_spec()
     service.client.submit(spec)
     lease = service.agent(redis_server).take()
@@ -190,7 +196,9 @@ def test_an_output_without_a_grant_never_becomes_a_datum(service: RunningService
     assert final_view(service, spec.execution_id).outputs == []
 
 
-def test_a_service_that_dies_is_followed_by_one_that_goes_on(service: RunningService, redis_server: RedisServer):
+def test_a_service_that_dies_is_followed_by_one_that_goes_on(
+    service: RunningService, redis_server: RedisServer
+):
     spec = make_spec()
     service.client.submit(spec)
     lease = service.agent(redis_server).take()
@@ -225,7 +233,9 @@ def test_a_job_of_a_newer_protocol_stays_in_the_queue_for_an_agent_that_speaks_i
     assert agent.try_take() is not None
 
 
-def test_i32_changed_content_under_one_url_is_warned_about(service: RunningService, redis_server: RedisServer):
+def test_i32_changed_content_under_one_url_is_warned_about(
+    service: RunningService, redis_server: RedisServer
+):
     agent = service.agent(redis_server)
     for sha in ("a" * 64, "b" * 64):
         spec = make_spec(inputs=[InputSpec(name="data", uris=["http://example.org/data.csv"])])
@@ -235,14 +245,18 @@ def test_i32_changed_content_under_one_url_is_warned_about(service: RunningServi
         lease.wait_grants()
         file = lease.job.inputs[0].files[0]
         checksums = p.Checksums(sha256=sha)
-        lease.report(p.InputReady(input="data", file_id=file.id, name=file.name, size=3, checksums=checksums))
+        lease.report(
+            p.InputReady(input="data", file_id=file.id, name=file.name, size=3, checksums=checksums)
+        )
         lease.finish()
         events = service.events(spec.execution_id, lambda e: e.kind is EventKind.final)
         warned = [e.message for e in events if e.kind is EventKind.warning]
     assert any("http://example.org/data.csv" in text for text in warned)
 
 
-def test_credentials_in_an_input_url_are_not_in_the_job(service: RunningService, redis_server: RedisServer):
+def test_credentials_in_an_input_url_are_not_in_the_job(
+    service: RunningService, redis_server: RedisServer
+):
     url = "http://user:hunter22@example.org/data.csv"
     service.client.submit(make_spec(inputs=[InputSpec(name="data", uris=[url])]))
     lease = service.agent(redis_server).take()

@@ -60,7 +60,9 @@ agents = st.lists(
 
 
 @given(waiting=st.integers(0, 100), seen=agents)
-def test_a_busy_agent_is_never_drained_and_the_maximum_never_passed(waiting: int, seen: list[AgentSeen]):
+def test_a_busy_agent_is_never_drained_and_the_maximum_never_passed(
+    waiting: int, seen: list[AgentSeen]
+):
     decision = plan(waiting=waiting, agents=seen, policy=POLICY, now=NOW)
     busy = {a.name for a in seen if a.busy}
     assert not busy & set(decision.drain)

@@ -27,7 +27,14 @@ LEASED = Standing(status=Status.started, attempt=2, token="t2", last_seq=5)
 QUEUED = Standing(status=Status.queued, attempt=2, token=None, last_seq=0)
 
 
-def judge(standing: Standing, *, attempt: int = 2, token: str = "t2", seq: int = 6, lease: str | None = None) -> Verdict:
+def judge(
+    standing: Standing,
+    *,
+    attempt: int = 2,
+    token: str = "t2",
+    seq: int = 6,
+    lease: str | None = None,
+) -> Verdict:
     return judge_report(standing, attempt=attempt, token=token, seq=seq, lease_token=lease)
 
 

@@ -88,7 +88,9 @@ class LocalGroup:
             agents = [self._seen(agent, workers.get(agent.name)) for agent in launched]
             decision = plan(waiting=waiting, agents=agents, policy=self.policy, now=self._clock())
             for reason in decision.reasons:
-                log.info("group %s: %s", self.name, reason, extra={"action": "plan", "group": self.name})
+                log.info(
+                    "group %s: %s", self.name, reason, extra={"action": "plan", "group": self.name}
+                )
             for name in decision.drain:
                 self._draining.add(name)
                 await self._drain(name, "idle")
@@ -125,7 +127,9 @@ class LocalGroup:
             self._idle_since.setdefault(agent.name, self._clock())
         else:
             self._idle_since.pop(agent.name, None)
-        draining = agent.name in self._draining or bool(worker and worker.state is WorkerState.draining)
+        draining = agent.name in self._draining or bool(
+            worker and worker.state is WorkerState.draining
+        )
         return AgentSeen(
             name=agent.name,
             launched_at=agent.started_at,
