@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from valohai_dagster.projects.durations import parse_duration
@@ -79,19 +79,20 @@ def _number(value: Any, cast: Any) -> Any:
 
 
 def _sockets(pipeline: dict[str, Any], text: YamlText, path: tuple[int, str]) -> Iterator[Problem]:
-    edges: list[Any] = pipeline.get("edges") or []
-    edge: Any
-    for number, edge in enumerate(edges):
-        keys: Sequence[Any] = (0, 1) if isinstance(edge, list) else ("source", "target")
-        for key in keys:
-            before: Any = edge[key]
+    for number, edge in enumerate(pipeline.get("edges") or ()):
+        for key, before in _ends(edge):
             after = _singular(before)
             if after != before:
                 edge[key] = after
                 message = f"pipeline `{pipeline.get('name')}`: edge socket `{before}` is read as `{after}` (Y-103)"
-                yield Problem(
-                    level="warning", message=message, line=text.line((*path, "edges", number, key))
-                )
+                line = text.line((*path, "edges", number, key))
+                yield Problem(level="warning", message=message, line=line)
+
+
+def _ends(edge: Any) -> list[tuple[Any, Any]]:
+    """Short form `[source, target]`, long form with keys (Y-101)."""
+    pairs = enumerate(edge) if isinstance(edge, list) else edge.items()
+    return [(key, value) for key, value in pairs if key in (0, 1, "source", "target")]
 
 
 def _singular(socket: Any) -> Any:

@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from valohai_yaml.objs import Pipeline
+from valohai_yaml.objs import Config, Pipeline
 
-from valohai_dagster.projects.edges import StepEdge
+from valohai_dagster.errors import ProjectError
+from valohai_dagster.projects.edges import StepEdge, derive_edges
+from valohai_dagster.projects.git import GitAuth
+from valohai_dagster.projects.lint import CheckedConfig, check_config
+from valohai_dagster.projects.names import legal_name, legal_names
 from valohai_dagster.projects.problems import Problem
-from valohai_dagster.projects.step import StepDefinition
+from valohai_dagster.projects.repository import FetchedRef
+from valohai_dagster.projects.source import (
+    Commit,
+    ProjectSource,
+    Tree,
+    fetch_source,
+    make_source,
+    open_tree,
+    yaml_candidates,
+)
+from valohai_dagster.projects.step import StepDefinition, unsupported_keys
 
-
-@dataclass(frozen=True, kw_only=True)
-class GitAuth:
-    """How to reach a private repository. Secrets never appear in argv, git config, logs or reprs."""
-
-    token: str | None = field(default=None, repr=False)
-    username: str = "git"  # sent with the token; most hosts take any name
-    ssh_key: Path | str | None = field(default=None, repr=False)  # a path, or the key's text
-    known_hosts: Path | None = (
-        None  # None: trust a host on first use, remembered in the cache directory
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProjectSource:
-    """Where a project comes from; enough to read another commit of it."""
-
-    location: str  # absolute directory, or Git URL without credentials
-    is_git_url: bool
-    yaml_path: str = "valohai.yaml"
-    name: str = ""
-    auth: GitAuth | None = field(default=None, repr=False)
-    cache_dir: Path = Path(".valohai/projects")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Commit:
-    """T-02. `identifier` is the Git SHA, or `~` and the tarball's sha256 when uncommitted (T-03)."""
-
-    identifier: str
-    ref: str | None = None  # branch or tag asked for, the current branch, or `adhoc`
-    adhoc: bool = False
+__all__ = [
+    "Commit",
+    "FetchedRef",
+    "GitAuth",
+    "Project",
+    "ProjectSource",
+    "fetch_project",
+    "load_project",
+    "project_at",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +51,18 @@ class Project:
     edges: tuple[StepEdge, ...] = ()
     pipelines: Mapping[str, Pipeline] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()  # warnings and notes; errors raise ProjectError
+    tree: Tree = field(kw_only=True, repr=False, compare=False)
+
+    def step(self, name: str) -> StepDefinition:
+        """By the step's own name or its asset name; ProjectError lists what there is."""
+        for step in self.steps.values():
+            if name in (step.name, step.asset_name):
+                return step
+        known = ", ".join(f"`{other}`" for other in self.steps) or "none"
+        commit = self.commit.identifier
+        raise ProjectError(
+            f"project `{self.name}` has no step `{name}` at commit {commit}: it has {known}"
+        )
 
 
 def load_project(
@@ -75,11 +79,106 @@ def load_project(
 
     A local directory is its HEAD commit when it is clean under Git, else ad-hoc. A Git URL is cloned the first time;
     afterwards the known commits are used without the network unless `fetch` (A-20), so that every process
-    of a deployment sees the same commit.
+    of a deployment sees the same commit. Without `cache_dir` clones and archives go below the configured state
+    directory.
     """
-    raise NotImplementedError
+    where = make_source(
+        source,
+        yaml_path=yaml_path,
+        name=name,
+        auth=auth,
+        cache_dir=cache_dir or _default_cache(),
+    )
+    return _load(where, open_tree(where, revision, fetch=fetch))
 
 
 def project_at(project: Project, *, commit: str | None = None, adhoc: bool = False) -> Project:
     """The same project at another commit, or its directory as it is now (`adhoc`); steps are read anew (Y-17)."""
-    raise NotImplementedError
+    if commit and adhoc:
+        raise ProjectError(
+            "`commit` and `adhoc` exclude each other: ad-hoc means the directory as it is now"
+        )
+    if not commit and not adhoc:
+        return project
+    if commit in (project.commit.identifier, project.commit.ref) and not project.commit.adhoc:
+        return project
+    return _load(project.source, open_tree(project.source, commit or None, adhoc=adhoc))
+
+
+def fetch_project(project: Project | ProjectSource) -> list[FetchedRef]:
+    """Fetch a remote's new commits; load the project again to use them. Empty for local directories."""
+    return fetch_source(project.source if isinstance(project, Project) else project)
+
+
+def _default_cache() -> Path:
+    from valohai_dagster.settings import load_settings  # only where nobody chose a place
+
+    return load_settings().state_dir / "projects"
+
+
+def _load(source: ProjectSource, tree: Tree) -> Project:
+    checked = check_config(_read_yaml(source, tree))
+    if checked.config is None:
+        count = sum(problem.level == "error" for problem in checked.problems)
+        found = "1 problem" if count == 1 else f"{count} problems"
+        commit = tree.commit.identifier[:12]
+        raise ProjectError(
+            f"project `{source.name}`: {source.yaml_path} of {commit} has {found}:",
+            [str(problem) for problem in checked.problems if problem.level != "note"],
+        )
+    return _project(source, tree, checked.config, checked)
+
+
+def _project(source: ProjectSource, tree: Tree, config: Config, checked: CheckedConfig) -> Project:
+    task_steps = {name: task.step for name, task in config.tasks.items()}
+    edges, notes = derive_edges(config.steps, config.pipelines, task_steps)
+    legal = legal_names(config.steps)
+    steps = {
+        name: StepDefinition(
+            project=source.name,
+            step=step,
+            asset_name=legal[name],
+            line=checked.step_lines.get(name),
+            unsupported=unsupported_keys(step),
+        )
+        for name, step in config.steps.items()
+    }
+    return Project(
+        name=source.name,
+        root=tree.root,
+        source=source,
+        commit=tree.commit,
+        asset_name=legal_name(source.name, fallback="project"),
+        steps=steps,
+        edges=edges,
+        pipelines=config.pipelines,
+        problems=(*checked.problems, *notes, *_warnings(tree.warnings)),
+        tree=tree,
+    )
+
+
+def _warnings(messages: Sequence[str]) -> list[Problem]:
+    return [Problem(level="warning", message=message) for message in messages]
+
+
+def _read_yaml(source: ProjectSource, tree: Tree) -> bytes:
+    path = tree.root / source.yaml_path
+    if not path.resolve().is_relative_to(tree.root.resolve()):
+        raise ProjectError(f"project `{source.name}`: {source.yaml_path} links out of the project")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        others = yaml_candidates(tree.root)
+        hint = (
+            f"is it one of {', '.join(others)}? Set yaml_path"
+            if others
+            else "add one, or set yaml_path"
+        )
+        raise ProjectError(
+            f"project `{source.name}` has no {source.yaml_path} in {source.location} at {tree.commit.identifier[:12]}",
+            [hint],
+        ) from None
+    except OSError as error:
+        raise ProjectError(
+            f"project `{source.name}`: cannot read {path}: {error.strerror}"
+        ) from error
