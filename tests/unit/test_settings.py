@@ -1,0 +1,178 @@
+"""Settings come from valohai.toml, then from the environment; what is wrong is said with its place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from valohai_dagster.errors import ConfigurationError, RefusedError
+from valohai_dagster.settings import Settings, load_settings, redacted
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("VALOHAI_STATE")
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "valohai.toml"
+    path.write_text(text)
+    return path
+
+
+def test_an_empty_directory_is_a_working_deployment(here: Path) -> None:
+    settings = load_settings()
+    assert settings.state_dir == here / ".valohai"
+    assert settings.stores["local"].path == here / ".valohai" / "store"
+    assert settings.records_url == f"sqlite:///{here}/.valohai/records.db"
+    assert settings.group_of(None) == "local"
+    assert settings.redis_url is None
+
+
+def test_the_file_is_found_upwards_and_anchors_relative_paths(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(
+        here,
+        '[stores.shared]\npath = "files"\n[groups.local]\nfile_inputs = ["data", "/abs"]\n',
+    )
+    deep = here / "a" / "b"
+    deep.mkdir(parents=True)
+    monkeypatch.chdir(deep)
+    settings = load_settings()
+    assert settings.config_file == here / "valohai.toml"
+    assert settings.state_dir == here / ".valohai"
+    assert settings.stores["shared"].path == here / "files"
+    assert settings.groups["local"].file_inputs == [here / "data", Path("/abs")]
+    assert set(settings.stores) == {"shared", "local"}
+
+
+def test_environment_variables_win_over_the_file(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(here, 'http_port = 1\n[groups.local]\nslots = 3\nruntime = "docker"\n')
+    monkeypatch.setenv("VALOHAI_HTTP_PORT", "99")
+    monkeypatch.setenv("VALOHAI_GROUPS__local__SLOTS", "7")
+    monkeypatch.setenv("VALOHAI_STATE", "elsewhere")
+    settings = load_settings()
+    assert settings.http_port == 99
+    assert (settings.groups["local"].slots, settings.groups["local"].runtime) == (7, "docker")
+    assert settings.state_dir == here / "elsewhere"
+
+
+def test_named_config_file_is_used_and_must_exist(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = here / "other.toml"
+    monkeypatch.setenv("VALOHAI_CONFIG", str(other))
+    with pytest.raises(ConfigurationError, match=r"VALOHAI_CONFIG names .*other\.toml"):
+        load_settings()
+    other.write_text("http_port = 5\n")
+    assert load_settings().http_port == 5
+
+
+def test_settings_are_cached_until_file_or_environment_change(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(here, "http_port = 1\n")
+    first = load_settings()
+    assert load_settings() is first
+    path.write_text("http_port = 2\n")
+    os.utime(path, ns=(1, 1))
+    assert load_settings().http_port == 2
+    monkeypatch.setenv("VALOHAI_HTTP_PORT", "3")
+    assert load_settings().http_port == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("http_port = \n", r"valohai\.toml is not valid TOML.*line 1"),
+        ("redis_ur = 'x'\n", r"redis_ur: there is no such setting; did you mean 'redis_url'\?"),
+        (
+            "[groups.local]\nslot = 1\n",
+            r"groups\.local\.slot: there is no such setting; did you mean 'slots'\?",
+        ),
+        ("[groups.local]\nslots = 0\n", r"groups\.local\.slots: .*greater than or equal to 1"),
+        ("redis_url = 'http://x'\n", r"redis_url: must start with redis://"),
+        (
+            "default_store = 'gone'\n",
+            r"default_store names the store 'gone', but \[stores\] has 'local'",
+        ),
+        ("[environments]\nbig = 'gpu'\n", r"big names the group 'gpu', but \[groups\] has 'local'"),
+        ("[stores.'a/b']\npath = '/x'\n", r"'a/b' is not a name"),
+        ("[stores.x]\nkind = 's3'\npath = '/x'\n", r"stores\.x\.kind"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_said_with_its_place(
+    here: Path, text: str, expected: str
+) -> None:
+    write(here, text)
+    with pytest.raises(ConfigurationError, match=expected):
+        load_settings()
+
+
+def test_undecodable_environment_variable_is_named(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VALOHAI_STORES", "{not json")
+    with pytest.raises(ConfigurationError, match="VALOHAI_.*stores"):
+        load_settings()
+
+
+def test_passwords_are_neither_in_the_repr_nor_in_validation_errors(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VALOHAI_REDIS_URL", "redis://u:hunter2@host")
+    monkeypatch.setenv("VALOHAI_SECRET_KEY", "hunter2")
+    assert "hunter2" not in repr(load_settings())
+    monkeypatch.setenv("VALOHAI_REDIS_URL", "http://u:hunter2@host")
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_e04_an_environment_means_one_group_and_unknown_ones_are_refused(tmp_path: Path) -> None:
+    settings = Settings.model_validate(
+        {"state_dir": tmp_path, "environments": {"aws-eu-west-1-p3": "local"}}
+    )
+    assert settings.group_of("aws-eu-west-1-p3") == "local"
+    assert settings.group_of("local") == "local"
+    with pytest.raises(
+        RefusedError, match=r"'nope' is not known here; known are 'aws-.*', 'local'"
+    ):
+        settings.group_of("nope")
+
+
+def test_direct_construction_reads_no_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VALOHAI_HTTP_PORT", "99")
+    assert Settings(state_dir=tmp_path).http_port != 99
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://u:pw@h:1/0", "redis://u:***@h:1/0"),
+        ("redis://:p%40w@h", "redis://:***@h"),
+        ("redis://h:1", "redis://h:1"),
+        ("unix:///a/b.sock", "unix:///a/b.sock"),
+    ],
+)
+def test_redacted_urls_keep_everything_but_the_password(url: str, shown: str) -> None:
+    assert redacted(url) == shown
+
+
+def test_the_address_for_browsers_is_never_a_wildcard(tmp_path: Path) -> None:
+    assert (
+        Settings(state_dir=tmp_path, http_host="0.0.0.0", http_port=1).base_url
+        == "http://127.0.0.1:1"
+    )
+    assert Settings(state_dir=tmp_path, public_url="https://x/y/").base_url == "https://x/y"
