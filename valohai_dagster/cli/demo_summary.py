@@ -1,0 +1,154 @@
+"""The demo's summary: what ran, how long each phase took, what it made, and where to look next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from valohai_dagster.cli.render import (
+    PHASES,
+    metrics_text,
+    phase_seconds,
+    seconds_text,
+    size_text,
+    status_text,
+    total_seconds,
+)
+from valohai_dagster.executions.client import ExecutionClient
+from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
+from valohai_dagster.records import tables as t
+from valohai_dagster.settings import Settings
+from valohai_dagster.stores.registry import open_stores
+
+
+def summary_of(
+    client: ExecutionClient, executions: Iterable[str], *, seconds: float
+) -> dict[str, Any]:
+    """Everything as plain JSON values; `ok` when there was something and all of it is complete."""
+    views = [view for one in executions if (view := client.view(one)) is not None]
+    locations = _locations(client, [view.id for view in views])
+    return {
+        "ok": bool(views) and all(v.status is ExecutionStatus.complete for v in views),
+        "seconds": round(seconds, 1),
+        "run_id": _run_id(client, views),
+        "executions": [_execution(view, locations) for view in views],
+    }
+
+
+def _execution(view: ExecutionView, locations: dict[str, str]) -> dict[str, Any]:
+    return {
+        "id": view.id,
+        "project": view.project,
+        "step": view.step,
+        "counter": view.counter,
+        "status": view.status.value,
+        "reason": view.reason,
+        "commit": view.commit,
+        "worker": view.worker,
+        "runtime": view.runtime,
+        "seconds": total_seconds(view),
+        "phases": phase_seconds(view),
+        "metrics": {k: v for k, v in view.latest_metadata.items() if k != "_time"},
+        "outputs": [
+            {
+                "name": output.name,
+                "size": output.size,
+                "uri": output.uri,
+                "url": output.url,
+                "location": locations.get(output.id),
+            }
+            for output in view.outputs
+        ],
+    }
+
+
+def _locations(client: ExecutionClient, executions: list[str]) -> dict[str, str]:
+    """Where the stores keep the outputs, by datum id."""
+    stores = open_stores(client.settings)
+    d = t.datums.c
+    query = sa.select(d.id, d.store, d.key).where(d.execution_id.in_(executions))
+    with client.records.read() as conn:
+        return {row.id: stores.get(row.store).uri(row.key) for row in conn.execute(query)}
+
+
+def _run_id(client: ExecutionClient, views: list[ExecutionView]) -> str | None:
+    if not views:
+        return None
+    query = sa.select(t.executions.c.run_id).where(t.executions.c.id == views[0].id)
+    with client.records.read() as conn:
+        return conn.execute(query).scalar()
+
+
+def print_summary(console: Console, summary: dict[str, Any], settings: Settings) -> None:
+    executions = summary["executions"]
+    console.print()
+    console.print(_phase_table(executions))
+    console.print(_output_table(executions))
+    for one in executions:
+        if one["metrics"]:
+            console.print(f"[bold]{one['step']}[/bold]  {escape(metrics_text(one['metrics']))}")
+        if one["reason"] and one["status"] != "complete":
+            console.print(f"[bold red]{one['step']}[/bold red]  {escape(one['reason'])}")
+    for location in _files_to_open(executions):
+        console.print(location, soft_wrap=True)
+    verdict = "[green]All green[/green]" if summary["ok"] else "[red]Not complete[/red]"
+    console.print(f"\n{verdict} in {seconds_text(summary['seconds'])}. Where to look next:")
+    console.print(_next_steps(summary, settings))
+
+
+def _phase_table(executions: list[dict[str, Any]]) -> Table:
+    table = Table(title="Executions", title_justify="left", pad_edge=False)
+    table.add_column("step")
+    table.add_column("status")
+    for phase in PHASES:
+        table.add_column(phase, justify="right")
+    table.add_column("total", justify="right")
+    for one in executions:
+        spent = [seconds_text(one["phases"].get(phase)) for phase in PHASES]
+        status = status_text(ExecutionStatus(one["status"]))
+        table.add_row(
+            f"{one['step']} #{one['counter']}", status, *spent, seconds_text(one["seconds"])
+        )
+    return table
+
+
+def _output_table(executions: list[dict[str, Any]]) -> Table:
+    table = Table("file", "made by", title="Outputs", title_justify="left", pad_edge=False)
+    table.add_column("size", justify="right")
+    table.add_column("datum")
+    for one in executions:
+        for output in one["outputs"]:
+            table.add_row(
+                escape(output["name"]), one["step"], size_text(output["size"]), output["uri"]
+            )
+    return table
+
+
+def _next_steps(summary: dict[str, Any], settings: Settings) -> Table:
+    here = Path(".venv/bin/valohai-dagster")
+    command = str(here) if here.exists() else "valohai-dagster"
+    run = (summary["run_id"] or "latest")[:8]
+    table = Table.grid(padding=(0, 3))
+    table.add_row(
+        "make up", f"the UI on {settings.webserver_url}: lineage, metrics, logs, pictures"
+    )
+    table.add_row(f"{command} outputs {run} --download", "the files")
+    table.add_row(f"{command} metrics {run} --step train", "the metrics of each epoch")
+    table.add_row(f"{command} doctor", "what runs here, and whether it is well")
+    return table
+
+
+def _files_to_open(executions: list[dict[str, Any]]) -> list[str]:
+    """Where the model and the pictures lie."""
+    return [
+        escape(str(output["location"]))
+        for one in executions
+        for output in one["outputs"]
+        if output["location"] and output["name"].endswith((".joblib", ".png"))
+    ]
