@@ -39,6 +39,7 @@ class SimLease:
             seq=seq,
             worker=self.agent.name,
             time=datetime.now(timezone.utc),
+            clock_offset_seconds=0.0,
             body=body,
         )
         self.agent.send(report)

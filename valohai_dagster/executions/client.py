@@ -84,7 +84,8 @@ class ExecutionClient:
                 yield None
                 continue
             silent = 0.0
-            for last, fields in batch:
+            for entry_id, fields in batch:
+                last = entry_id
                 event = FollowEvent.model_validate_json(fields["e"])
                 yield event
                 if event.kind is EventKind.final:
@@ -106,13 +107,13 @@ class ExecutionClient:
         except ServiceUnavailable as error:
             log.warning("the execution service does not answer, waiting: %s", error)
         # An emptied Redis starts its stream ids anew, below `last`.
-        newest = self._patiently(
+        newest: Any = self._patiently(
             lambda: self._redis.xrevrange(self._keys.follow(execution_id), count=1)
         )
         return last if newest and _entry_id(newest[0][0]) >= _entry_id(last) else "0-0"
 
     def _send(self, submission: Submission) -> None:
-        entry = {"s": submission.model_dump_json()}
+        entry: Any = {"s": submission.model_dump_json()}
         try:
             self._redis.xadd(self._keys.submissions(), entry)
         except redis.RedisError as error:

@@ -63,14 +63,16 @@ class Dispatch:
 
     async def position(self, group: str, execution_id: str) -> int | None:
         """How many jobs are ahead; None when it does not wait."""
-        return await self.redis.zrank(self.keys.ready(group), execution_id)
+        rank: Any = await self.redis.zrank(self.keys.ready(group), execution_id)
+        return rank
 
     async def waiting(self, group: str) -> int:
         return await self.redis.zcard(self.keys.ready(group))
 
     async def lease(self, group: str, execution_id: str) -> dict[str, str]:
         """The live lease's fields, empty when there is none."""
-        return await self.redis.hgetall(self.keys.lease(group, execution_id))
+        fields: Any = await self.redis.hgetall(self.keys.lease(group, execution_id))
+        return fields
 
     async def where(self, items: Iterable[tuple[str, str]]) -> dict[str, tuple[bool, bool]]:
         """For (group, execution id) pairs: whether it waits in the queue, whether a lease is alive."""
@@ -131,7 +133,8 @@ class Dispatch:
         async for key in self.redis.scan_iter(
             match=self.keys.worker(_escaped(group), "*"), count=500
         ):
-            worker = _worker(await self.redis.hgetall(key), group)
+            fields: Any = await self.redis.hgetall(key)
+            worker = _worker(fields, group)
             if worker:
                 found[worker.name] = worker
         return found

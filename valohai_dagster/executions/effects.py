@@ -7,7 +7,6 @@ an effect happens once, however often its report is delivered.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any

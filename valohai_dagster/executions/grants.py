@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from nacl.public import PublicKey, SealedBox
 
-from valohai_agent.protocol import Grants, GrantRequest, Job, Transfer, UploadGrant
+from valohai_agent.protocol import GrantRequest, Grants, Job, Transfer, UploadGrant
 from valohai_dagster.data.resolve import Source
 from valohai_dagster.data.secrets import SecretKey, variables_of_groups
 from valohai_dagster.errors import StoreError

@@ -9,16 +9,18 @@ without effect.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta, timezone
-from typing import Any, TypeVar
+from datetime import datetime, timedelta
+from typing import Any
 
 import redis
 import redis.asyncio as aioredis
 import sqlalchemy as sa
 from pydantic import ValidationError
+from sqlalchemy.exc import OperationalError
 
 from valohai_agent import protocol as p
 from valohai_dagster.broker.connection import load_functions, make_client
@@ -26,39 +28,33 @@ from valohai_dagster.capacity.clouds.local import LocalGroup
 from valohai_dagster.data.secrets import SecretKey
 from valohai_dagster.errors import ValohaiError
 from valohai_dagster.executions import ledger
-from valohai_dagster.executions.dispatch import Dispatch
+from valohai_dagster.executions.core import ServiceCore, utcnow
 from valohai_dagster.executions.effects import Cause, apply_report
 from valohai_dagster.executions.grants import GrantMinter, job_of, seal
 from valohai_dagster.executions.lifecycle import Standing, Verdict, judge_report, status_after_stop
 from valohai_dagster.executions.preparation import choose_group, prepare
+from valohai_dagster.executions.seat import Seat
 from valohai_dagster.executions.spec_model import ExecutionSpec
-from valohai_dagster.executions.stream import EventKind, ExecutionStatus, FollowEvent
+from valohai_dagster.executions.stream import ExecutionStatus, FollowEvent
 from valohai_dagster.executions.submissions import Submission
-from valohai_dagster.executions.views import view_of
 from valohai_dagster.executions.watch import LeaseWatch
 from valohai_dagster.records.engine import Records
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import Stores
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 READ_BLOCK_MS = 2_000
 READ_COUNT = 100
 TICK_SECONDS = 1.0
 OUTAGE_PAUSE_SECONDS = 0.5
-LIVE_LOG_SECONDS = (
-    3600  # how long a live log is kept after its end; the stored one is kept for good
-)
-SERVICE_TTL_SECONDS = 15
+LIVE_LOG_SECONDS = 3600  # how long a live log outlives its execution; the stored one stays
+MAX_FAILURES = 3  # tries to handle one stream entry before it is set aside
+OUTAGES = (redis.ConnectionError, redis.TimeoutError, OperationalError)
 
 
-def utcnow() -> datetime:
-    return datetime.now(timezone.utc)
-
-
-class ExecutionService:
-    """`run()` until `stop()`; several coroutines, one database thread, so records change in one order."""
+class ExecutionService(ServiceCore):
+    """`run()` until cancelled; several coroutines of one event loop."""
 
     def __init__(
         self,
@@ -71,36 +67,34 @@ class ExecutionService:
         secret_key: SecretKey,
         clock: Callable[[], datetime] = utcnow,
     ) -> None:
-        self.settings = settings
-        self.records = records
-        self.stores = stores
+        super().__init__(settings, records=records, broker=broker, stores=stores, clock=clock)
         self.secret_key = secret_key
-        self.clock = clock
-        self.keys = p.Keys(records.deployment_id)
-        self.dispatch = Dispatch(broker, self.keys)
         self.minter = GrantMinter(settings, stores, secret_key)
-        self.active: dict[str, ledger.Active] = {}
         self.groups = self._local_groups(broker_url)
         self.watch = LeaseWatch(self)
+        self.seat = Seat(self.dispatch.redis, self.keys, settings)
         self.last_work = clock()
         self._broker_url = broker_url
-        self._database = ThreadPoolExecutor(max_workers=1, thread_name_prefix="records")
-        self._tasks: list[asyncio.Task[None]] = []
+        self._failures: Counter[str] = Counter()
 
     # -- life of the service ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Serves until cancelled; an outage of Redis or the database makes it wait, not end."""
+        """Serves until cancelled; an outage of Redis or the database makes it wait, not end.
+
+        Raises `SeatLost` when another service has taken over.
+        """
+        await self._patiently(self.seat.take, "take the seat")
         await self._patiently(self._recover, "recover")
         loops = [self._read_submissions, self._read_reports, self._tick]
-        self._tasks = [asyncio.create_task(self._forever(loop)) for loop in loops]
+        tasks = [asyncio.create_task(self._forever(loop)) for loop in loops]
         try:
-            await asyncio.gather(*self._tasks)
+            await asyncio.gather(*tasks)
         finally:
-            for task in self._tasks:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            self._database.shutdown(wait=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.close()
 
     async def stop_agents(self, timeout: float) -> None:
         await asyncio.gather(*(group.drain_all(timeout) for group in self.groups.values()))
@@ -152,23 +146,9 @@ class ExecutionService:
                 if "unction not found" not in str(error):
                     raise
                 await asyncio.to_thread(load_functions, make_client(self._broker_url))
-            except (redis.ConnectionError, redis.TimeoutError, sa.exc.OperationalError) as error:
+            except OUTAGES as error:
                 log.warning("%s waits: %s", name, error, extra={"action": "outage", "step": name})
                 await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
-
-    async def read(self, query: Callable[[sa.Connection], T]) -> T:
-        def call() -> T:
-            with self.records.read() as conn:
-                return query(conn)
-
-        return await asyncio.get_running_loop().run_in_executor(self._database, call)
-
-    async def write(self, change: Callable[[sa.Connection], T]) -> T:
-        def call() -> T:
-            with self.records.write() as conn:
-                return change(conn)
-
-        return await asyncio.get_running_loop().run_in_executor(self._database, call)
 
     # -- submissions -----------------------------------------------------------------------------------------
 
@@ -178,14 +158,36 @@ class ExecutionService:
             {stream: "0-0"}, count=READ_COUNT, block=READ_BLOCK_MS
         )
         for entry_id, fields in reply[0][1] if reply else []:
-            self.last_work = self.clock()
-            try:
-                await self._submitted(Submission.model_validate_json(fields["s"]))
-            except (ValidationError, KeyError) as error:
-                log.error(
-                    "dropped a submission that cannot be read: %s", error, extra={"action": "drop"}
-                )
-            await self.dispatch.redis.xdel(stream, entry_id)
+            await self._consume(stream, entry_id, lambda fields=fields: self._submission(fields))
+
+    async def _consume(
+        self, stream: str, entry_id: str, handle: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Handles one entry and deletes it. One that fails for an unknown reason is tried again, then set aside."""
+        self.last_work = self.clock()
+        try:
+            await handle()
+        except (*OUTAGES, redis.ResponseError):
+            raise
+        except Exception:
+            self._failures[entry_id] += 1
+            log.exception(
+                "cannot handle entry %s of %s", entry_id, stream, extra={"action": "fail"}
+            )
+            if self._failures[entry_id] < MAX_FAILURES:
+                await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
+                return await self._consume(stream, entry_id, handle)
+        self._failures.pop(entry_id, None)
+        await self.dispatch.redis.xdel(stream, entry_id)
+        return None
+
+    async def _submission(self, fields: Mapping[str, str]) -> None:
+        try:
+            submission = Submission.model_validate_json(fields["s"])
+        except (ValidationError, KeyError) as error:
+            log.error("dropped an unreadable submission: %s", error, extra={"action": "drop"})
+            return
+        await self._submitted(submission)
 
     async def _submitted(self, submission: Submission) -> None:
         if submission.kind == "stop":
@@ -263,15 +265,6 @@ class ExecutionService:
         row = await self.read(lambda conn: ledger.row_of(conn, execution_id))
         await self.enqueue(job_of(row, row.attempt), priority=row.priority, front=row.attempt > 1)
 
-    async def remember(self, execution_id: str) -> ledger.Active | None:
-        """Brings the memory in line with the records; ended executions are forgotten."""
-        active = await self.read(lambda conn: ledger.active_of(conn, execution_id))
-        if active is None or active.status.final:
-            self.active.pop(execution_id, None)
-        else:
-            self.active[execution_id] = active
-        return active
-
     # -- stop ------------------------------------------------------------------------------------------------
 
     async def stop(self, execution_id: str, *, hard: bool, reason: str) -> None:
@@ -281,15 +274,16 @@ class ExecutionService:
             log.warning("stop of unknown execution %s", execution_id, extra={"action": "stop"})
             return
         if active.status.final:
-            return await self.snapshot(execution_id)
+            await self.snapshot(execution_id)
+            return
         hard = hard or active.stop_requested > 0
         status = status_after_stop(active.status, hard=hard)
         level = 2 if hard else 1
         waiting = active.token is None and await self.dispatch.withdraw(active.group, execution_id)
         if waiting:
-            return await self.finish(
-                execution_id, ExecutionStatus.stopped, reason or "stopped before it started"
-            )
+            why = reason or "stopped before it started"
+            await self.finish(execution_id, ExecutionStatus.stopped, why)
+            return
         await self.write(
             lambda conn: ledger.update(
                 conn, execution_id, status=status.value, stop_requested=level
@@ -327,16 +321,17 @@ class ExecutionService:
         for stream, entries in reply or []:
             group = next(g for g in self.settings.groups if self.keys.reports(g) == stream)
             for entry_id, fields in entries:
-                self.last_work = self.clock()
                 report = _parse_report(fields)
-                if report is not None:
-                    await self._reported(group, report)
-                await self.dispatch.redis.xdel(stream, entry_id)
+                handle = functools.partial(self._reported, group, report)
+                await self._consume(stream, entry_id, handle)
 
-    async def _reported(self, group: str, report: p.Report) -> None:
+    async def _reported(self, group: str, report: p.Report | None) -> None:
+        if report is None:
+            return
         active = self.active.get(report.execution_id) or await self.remember(report.execution_id)
         if active is None or active.group != group:
-            return await self._fence(group, report, "no such execution in this group")
+            await self._fence(group, report, "no such execution in this group")
+            return
         lease = await self.dispatch.lease(group, active.id) if active.token is None else {}
         standing = Standing(
             status=active.status,
@@ -352,7 +347,8 @@ class ExecutionService:
             lease_token=lease.get("token"),
         )
         if verdict is Verdict.fence:
-            return await self._fence(group, report, "its lease is over")
+            await self._fence(group, report, "its lease is over")
+            return
         if verdict is Verdict.drop:
             return
         events: list[FollowEvent] = []
@@ -433,38 +429,10 @@ class ExecutionService:
         await self.dispatch.forget(row.group_name, execution_id, row.attempt, LIVE_LOG_SECONDS)
         await self.reconcile(row.group_name)
 
-    async def snapshot(self, execution_id: str) -> None:
-        """Publishes how the execution stands; `final` when it has ended."""
-        view = await self.read(
-            lambda conn: view_of(conn, execution_id, datum_url=self.settings.datum_url)
-        )
-        if view is None:
-            return
-        kind = EventKind.final if view.status.final else EventKind.snapshot
-        text = f"{view.status.value}: {view.reason}" if view.reason else view.status.value
-        event = FollowEvent(
-            kind=kind,
-            time=self.clock(),
-            attempt=view.attempt,
-            message=text,
-            data=view.model_dump(mode="json"),
-        )
-        await self.dispatch.publish(execution_id, [event])
-
-    async def tell(
-        self, execution_id: str, text: str, *, kind: EventKind = EventKind.state, **data: Any
-    ) -> None:
-        active = self.active.get(execution_id)
-        attempt = active.attempt if active else 1
-        log.info(
-            "%s: %s", execution_id, text, extra={"action": kind.value, "execution": execution_id}
-        )
-        event = FollowEvent(kind=kind, time=self.clock(), attempt=attempt, message=text, data=data)
-        await self.dispatch.publish(execution_id, [event])
-
     # -- capacity and losses ---------------------------------------------------------------------------------
 
     async def _tick(self) -> None:
+        await self.seat.keep()
         await self.watch.tick()
         for group in self.groups:
             await self.reconcile(group)

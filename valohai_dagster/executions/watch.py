@@ -111,9 +111,8 @@ class LeaseWatch:
 
     async def _missing_for_good(self, active: ledger.Active) -> None:
         if active.worker is None:
-            return await self._requeue(
-                active, "it was taken from the queue by a worker that never reported"
-            )
+            await self._requeue(active, "a worker took it from the queue and never reported")
+            return
         group = self._service.groups.get(active.group)
         dead = group is not None and group.is_dead(active.worker)
         await self._lost(active, death_confirmed=dead, what="it stopped renewing its lease")
@@ -186,7 +185,8 @@ class LeaseWatch:
         complete = bool(files)
         if not files:
             live = service.keys.log(active.group, active.id, active.attempt)
-            files = from_live(await service.dispatch.redis.xrange(live))
+            entries: Any = await service.dispatch.redis.xrange(live)
+            files = from_live(entries)
         row = await service.read(lambda conn: ledger.row_of(conn, active.id))
         prefix = f"logs/{row.project_id}/{active.id}/{active.attempt}"
         store = service.stores[service.settings.log_store_name]
