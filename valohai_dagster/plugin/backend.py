@@ -99,7 +99,9 @@ class ServiceBackend:
 
         try:
             index = self._logs.index_of_execution(execution_id)
-            return read_sections(index.sections, cursor, self._logs, None) if index.sections else None
+            return (
+                read_sections(index.sections, cursor, self._logs, None) if index.sections else None
+            )
         except (ValohaiError, OSError):
             return None
 

@@ -15,7 +15,7 @@ from dagster._core.definitions.data_version import (
     extract_data_version_from_entry,
     get_input_data_version_tag,
 )
-from dagster._core.events import EngineEventData
+from dagster._core.events import DagsterEvent, EngineEventData
 from dagster._core.launcher.base import (
     CheckRunHealthResult,
     LaunchRunContext,
@@ -35,7 +35,14 @@ from dagster._core.storage.local_compute_log_manager import LocalComputeLogManag
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
 
 if TYPE_CHECKING:
-    from dagster import AssetExecutionContext, AssetKey, DagsterInstance, DagsterRun, EventLogRecord
+    from dagster import (
+        AssetExecutionContext,
+        AssetKey,
+        AssetObservation,
+        DagsterInstance,
+        DagsterRun,
+        EventLogRecord,
+    )
 
 __all__ = [
     "CODE_VERSION_TAG",
@@ -57,6 +64,9 @@ __all__ = [
     "code_location_pin",
     "get_input_data_version_tag",
     "input_storage_id",
+    "instance_id",
+    "log_key_of_event",
+    "observe",
     "pin_code_location",
     "pin_input",
     "report_engine_event",
@@ -76,6 +86,21 @@ def report_engine_event(
     """Writes an ENGINE_EVENT at once, which also works while the step is being interrupted."""
     data = EngineEventData(metadata=dict(metadata or {}))
     instance.report_engine_event(message, run, data, step_key=step_key)
+
+
+def instance_id(instance: DagsterInstance) -> str:
+    """The id of the instance's run storage; empty for storages without one."""
+    get = getattr(instance.run_storage, "get_run_storage_id", None)
+    return str(get()) if get else ""
+
+
+def observe(context: AssetExecutionContext, observation: AssetObservation) -> None:
+    """Writes an observation of this step at once.
+
+    A yield would do it too, but an interrupt that arrives while a generator is suspended never reaches it.
+    """
+    step = context.op_execution_context.get_step_execution_context()
+    DagsterEvent.asset_observation(step, observation)
 
 
 def step_key_of(context: AssetExecutionContext) -> str:
@@ -113,7 +138,10 @@ def pin_input(context: AssetExecutionContext, key: AssetKey, record: EventLogRec
 
 def pin_code_location(name: str, value: str) -> None:
     """Remembers a fact of this load of the code location for the processes that load it again for a run."""
-    from dagster._core.definitions.definitions_load_context import DefinitionsLoadContext, DefinitionsLoadType
+    from dagster._core.definitions.definitions_load_context import (
+        DefinitionsLoadContext,
+        DefinitionsLoadType,
+    )
 
     if not DefinitionsLoadContext.is_set():
         return
@@ -124,7 +152,10 @@ def pin_code_location(name: str, value: str) -> None:
 
 def code_location_pin(name: str) -> str | None:
     """What the code server remembered under that name; None there itself, and outside code locations."""
-    from dagster._core.definitions.definitions_load_context import DefinitionsLoadContext, DefinitionsLoadType
+    from dagster._core.definitions.definitions_load_context import (
+        DefinitionsLoadContext,
+        DefinitionsLoadType,
+    )
 
     if not DefinitionsLoadContext.is_set():
         return None
@@ -141,11 +172,6 @@ def tagged_ops(instance: DagsterInstance, run: DagsterRun | None, tag: str) -> f
         return frozenset()
     snapshot = instance.get_job_snapshot(run.job_snapshot_id)
     return frozenset(op.name for op in snapshot.node_defs_snapshot.op_def_snaps if tag in op.tags)
-
-
-def fields_of(config_type: Any) -> Mapping[str, Any]:
-    """Fields of a Shape by name, for tests and documentation."""
-    return config_type.fields
 
 
 def log_key_of_event(run_id: str, file_key: str) -> Sequence[str]:

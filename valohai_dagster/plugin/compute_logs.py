@@ -107,7 +107,9 @@ class ValohaiComputeLogManager(LocalComputeLogManager):
             _current.pop(run_id, None)
 
     @contextmanager
-    def open_log_stream(self, log_key: Sequence[str], io_type: ComputeIOType) -> Generator[Any, None, None]:
+    def open_log_stream(
+        self, log_key: Sequence[str], io_type: ComputeIOType
+    ) -> Generator[Any, None, None]:
         with self._local.open_log_stream(log_key, io_type) as stream:
             yield stream
 
@@ -137,7 +139,9 @@ class ValohaiComputeLogManager(LocalComputeLogManager):
             local = self._local.get_log_data(log_key, at.local, max_bytes)
             stdout, stderr = (local.stdout or b"") + stdout, (local.stderr or b"") + stderr
             at = replace(at, local=local.cursor)
-        return CapturedLogData(log_key=log_key, stdout=stdout or None, stderr=stderr or None, cursor=str(at))
+        return CapturedLogData(
+            log_key=log_key, stdout=stdout or None, stderr=stderr or None, cursor=str(at)
+        )
 
     def _shared(self, log_key: Sequence[str], index: LogIndex) -> bool:
         """Whether the process that captured also runs steps that are not ours, whose prints must show as well."""
@@ -154,7 +158,7 @@ class ValohaiComputeLogManager(LocalComputeLogManager):
         io_type: ComputeIOType,
         offset: int | None = 0,
         max_bytes: int | None = None,
-    ) -> tuple[bytes | None, int]:
+    ) -> Any:
         """One stream as a single file; used by Dagster for tick logs and downloads, not by the log view."""
         if not self.index(log_key).sections:
             return self._local.get_log_data_for_type(log_key, io_type, offset or 0, max_bytes)
@@ -169,7 +173,9 @@ class ValohaiComputeLogManager(LocalComputeLogManager):
 
     def is_capture_complete(self, log_key: Sequence[str]) -> bool:
         """Whether no more can come: the process that followed has ended, and so have its executions."""
-        return self.index(log_key).final and (self._local.is_capture_complete(log_key) or self._run_ended(log_key))
+        return self.index(log_key).final and (
+            self._local.is_capture_complete(log_key) or self._run_ended(log_key)
+        )
 
     def _run_ended(self, log_key: Sequence[str]) -> bool:
         """A process that was killed leaves no mark, but its run ends."""
@@ -184,14 +190,17 @@ class ValohaiComputeLogManager(LocalComputeLogManager):
         if not index.sections:
             return local
         return local._replace(
-            stdout_location=self._location(index, "stdout"), stderr_location=self._location(index, "stderr")
+            stdout_location=self._location(index, "stdout"),
+            stderr_location=self._location(index, "stderr"),
         )
 
     def _location(self, index: LogIndex, stream: Stream) -> str:
         stored = [s.stored[stream] for s in index.sections if stream in s.stored]
         return ", ".join(f"{entry.store}: {entry.key}" for entry in stored) or "live, in Redis"
 
-    def get_captured_local_path(self, log_key: Sequence[str], extension: str, partial: bool = False) -> str:
+    def get_captured_local_path(
+        self, log_key: Sequence[str], extension: str, partial: bool = False
+    ) -> str:
         """The file that the webserver sends as download: for our executions, put together now."""
         if partial or extension not in _EXTENSIONS or not self.index(log_key).sections:
             return self._local.get_captured_local_path(log_key, extension, partial)
@@ -201,12 +210,16 @@ class ValohaiComputeLogManager(LocalComputeLogManager):
         path.write_bytes(self._whole(log_key, _EXTENSIONS[extension]))
         return str(path)
 
-    def delete_logs(self, log_key: Sequence[str] | None = None, prefix: Sequence[str] | None = None) -> None:
+    def delete_logs(
+        self, log_key: Sequence[str] | None = None, prefix: Sequence[str] | None = None
+    ) -> None:
         """Deletes local captures only; executions' logs belong to the records and their retention."""
         self._local.delete_logs(log_key, prefix)
 
     # -- open views ------------------------------------------------------------------------------------------------
-    def subscribe(self, log_key: Sequence[str], cursor: str | None = None) -> CapturedLogSubscription:
+    def subscribe(
+        self, log_key: Sequence[str], cursor: str | None = None
+    ) -> CapturedLogSubscription:
         subscription = CapturedLogSubscription(self, log_key, cursor)
         self._watcher.add(subscription)
         return subscription
@@ -223,7 +236,9 @@ class ValohaiComputeLogManager(LocalComputeLogManager):
 def foreign_steps(instance: Any, log_key: Sequence[str]) -> frozenset[str]:
     """Steps of the process behind a log key that are not steps of ours."""
     run = instance.get_run_by_id(log_key[0])
-    records = instance.get_records_for_run(log_key[0], of_type=DagsterEventType.LOGS_CAPTURED).records
+    records = instance.get_records_for_run(
+        log_key[0], of_type=DagsterEventType.LOGS_CAPTURED
+    ).records
     for record in records:
         data = record.event_log_entry.dagster_event.event_specific_data
         if data.file_key == log_key[-1]:

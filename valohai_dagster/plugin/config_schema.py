@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dagster import Array, Bool, Enum, EnumValue, Field, Float, Int, Map, Noneable, Shape, String
@@ -34,12 +34,18 @@ def config_schema(step: StepDefinition, *, fed: frozenset[tuple[str, str]] = fro
     if parameters:
         fields["parameters"] = _group(parameters, "Values of the step's parameters.")
     if inputs:
-        fields["inputs"] = _group(inputs, "URIs of the step's inputs: http(s)://, datum://, store://, file:// ...")
+        fields["inputs"] = _group(
+            inputs, "URIs of the step's inputs: http(s)://, datum://, store://, file:// ..."
+        )
     return Shape({**fields, **_common_fields(step)})
 
 
 def _group(fields: dict[str, Field], description: str) -> Field:
-    return Field(Shape(fields), description=description, is_required=any(f.is_required for f in fields.values()))
+    return Field(
+        Shape(fields),
+        description=description,
+        is_required=any(f.is_required for f in fields.values()),
+    )
 
 
 def _common_fields(step: StepDefinition) -> dict[str, Field]:
@@ -48,7 +54,8 @@ def _common_fields(step: StepDefinition) -> dict[str, Field]:
     return {
         "image": _optional(String, f"Docker image. Default: {raw.image}"),
         "environment": _optional(
-            String, f"Environment (worker group) to run on. Default: {raw.environment or 'the default group'}"
+            String,
+            f"Environment (worker group) to run on. Default: {raw.environment or 'the default group'}",
         ),
         "environment_variables": Field(
             Map(String, Noneable(String)),
@@ -59,7 +66,8 @@ def _common_fields(step: StepDefinition) -> dict[str, Field]:
         "tags": Field(Array(String), is_required=False, description="Tags of the execution."),
         "title": _optional(String, "Title of the execution."),
         "commit": _optional(
-            String, "Branch, tag or commit of the project to run instead of the loaded one; read anew with its YAML."
+            String,
+            "Branch, tag or commit of the project to run instead of the loaded one; read anew with its YAML.",
         ),
         "adhoc": Field(
             Bool,
@@ -106,16 +114,19 @@ def _valid_default(parameter: Parameter) -> Any:
         return default if isinstance(default, bool) else _MISSING
     try:
         value = parameter.validate(default)
-    except Exception:  # the library raises several kinds; build_spec reports them with the parameter's name
+    except (ValueError, TypeError):  # the project's warnings and build_spec name it
         return _MISSING
-    texts = [str(v) if parameter.type == "string" else v for v in (value if isinstance(value, list) else [value])]
+    texts = [
+        str(v) if parameter.type == "string" else v
+        for v in (value if isinstance(value, list) else [value])
+    ]
     return texts if parameter.multiple else texts[0]
 
 
 def _choices(step: StepDefinition, parameter: Parameter) -> Enum | None:
     """Text choices become an enum; numbers stay numbers, since Dagster's enums are written as words."""
-    choices = parameter.choices or []
-    if parameter.type != "string" or not choices or not all(isinstance(c, str) and c.strip() for c in choices):
+    choices = [c for c in parameter.choices or [] if isinstance(c, str) and c.strip()]
+    if parameter.type != "string" or not choices or len(choices) < len(parameter.choices or []):
         return None
     if any(re.fullmatch(r"(?i)true|false|yes|no|on|off|null|~|[-+.\d].*", c) for c in choices):
         return None  # YAML in the Launchpad would read these as something else than text
@@ -144,7 +155,9 @@ def _parameter_text(parameter: Parameter, *, fed: bool) -> str:
 
 
 def _sentences(parts: list[str]) -> str:
-    return " ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts if part)
+    return " ".join(
+        part if part.endswith((".", "!", "?")) else f"{part}." for part in parts if part
+    )
 
 
 def input_field(item: Input, *, fed: frozenset[tuple[str, str]] = frozenset()) -> Field:
@@ -158,7 +171,9 @@ def input_field(item: Input, *, fed: frozenset[tuple[str, str]] = frozenset()) -
         parts.append("Optional")
     description = _sentences(parts) or None
     if defaults:
-        return Field(Array(String), is_required=False, default_value=defaults, description=description)
+        return Field(
+            Array(String), is_required=False, default_value=defaults, description=description
+        )
     required = not item.optional and not is_fed
     return Field(Array(String), is_required=required, description=description)
 
@@ -215,9 +230,13 @@ def _default_uris_of(step: StepDefinition, name: str) -> Any:
     return _MISSING if item is None else default_uris(item)
 
 
-def written_config(run_config: Mapping[str, Any], path: list[str]) -> Mapping[str, Any]:
+def written_config(run_config: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]:
     """The op's config as written in the run's config, empty if it is not there. `path`: node names, outermost first."""
-    node: Any = {"ops": run_config.get("ops") or run_config.get("solids")} if isinstance(run_config, Mapping) else {}
+    node: Any = (
+        {"ops": run_config.get("ops") or run_config.get("solids")}
+        if isinstance(run_config, Mapping)
+        else {}
+    )
     for name in path:
         children = node.get("ops") if isinstance(node, Mapping) else None
         node = children.get(name) if isinstance(children, Mapping) else None
@@ -225,4 +244,11 @@ def written_config(run_config: Mapping[str, Any], path: list[str]) -> Mapping[st
     return config if isinstance(config, Mapping) else {}
 
 
-__all__ = ["config_schema", "default_uris", "input_field", "parameter_field", "step_config", "written_config"]
+__all__ = [
+    "config_schema",
+    "default_uris",
+    "input_field",
+    "parameter_field",
+    "step_config",
+    "written_config",
+]

@@ -39,7 +39,9 @@ class ValohaiRunLauncher(RunLauncher, ConfigurableClass):
         return {}
 
     @classmethod
-    def from_config_value(cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]) -> Self:
+    def from_config_value(
+        cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
+    ) -> Self:
         return cls(inst_data=inst_data, **config_value)
 
     def register_instance(self, instance: Any) -> None:
@@ -66,7 +68,9 @@ class ValohaiRunLauncher(RunLauncher, ConfigurableClass):
     def check_run_worker_health(self, run: Any) -> CheckRunHealthResult:
         return self._inner.check_run_worker_health(run)
 
-    def get_run_worker_debug_info(self, run: Any, include_container_logs: bool | None = True) -> str | None:
+    def get_run_worker_debug_info(
+        self, run: Any, include_container_logs: bool | None = True
+    ) -> str | None:
         return self._inner.get_run_worker_debug_info(run, include_container_logs)
 
     @property

@@ -39,7 +39,9 @@ class LogSection:
 
 
 class LogSource(Protocol):
-    def read(self, section: LogSection, stream: Stream, offset: int, limit: int | None) -> tuple[bytes, int]:
+    def read(
+        self, section: LogSection, stream: Stream, offset: int, limit: int | None
+    ) -> tuple[bytes, int]:
         """Bytes from that offset on, at most about `limit` (more to finish a line), and the offset after them."""
         ...
 

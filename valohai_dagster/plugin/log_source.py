@@ -63,8 +63,15 @@ class ServiceLogs:
         from valohai_dagster.records import tables as t
 
         query = (
-            sa.select(t.executions, t.attempts.c.number, t.attempts.c.logs, t.attempts.c.ended_at.label("attempt_end"))
-            .select_from(t.executions.outerjoin(t.attempts, t.attempts.c.execution_id == t.executions.c.id))
+            sa.select(
+                t.executions,
+                t.attempts.c.number,
+                t.attempts.c.logs,
+                t.attempts.c.ended_at.label("attempt_end"),
+            )
+            .select_from(
+                t.executions.outerjoin(t.attempts, t.attempts.c.execution_id == t.executions.c.id)
+            )
             .where(t.executions.c[column] == value)
             .order_by(t.executions.c.ctime, t.executions.c.counter, t.attempts.c.number)
         )
@@ -80,14 +87,21 @@ class ServiceLogs:
             return self._records
 
     # -- LogSource ----------------------------------------------------------------------------------------------
-    def read(self, section: LogSection, stream: Stream, offset: int, limit: int | None) -> tuple[bytes, int]:
+    def read(
+        self, section: LogSection, stream: Stream, offset: int, limit: int | None
+    ) -> tuple[bytes, int]:
         stored = section.stored.get(stream)
         if stored is not None:
             return self._stored(stored, offset, limit)
+        import redis
+
         try:
             return self._live(section, stream, offset, limit)
-        except Exception as error:  # Redis away: the view stands still, and goes on when it is back
-            log.warning("live log of execution %s is not readable now: %s", section.execution_id, error)
+        except (redis.RedisError, ValohaiError, OSError) as error:
+            # Redis is away: the view stands still, and goes on when it is back.
+            log.warning(
+                "live log of execution %s is not readable now: %s", section.execution_id, error
+            )
             self._redis = None
             return b"", offset
 
@@ -107,7 +121,9 @@ class ServiceLogs:
 
         return open_stores(self._load())[stored.store].open(stored.key)
 
-    def _live(self, section: LogSection, stream: Stream, offset: int, limit: int | None) -> tuple[bytes, int]:
+    def _live(
+        self, section: LogSection, stream: Stream, offset: int, limit: int | None
+    ) -> tuple[bytes, int]:
         out = bytearray()
         hint = self._hints.get((section.execution_id, section.attempt, stream, offset))
         fresh = hint is None
@@ -198,7 +214,10 @@ def live_line(fields: Any) -> LiveLine:
         data = STATUS_PREFIX + data
     start, end, gap = (int(_text(values.get(name, 0)) or 0) for name in ("o", "e", "g"))
     if gap and not data.strip():
-        data = STATUS_PREFIX + f"... {gap} lines are left out here, the complete log has them ...".encode()
+        data = (
+            STATUS_PREFIX
+            + f"... {gap} lines are left out here, the complete log has them ...".encode()
+        )
     return LiveLine(
         stream="stdout" if kind == "stdout" else "stderr",
         text=data + b"\n",

@@ -21,7 +21,9 @@ from valohai_dagster.executions.stream import DatumView, ExecutionView
 MAX_ROWS = 200  # of a table in metadata; the whole list is in the records
 MAX_LINKS = 20  # output files with a link of their own
 MAX_PICTURES = 4
-MAX_PICTURE_BYTES = 96 * 1024  # inlined as base64 into the event, which the UI loads again and again
+MAX_PICTURE_BYTES = (
+    96 * 1024
+)  # inlined as base64 into the event, which the UI loads again and again
 MAX_METRICS = 200
 MAX_TEXT = 2_000  # characters of one table cell or text
 EXECUTION_ID_KEY = "valohai/execution_id"
@@ -48,13 +50,17 @@ def materialize_result(
     )
 
 
-def data_version_of(view: ExecutionView, *, exported: Mapping[str, Sequence[str]] | None = None) -> str:
+def data_version_of(
+    view: ExecutionView, *, exported: Mapping[str, Sequence[str]] | None = None
+) -> str:
     """Digest of what downstream assets can get: names and contents of the outputs, and exported values.
 
     Ids, times and places are left out, so doing the same work again with the same result makes nothing stale.
     """
     exported = exported or {}
-    parts: list[Any] = [sorted([d.name, d.sha256 or d.md5 or f"{d.id}:{d.size}"] for d in view.outputs)]
+    parts: list[Any] = [
+        sorted([d.name, d.sha256 or d.md5 or f"{d.id}:{d.size}"] for d in view.outputs)
+    ]
     for kind, source in (("metadata", view.latest_metadata), ("parameter", view.parameters)):
         names = sorted(set(exported.get(kind, ())) & set(source))
         if names:
@@ -63,7 +69,9 @@ def data_version_of(view: ExecutionView, *, exported: Mapping[str, Sequence[str]
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
-def metadata_of(view: ExecutionView, *, read_small: ReadSmall | None = None) -> dict[str, MetadataValue[Any]]:
+def metadata_of(
+    view: ExecutionView, *, read_small: ReadSmall | None = None
+) -> dict[str, MetadataValue[Any]]:
     """All metadata of the materialization; the order is the order in the UI."""
     return {
         **_facts(view),
@@ -87,7 +95,9 @@ def _facts(view: ExecutionView) -> dict[str, MetadataValue[Any]]:
         "runtime": view.runtime,
         EXECUTION_ID_KEY: view.id,
     }
-    out: dict[str, MetadataValue[Any]] = {k: MetadataValue.text(str(v)) for k, v in facts.items() if v}
+    out: dict[str, MetadataValue[Any]] = {
+        k: MetadataValue.text(str(v)) for k, v in facts.items() if v
+    }
     if view.command:
         out["command"] = MetadataValue.md(_code_block(view.command))
     if view.attempt > 1:
@@ -107,7 +117,8 @@ def _code_block(text: str) -> str:
 def _metrics(latest: Mapping[str, Any]) -> dict[str, MetadataValue[Any]]:
     numbers = numeric_metrics(latest)
     out: dict[str, MetadataValue[Any]] = {
-        f"metrics/{name}": MetadataValue.float(value) for name, value in list(numbers.items())[:MAX_METRICS]
+        f"metrics/{name}": MetadataValue.float(value)
+        for name, value in list(numbers.items())[:MAX_METRICS]
     }
     others = {k: v for k, v in latest.items() if k not in numbers and not k.startswith("_")}
     for name, value in list(others.items())[:MAX_METRICS]:
@@ -119,7 +130,11 @@ def numeric_metrics(latest: Mapping[str, Any]) -> dict[str, float]:
     """Values that a chart can show: finite numbers, and texts that parse as such (M-15)."""
     out: dict[str, float] = {}
     for name, value in latest.items():
-        if isinstance(value, bool) or name.startswith("_") or not isinstance(value, (int, float, str)):
+        if (
+            isinstance(value, bool)
+            or name.startswith("_")
+            or not isinstance(value, (int, float, str))
+        ):
             continue
         try:
             number = float(value)
@@ -155,9 +170,21 @@ def _tables(view: ExecutionView) -> dict[str, MetadataValue[Any]]:
 
 
 def _input_table(view: ExecutionView) -> MetadataValue[Any]:
-    columns = {"input": "string", "name": "string", "size": "int", "sha256": "string", "uri": "string"}
+    columns = {
+        "input": "string",
+        "name": "string",
+        "size": "int",
+        "sha256": "string",
+        "uri": "string",
+    }
     rows = [
-        {"input": i.input, "name": _cell(i.name), "size": i.size, "sha256": i.sha256, "uri": _cell(i.uri)}
+        {
+            "input": i.input,
+            "name": _cell(i.name),
+            "size": i.size,
+            "sha256": i.sha256,
+            "uri": _cell(i.uri),
+        }
         for i in view.inputs
     ]
     return _table(columns, rows)
@@ -165,7 +192,9 @@ def _input_table(view: ExecutionView) -> MetadataValue[Any]:
 
 def _output_table(outputs: Sequence[DatumView]) -> MetadataValue[Any]:
     columns = {"name": "string", "size": "int", "sha256": "string", "uri": "string"}
-    rows = [{"name": _cell(d.name), "size": d.size, "sha256": d.sha256, "uri": d.uri} for d in outputs]
+    rows = [
+        {"name": _cell(d.name), "size": d.size, "sha256": d.sha256, "uri": d.uri} for d in outputs
+    ]
     return _table(columns, rows)
 
 
@@ -173,7 +202,9 @@ def _links(outputs: Sequence[DatumView]) -> dict[str, MetadataValue[Any]]:
     return {f"file/{d.name}": MetadataValue.url(d.url) for d in outputs[:MAX_LINKS] if d.url}
 
 
-def _pictures(outputs: Sequence[DatumView], read_small: ReadSmall | None) -> dict[str, MetadataValue[Any]]:
+def _pictures(
+    outputs: Sequence[DatumView], read_small: ReadSmall | None
+) -> dict[str, MetadataValue[Any]]:
     out: dict[str, MetadataValue[Any]] = {}
     for datum in outputs:
         if len(out) == MAX_PICTURES:
@@ -188,7 +219,9 @@ def _pictures(outputs: Sequence[DatumView], read_small: ReadSmall | None) -> dic
 
 
 def picture_type(name: str) -> str | None:
-    return next((kind for ending, kind in PICTURE_TYPES.items() if name.lower().endswith(ending)), None)
+    return next(
+        (kind for ending, kind in PICTURE_TYPES.items() if name.lower().endswith(ending)), None
+    )
 
 
 def _picture(datum: DatumView, kind: str, content: bytes) -> str:
@@ -204,9 +237,12 @@ def _durations(view: ExecutionView) -> dict[str, MetadataValue[Any]]:
     if view.qtime and view.started_at:
         seconds["queued"] = (view.started_at - view.qtime).total_seconds()
     for span in view.phases:
-        seconds[span.phase] = seconds.get(span.phase, 0.0) + (span.ended_at - span.started_at).total_seconds()
+        seconds[span.phase] = (
+            seconds.get(span.phase, 0.0) + (span.ended_at - span.started_at).total_seconds()
+        )
     out: dict[str, MetadataValue[Any]] = {
-        f"seconds/{phase}": MetadataValue.float(round(max(0.0, value), 3)) for phase, value in seconds.items()
+        f"seconds/{phase}": MetadataValue.float(round(max(0.0, value), 3))
+        for phase, value in seconds.items()
     }
     if view.max_memory_bytes is not None:
         out["max_memory_bytes"] = MetadataValue.int(view.max_memory_bytes)

@@ -33,7 +33,11 @@ def step_tag(
         "v": TAG_VERSION,
         "step": step.to_dict(),
         "project": {"name": project.name, "source": source.location, "yaml": source.yaml_path},
-        "commit": {"identifier": project.commit.identifier, "ref": project.commit.ref, "adhoc": project.commit.adhoc},
+        "commit": {
+            "identifier": project.commit.identifier,
+            "ref": project.commit.ref,
+            "adhoc": project.commit.adhoc,
+        },
         "asset_key": list(asset_key),
         "output": "result",
         "parents": [list(parent) for parent in parents],
@@ -49,7 +53,9 @@ def read_step_tag(text: str) -> dict[str, Any]:
     """The tag's content with `step` restored; raises ValueError for a version that this side does not know."""
     data = json.loads(text)
     if data.get("v") != TAG_VERSION:
-        raise ValueError(f"the tag {STEP_TAG} has version {data.get('v')!r}, this side reads {TAG_VERSION}")
+        raise ValueError(
+            f"the tag {STEP_TAG} has version {data.get('v')!r}, this side reads {TAG_VERSION}"
+        )
     return {**data, "step": StepDefinition.from_dict(data["step"])}
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dagster import AssetExecutionContext, AssetKey, AssetRecordsFilter, DagsterEventType, EventLogRecord
+from dagster import (
+    AssetExecutionContext,
+    AssetKey,
+    AssetRecordsFilter,
+    DagsterEventType,
+    EventLogRecord,
+)
 
 from valohai_dagster.executions.stream import ExecutionView
 from valohai_dagster.plugin.compat import input_storage_id, pin_input
@@ -15,6 +21,7 @@ from valohai_dagster.projects.project import Project
 from valohai_dagster.projects.upstream import UpstreamFile, UpstreamResult
 
 MAX_PARENT_RUNS = 50  # a chain of re-executions longer than this is cut
+PARENT_RUN_TAG = "dagster/parent_run_id"
 FindView = Callable[[str], "ExecutionView | None"]
 
 
@@ -56,7 +63,9 @@ def used_materialization(context: AssetExecutionContext, key: AssetKey) -> Event
         return own
     if latest_id is None:
         return None
-    found = context.instance.fetch_materializations(AssetRecordsFilter(asset_key=key, storage_ids=[latest_id]), limit=1)
+    found = context.instance.fetch_materializations(
+        AssetRecordsFilter(asset_key=key, storage_ids=[latest_id]), limit=1
+    )
     return next(iter(found.records), None)
 
 
@@ -64,9 +73,10 @@ def _of_run_or_parents(context: AssetExecutionContext, key: AssetKey) -> EventLo
     run: Any = context.run
     for _ in range(MAX_PARENT_RUNS):
         record = _of_run(context, run.run_id, key)
-        if record is not None or not run.parent_run_id:
+        parent = run.parent_run_id or run.tags.get(PARENT_RUN_TAG)
+        if record is not None or not parent:
             return record
-        run = context.instance.get_run_by_id(run.parent_run_id)
+        run = context.instance.get_run_by_id(parent)
         if run is None:
             return None
     return None

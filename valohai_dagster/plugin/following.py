@@ -1,0 +1,193 @@
+"""Following one execution from an op process: words in the event log, observations, and a stop that arrives.
+
+Nothing is yielded while following: Dagster delivers an interrupt by raising in the main thread, and a generator
+that is suspended at that moment would not see it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import dagster as dg
+from dagster import AssetExecutionContext, DagsterExecutionInterruptedError
+
+from valohai_dagster.errors import ServiceUnavailable
+from valohai_dagster.executions.spec_model import ExecutionSpec
+from valohai_dagster.executions.stream import EventKind, ExecutionView, FollowEvent
+from valohai_dagster.plugin.backend import Backend
+from valohai_dagster.plugin.compat import (
+    ComputeLogManager,
+    observe,
+    report_engine_event,
+    step_key_of,
+)
+from valohai_dagster.plugin.compute_logs import ValohaiComputeLogManager
+from valohai_dagster.plugin.results import numeric_metrics
+
+OBSERVE_SECONDS = 60.0  # at most one observation of running metrics in this time
+Interrupts = (DagsterExecutionInterruptedError, KeyboardInterrupt)
+
+
+def follow_to_end(
+    context: AssetExecutionContext,
+    backend: Backend,
+    spec: ExecutionSpec,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> ExecutionView:
+    """The final view. An interrupt stops the execution (K-54), waits for its end and is raised again."""
+    follower = Follower(context, backend, spec, clock)
+    try:
+        backend.submit(spec)
+        return follower.wait()
+    except Interrupts:
+        follower.stop()
+        raise
+
+
+class Follower:
+    """One execution, seen from the process that waits for it."""
+
+    def __init__(
+        self,
+        context: AssetExecutionContext,
+        backend: Backend,
+        spec: ExecutionSpec,
+        clock: Callable[[], float],
+    ) -> None:
+        self._context, self._backend, self._spec, self._clock = context, backend, spec, clock
+        self._observed: float | None = None
+        self._latest: dict[str, Any] = {}
+        self._seen: set[tuple[Any, ...]] = (
+            set()
+        )  # following again after an interrupt replays the stream
+        self._stopping = False
+        self._mirror = Mirror(context.instance.compute_log_manager, backend, spec.execution_id)
+
+    def wait(self) -> ExecutionView:
+        for event in self._backend.follow(self._spec.execution_id):
+            if event is not None:
+                self._tell(event)
+                if event.kind is EventKind.final:
+                    self._mirror.pump()
+                    return ExecutionView.model_validate(event.data)
+            self._observe()
+            self._mirror.pump()
+        raise ServiceUnavailable(
+            f"the stream of execution {self._spec.execution_id} ended before the execution did; "
+            "run `valohai-dagster doctor`, then retry the step: it attaches to the same execution"
+        )
+
+    def stop(self) -> None:
+        """Forwards an interrupt; each further one is harder: a kill, then leaving the service to it."""
+        self._stopping = True
+        self._hop("Stop requested: the interrupt reached the process that follows the execution")
+        try:
+            self._stop(hard=False)
+            self._wait_for_stop()
+        except Interrupts:
+            self._hop("Interrupted again: asking for a hard stop")
+            self._stop(hard=True)
+            self._wait_for_stop()
+
+    def _stop(self, *, hard: bool) -> None:
+        reason = f"Dagster run {self._spec.run_id} was terminated"
+        try:
+            self._backend.stop(self._spec.execution_id, hard=hard, reason=reason)
+        except ServiceUnavailable as error:
+            self._hop(f"The stop could not be handed over: {error}")
+            return
+        self._hop(f"Handed the {'hard ' if hard else ''}stop over to the execution service")
+
+    def _wait_for_stop(self) -> None:
+        try:
+            view = self.wait()
+        except ServiceUnavailable as error:
+            self._hop(f"The end of the execution could not be seen: {error}")
+            return
+        self._hop(
+            f"The execution ended with status {view.status.value}: {view.reason or 'stopped'}"
+        )
+
+    # -- telling ---------------------------------------------------------------------------------------------------
+    def _tell(self, event: FollowEvent) -> None:
+        identity = (event.kind, event.time, event.attempt, event.message)
+        if event.kind is EventKind.progress or identity in self._seen:
+            return
+        self._seen.add(identity)
+        if event.kind is EventKind.metadata:
+            self._latest.update(event.data.get("latest") or {})
+        elif event.kind is EventKind.warning:
+            self._context.log.warning(self._named(event.message))
+        elif event.kind is EventKind.snapshot:
+            self._tell_snapshot(event)
+        elif event.message:
+            self._say(event.message)
+
+    def _tell_snapshot(self, event: FollowEvent) -> None:
+        self._latest.update(event.data.get("latest_metadata") or {})
+        status = event.data.get("status")
+        self._say(event.message or f"the execution is {getattr(status, 'value', status)}")
+
+    def _say(self, message: str) -> None:
+        if self._stopping:
+            self._hop(message)
+        else:
+            self._context.log.info(self._named(message))
+
+    def _named(self, message: str) -> str:
+        return f"execution {self._spec.execution_id[:8]}: {message}"
+
+    def _hop(self, message: str) -> None:
+        """A step of the stop's way to the container and back, as an event of its own."""
+        report_engine_event(
+            self._context.instance,
+            self._context.run,
+            self._named(message),
+            step_key=step_key_of(self._context),
+            metadata={"execution": self._spec.execution_id},
+        )
+
+    # -- metrics while running ----------------------------------------------------------------------------------------
+    def _observe(self) -> None:
+        """One observation at most per minute, and none when nothing is new."""
+        numbers = numeric_metrics(self._latest)
+        now = self._clock()
+        if not numbers or (self._observed is not None and now - self._observed < OBSERVE_SECONDS):
+            return
+        self._observed, self._latest = now, {}
+        metadata = {
+            f"metrics/{name}": dg.MetadataValue.float(value) for name, value in numbers.items()
+        }
+        observe(
+            self._context, dg.AssetObservation(asset_key=self._context.asset_key, metadata=metadata)
+        )
+
+
+class Mirror:
+    """Repeats the execution's log on this process's own streams where Dagster's log manager is not ours.
+
+    Without it the stdout and stderr tabs of such an instance would stay empty.
+    """
+
+    def __init__(
+        self, manager: ComputeLogManager[Any], backend: Backend, execution_id: str
+    ) -> None:
+        self._active = not isinstance(manager, ValohaiComputeLogManager)
+        self._backend, self._execution_id = backend, execution_id
+        self._cursor: str | None = None
+
+    def pump(self) -> None:
+        if not self._active:
+            return
+        chunk = self._backend.log_after(self._execution_id, self._cursor)
+        if chunk is None:
+            return
+        self._cursor = str(chunk.position)
+        for stream, data in ((sys.stdout, chunk.stdout), (sys.stderr, chunk.stderr)):
+            if data:
+                stream.write(data.decode("utf-8", "replace"))
+                stream.flush()
