@@ -7,6 +7,7 @@ the names alone, not on their order, so that adding a step renames no other asse
 from __future__ import annotations
 
 import hashlib
+import keyword
 import re
 import unicodedata
 from collections import Counter
@@ -15,21 +16,9 @@ from collections.abc import Iterable
 _ILLEGAL = re.compile(r"[^A-Za-z0-9_]+")
 _RESERVED = frozenset(
     [
-        "context",
-        "conf",
-        "config",
-        "meta",
-        "arg_dict",
-        "dict",
-        "input_arg_dict",
-        "output_arg_dict",
-        "int",
-        "str",
-        "float",
-        "bool",
-        "input",
-        "output",
-        "type",
+        *keyword.kwlist,
+        *("context", "conf", "config", "meta", "arg_dict", "dict", "input_arg_dict"),
+        *("output_arg_dict", "int", "str", "float", "bool", "input", "output", "type"),
     ]
 )
 MAX_NAME = 200  # leaves room for prefixes in run tags and file names

@@ -71,7 +71,7 @@ def write_tarball(
 
 def _write(root: Path, files: Sequence[str], out: _Hashing) -> None:
     with (
-        gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=0, compresslevel=COMPRESSION) as packed,  # pyright: ignore[reportArgumentType]
+        gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=0, compresslevel=COMPRESSION) as packed,
         tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as tar,
     ):  # fmt: skip
         for name in files:
