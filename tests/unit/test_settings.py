@@ -122,7 +122,7 @@ def test_undecodable_environment_variable_is_named(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VALOHAI_STORES", "{not json")
-    with pytest.raises(ConfigurationError, match="VALOHAI_.*stores"):
+    with pytest.raises(ConfigurationError, match=r"VALOHAI_.*stores"):
         load_settings()
 
 

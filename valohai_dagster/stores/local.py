@@ -2,13 +2,14 @@
 
 A write goes to a temporary file in the same directory, is flushed to disk, and takes its final name by `link`,
 which fails if the name is taken: nothing is ever overwritten, and a reader never sees half a file. Workers do the
-same with a `file://` grant. Temporary names begin with `TEMPORARY_PREFIX`; listings leave them out.
+same with a `file://` grant. Names of unfinished files match `TEMPORARY`; listings leave them out.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from valohai_dagster.errors import (
 from valohai_dagster.stores.base import ObjectStat
 from valohai_dagster.stores.keys import check_key
 
-TEMPORARY_PREFIX = ".vh-"
+TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.part")  # the agent's uploads use the same
 CHUNK_BYTES = 1024 * 1024
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
@@ -57,7 +58,7 @@ class LocalStore:
         path = self._path(key)
         with self._explained(f"write {key!r}"):
             self._refuse_readonly()
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_directory(path.parent)
             if not os.access(path.parent, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
             if size is not None and size > shutil.disk_usage(path.parent).free:
@@ -86,7 +87,7 @@ class LocalStore:
                 return
             for path in _walk(start):
                 key = path.relative_to(self.root).as_posix()
-                if key.startswith(prefix) and _is_legal(key) and (found := self.stat(key)):
+                if key.startswith(prefix) and (found := self._listed(key)):
                     yield found
 
     def open(self, key: str) -> BinaryIO:
@@ -105,8 +106,8 @@ class LocalStore:
         source = BytesIO(content) if isinstance(content, bytes) else content
         with self._explained(f"write {key!r}"):
             self._refuse_readonly()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+            _make_directory(path.parent)
+            temporary = path.parent / f".{uuid.uuid4().hex}.part"
             try:
                 _write_durably(temporary, source)
                 os.link(temporary, path)
@@ -151,6 +152,13 @@ class LocalStore:
                 )
         return path
 
+    def _listed(self, key: str) -> ObjectStat | None:
+        """None for names that no key can have and for links that leave the store."""
+        try:
+            return self.stat(key)
+        except StoreBadKey:
+            return None
+
     def _refuse_readonly(self) -> None:
         if self.readonly:
             raise StoreNotWritable(
@@ -190,9 +198,7 @@ class LocalStore:
 
 def _walk(directory: Path) -> Iterator[Path]:
     """All files below, in key order: a directory sorts as its name with a slash."""
-    entries = [
-        entry for entry in os.scandir(directory) if not entry.name.startswith(TEMPORARY_PREFIX)
-    ]
+    entries = [entry for entry in os.scandir(directory) if not TEMPORARY.fullmatch(entry.name)]
     named = [
         (entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name, entry)
         for entry in entries
@@ -204,12 +210,11 @@ def _walk(directory: Path) -> Iterator[Path]:
             yield Path(entry.path)
 
 
-def _is_legal(key: str) -> bool:
+def _make_directory(path: Path) -> None:
     try:
-        check_key(key)
-    except StoreBadKey:
-        return False
-    return True
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
 
 
 def _describe(key: str, found: os.stat_result) -> ObjectStat:
