@@ -80,6 +80,8 @@ class Lease:
         self.reporter = Reporter(
             link,
             stream=keys.reports(group, job.shard),
+            lease_key=self._lease_key,
+            reclaim=self._renew_persistently,
             execution_id=job.execution_id,
             attempt=attempt,
             token=self.token,
@@ -161,24 +163,35 @@ class Lease:
             self._wake.clear()
             if self._closed.is_set():
                 return
-            answer = self._link.persist(self._renew, give_up=self._closed.is_set, wake=self._closed)
+            self._renew_persistently()
+
+    def _renew_persistently(self) -> None:
+        self._link.persist(self._renew, give_up=self._over, wake=self._closed)
+
+    def _over(self) -> bool:
+        return self._closed.is_set() or self.lost.is_set()
+
+    def _renew(self) -> bool:
+        """One renewal, and what follows from it, before any other report can be sent."""
+        with self.reporter.sending:
+            if self.reporter.told_the_end:
+                return True
+            answer = self._link.fcall(
+                "vh1_renew",
+                [self._lease_key, self._job_key],
+                self._worker(),
+                self._incarnation,
+                self.token,
+                self.attempt,
+                self._credentials.public_key,
+                int(self._lease_seconds * 1000),
+                self.phase,
+            )
             if answer == b"lost":
                 self.fence()
             elif answer == b"restored":
                 self._tell_again()
-
-    def _renew(self) -> bytes:
-        return self._link.fcall(
-            "vh1_renew",
-            [self._lease_key, self._job_key],
-            self._worker(),
-            self._incarnation,
-            self.token,
-            self.attempt,
-            self._credentials.public_key,
-            int(self._lease_seconds * 1000),
-            self.phase,
-        )
+        return True
 
     def _tell_again(self) -> None:
         extra = {

@@ -23,13 +23,20 @@ HISTORY_BYTES = 8 * 1024 * 1024  # what can be told again after Redis was emptie
 
 
 class Reporter:
-    """Reports of one attempt. `worker` is asked for each report, since an agent may have to change its name."""
+    """Reports of one attempt. `worker` is asked for each report, since an agent may have to change its name.
+
+    Redis takes a report only under the attempt's lease. If the lease is gone, `reclaim` renews it before anything else
+    is sent: only then is it known whether Redis was emptied and all has to be told again, in order. Whoever renews
+    holds `sending` while it does.
+    """
 
     def __init__(
         self,
         link: RedisLink,
         *,
         stream: str,
+        lease_key: str,
+        reclaim: Callable[[], object],
         execution_id: str,
         attempt: int,
         token: str,
@@ -37,7 +44,9 @@ class Reporter:
         clock: Clock,
         spool_dir: Path | None = None,
     ) -> None:
-        self._link, self._stream, self._clock, self._worker = link, stream, clock, worker
+        self.sending = threading.Lock()
+        self._link, self._clock, self._worker = link, clock, worker
+        self._keys, self._token, self._reclaim = [stream, lease_key], token, reclaim
         self._identity = {"execution_id": execution_id, "attempt": attempt, "token": token}
         self._changed = threading.Condition()
         self._outbox = Spool(spool_dir)
@@ -50,6 +59,7 @@ class Reporter:
         self._metadata_bytes = 0
         self._batch_due_at = 0.0
         self._closing = False
+        self._ending = False
         self._dropped = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name=f"reports-{execution_id[:8]}", daemon=True
@@ -63,6 +73,7 @@ class Reporter:
             if isinstance(body, (PhaseChanged, Finished)):
                 self._progress = None
             self._enqueue(body)
+            self._ending = self._ending or isinstance(body, Finished)
             self._changed.notify_all()
 
     def progress(self, body: PhaseChanged) -> None:
@@ -93,6 +104,12 @@ class Reporter:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._empty() or self._dropped.is_set(), timeout)
             return self._empty()
+
+    @property
+    def told_the_end(self) -> bool:
+        """Whether `finished` is delivered, so that the lease is the control plane's to remove."""
+        with self._changed:
+            return self._ending and self._empty()
 
     def drop(self) -> None:
         """Forgets what is not delivered: another attempt holds the lease, so nothing of this one counts."""
@@ -174,13 +191,20 @@ class Reporter:
 
     def _run(self) -> None:
         while (text := self._next()) is not None:
-            fields = {"r": text}
-            done = self._link.persist(
-                lambda fields=fields: self._link.client.xadd(self._stream, fields),
+            accepted = self._link.persist(
+                lambda text=text: self._deliver(text),
                 give_up=self._dropped.is_set,
                 wake=self._dropped,
             )
-            if done is None and not self._dropped.is_set():
-                self.drop()  # the link was closed: the agent ends
+            if accepted is None:
+                self.drop()  # fenced, or the link was closed: the agent ends
                 return
-            self._sent(text)
+            if not accepted:
+                self._reclaim()
+
+    def _deliver(self, text: str) -> bool:
+        with self.sending:
+            accepted = bool(self._link.fcall("vh1_report", self._keys, self._token, text))
+            if accepted:
+                self._sent(text)
+            return accepted

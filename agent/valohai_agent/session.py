@@ -199,6 +199,8 @@ class Session:
         reporter = Reporter(
             self.link,
             stream=self.keys.reports(self.identity.group),
+            lease_key=self.keys.lease(self.identity.group, execution_id),
+            reclaim=lambda: reporter.drop(),
             execution_id=execution_id,
             attempt=attempt,
             token=token,

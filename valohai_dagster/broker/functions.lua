@@ -64,6 +64,15 @@ local function renew(keys, args)
   return 'restored'
 end
 
+-- KEYS: reports stream, lease. ARGS: token, report JSON. Returns 1, or 0 when the lease is not the caller's now.
+-- Nothing gets past a Redis that was emptied before the agent has renewed its lease and learned of the loss, so
+-- reports stay in order; and a fenced agent cannot report at all.
+local function report(keys, args)
+  if redis.call('HGET', keys[2], 'token') ~= args[1] then return 0 end
+  redis.call('XADD', keys[1], '*', 'r', args[2])
+  return 1
+end
+
 -- KEYS: grant stream, lease. ARGS: token. Hands the sealed entries over once and deletes them.
 local function collect_grants(keys, args)
   if redis.call('HGET', keys[2], 'token') ~= args[1] then return {} end
@@ -97,6 +106,7 @@ end
 redis.register_function('vh1_heartbeat', heartbeat)
 redis.register_function('vh1_take', take)
 redis.register_function('vh1_renew', renew)
+redis.register_function('vh1_report', report)
 redis.register_function('vh1_collect_grants', collect_grants)
 redis.register_function('vh1_enqueue', enqueue)
 redis.register_function('vh1_withdraw', withdraw)
