@@ -1,0 +1,312 @@
+"""The checks of `valohai-dagster doctor`: one function per part, each gives one or more findings.
+
+A check never raises for what it checks: `run_all` turns our errors into findings with the error's own words.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+
+from valohai_agent.protocol import Keys
+from valohai_dagster.errors import ConfigurationError, StoreError, ValohaiError
+from valohai_dagster.settings import GroupSettings, Settings, redacted
+
+Level = Literal["ok", "note", "warn", "fail"]
+
+LOW_DISK_BYTES = 2 * 10**9
+MAX_CLOCK_OFFSET_SECONDS = 5.0
+HTTP_SECONDS = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one check saw; `hint` is the next step when there is one to take."""
+
+    part: str
+    level: Level
+    text: str
+    hint: str | None = None
+
+
+Check = Callable[[Settings], Iterable[Finding]]
+
+
+def run_all(settings: Settings, checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
+    """All findings in order; one broken part does not hide the others."""
+    for part, check in checks:
+        try:
+            yield from check(settings)
+        except ValohaiError as error:
+            yield Finding(part=part, level="fail", text=str(error))
+
+
+def check_versions(settings: Settings) -> Iterator[Finding]:
+    from dagster.version import __version__ as dagster_version
+
+    from valohai_agent.version import __version__ as agent
+    from valohai_dagster.version import __version__ as ours
+
+    text = f"valohai-dagster {ours}, agent {agent}, dagster {dagster_version}, Python {platform.python_version()}"
+    if agent != ours:
+        hint = f"install the same release of both: pip install valohai-agent=={ours}"
+        yield Finding(part="versions", level="fail", text=text, hint=hint)
+        return
+    yield Finding(part="versions", level="ok", text=text)
+
+
+def check_settings(settings: Settings) -> Iterator[Finding]:
+    source = settings.config_file or "no valohai.toml: defaults and VALOHAI_* variables"
+    yield Finding(part="settings", level="ok", text=f"{source}")
+
+
+def check_state_dir(settings: Settings) -> Iterator[Finding]:
+    directory = settings.state_dir
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"probe")
+    except OSError as error:
+        hint = "choose another directory: state_dir in valohai.toml, or VALOHAI_STATE"
+        yield Finding(
+            part="state", level="fail", text=f"{directory} is not writable: {error}", hint=hint
+        )
+        return
+    free = shutil.disk_usage(directory).free
+    text = f"{directory}, {free / 1e9:.1f} GB free"
+    level: Level = "ok" if free >= LOW_DISK_BYTES else "warn"
+    hint = None if level == "ok" else "inputs, outputs and logs need room: free some, or move it"
+    yield Finding(part="state", level=level, text=text, hint=hint)
+
+
+def check_records(settings: Settings) -> Iterator[Finding]:
+    from valohai_dagster.records.engine import open_records
+
+    records = open_records(settings)
+    kind = records.engine.dialect.name
+    text = f"{redacted(settings.records_url)} ({kind}), deployment {records.deployment_id}"
+    records.close()
+    yield Finding(part="records", level="ok", text=text)
+
+
+def check_redis(settings: Settings) -> Iterator[Finding]:
+    from valohai_dagster.broker.connection import broker_url, connect
+
+    client = connect(settings)
+    try:
+        begun = time.perf_counter()
+        client.ping()
+        latency = time.perf_counter() - begun
+        server: Any = client.info("server")
+        now: Any = client.time()
+        offset = now[0] + now[1] / 1e6 - time.time()
+    finally:
+        client.close()
+    kind = "embedded" if settings.redis_url is None else redacted(broker_url(settings))
+    version = server.get("valkey_version") or server.get("redis_version")
+    name = server.get("server_name", "redis")
+    yield Finding(
+        part="redis", level="ok", text=f"{kind}, {name} {version}, {latency * 1000:.1f} ms"
+    )
+    if abs(offset) > MAX_CLOCK_OFFSET_SECONDS:
+        text = f"its clock is {offset:+.1f} s off ours"
+        yield Finding(part="redis", level="warn", text=text, hint="switch on NTP on both machines")
+
+
+def check_stores(settings: Settings) -> Iterator[Finding]:
+    """Writes, reads and deletes a small object in every writable store."""
+    from valohai_dagster.stores.registry import open_stores
+
+    stores = open_stores(settings)
+    for name in stores:
+        store = stores.get(name)
+        uses = [use for use, chosen in _store_uses(settings) if chosen == name]
+        label = f"{name} ({store.kind}){': ' + ', '.join(uses) if uses else ''}"
+        if settings.stores[name].readonly:
+            yield Finding(part="store", level="ok", text=f"{label}, read-only")
+            continue
+        key = f"doctor/{uuid.uuid4()}"
+        try:
+            store.put(key, b"probe")
+            with store.open(key) as content:
+                same = content.read() == b"probe"
+            store.delete(key)
+        except StoreError as error:
+            yield Finding(part="store", level="fail", text=f"{label}: {error}")
+            continue
+        level: Level = "ok" if same else "fail"
+        yield Finding(part="store", level=level, text=f"{label}, {store.uri('')}")
+
+
+def _store_uses(settings: Settings) -> list[tuple[str, str]]:
+    return [
+        ("outputs", settings.default_store),
+        ("code", settings.code_store_name),
+        ("logs", settings.log_store_name),
+    ]
+
+
+def check_service(settings: Settings) -> Iterator[Finding]:
+    """The conductor: started here when the deployment starts it on demand."""
+    from valohai_dagster.embedded.conductor import ensure_conductor, log_path
+
+    info = ensure_conductor(settings)
+    url = info.url if info else settings.base_url
+    try:
+        answer = httpx.get(f"{url}/health", timeout=HTTP_SECONDS)
+        answer.raise_for_status()
+    except httpx.HTTPError as error:
+        hint = (
+            f"its log is {log_path(settings)}"
+            if info
+            else "start it on the control plane: valohai-dagster conductor"
+        )
+        text = f"the conductor does not answer at {url}: {error}"
+        yield Finding(part="service", level="fail", text=text, hint=hint)
+        return
+    who = f"pid {info.pid}, " if info else ""
+    yield Finding(part="service", level="ok", text=f"conductor {who}{url}")
+
+
+def check_groups(settings: Settings) -> Iterator[Finding]:
+    """Who serves each worker group, and whether local ones can run anything."""
+    from valohai_dagster.broker.connection import connect
+    from valohai_dagster.records.engine import open_records
+
+    records = open_records(settings)
+    keys = Keys(records.deployment_id)
+    records.close()
+    client = connect(settings)
+    try:
+        for name, group in settings.groups.items():
+            agents = len(list(client.scan_iter(keys.worker(name, "*"), count=500)))
+            yield _group_finding(name, group, agents)
+    finally:
+        client.close()
+
+
+def _group_finding(name: str, group: GroupSettings, agents: int) -> Finding:
+    seen = f"{agents} agent{'' if agents == 1 else 's'} checked in"
+    if group.kind == "local":
+        text = f"{name}: local, runtime {group.runtime}, up to {group.max_agents} agents, {seen}"
+        return Finding(part="group", level="ok", text=text)
+    hint = f"on a machine of the group: valohai-agent run --queue {name} (Redis URL in VALOHAI_AGENT_REDIS)"
+    return Finding(
+        part="group",
+        level="ok" if agents else "warn",
+        text=f"{name}: {seen}",
+        hint=None if agents else hint,
+    )
+
+
+def check_docker(settings: Settings) -> Iterator[Finding]:
+    """Needed by local groups whose runtime is docker; good to have for `auto`."""
+    runtimes = {group.runtime for group in settings.groups.values() if group.kind == "local"}
+    if not runtimes & {"auto", "docker"}:
+        text = "not used: every local group runs commands as processes"
+        yield Finding(part="docker", level="ok", text=text)
+        return
+    try:
+        version = _docker_version()
+    except ConfigurationError as error:
+        needed = "docker" in runtimes
+        hint = "start the Docker engine, or set DOCKER_HOST (Podman's socket works too)"
+        level: Level = "fail" if needed else "note"
+        more = "" if needed else "; commands run as processes"
+        yield Finding(part="docker", level=level, text=f"{error}{more}", hint=hint)
+        return
+    yield Finding(part="docker", level="ok", text=f"engine {version}")
+
+
+def _docker_version() -> str:
+    import docker
+    import docker.errors
+
+    try:
+        client = docker.from_env(timeout=5)
+        try:
+            return str(client.version().get("Version"))
+        finally:
+            client.close()
+    except docker.errors.DockerException as error:
+        raise ConfigurationError(f"no Docker engine answers ({error})") from error
+
+
+def check_dagster_home(settings: Settings) -> Iterator[Finding]:
+    home = os.environ.get("DAGSTER_HOME")
+    if not home:
+        text = "DAGSTER_HOME is not set: Dagster forgets its runs when a command ends (executions are kept)"
+        hint = f"export DAGSTER_HOME={settings.state_dir / 'dagster'} (`make up` sets it)"
+        yield Finding(part="dagster", level="note", text=text, hint=hint)
+        return
+    if not (Path(home) / "dagster.yaml").is_file():
+        text = f"{home} has no dagster.yaml: logs of executions do not show in the UI"
+        hint = "copy the dagster.yaml of this repository there"
+        yield Finding(part="dagster", level="warn", text=text, hint=hint)
+        return
+    yield from _instance_findings(home)
+
+
+def _instance_findings(home: str) -> Iterator[Finding]:
+    """The instance as Dagster reads it, defaults included."""
+    import dagster as dg
+
+    try:
+        instance = dg.DagsterInstance.get()
+    except Exception as error:  # noqa: BLE001 - whatever Dagster says about its own file
+        text = f"{home}/dagster.yaml cannot be used: {error}"
+        yield Finding(part="dagster", level="fail", text=text)
+        return
+    with instance:
+        yield Finding(part="dagster", level="ok", text=home)
+        yield from monitoring_findings(instance)
+        manager = type(instance.compute_log_manager).__name__
+        if manager != "ValohaiComputeLogManager":
+            text = f"compute_logs is {manager}: the UI shows no logs of executions"
+            hint = (
+                "set compute_logs to valohai_dagster.plugin.compute_logs.ValohaiComputeLogManager"
+            )
+            yield Finding(part="dagster", level="warn", text=text, hint=hint)
+
+
+_TIMEOUTS = (
+    ("start_timeout_seconds", "ends runs that wait for a machine"),
+    ("cancel_timeout_seconds", "marks runs as canceled whose outputs are still being uploaded"),
+    ("max_runtime_seconds", "counts waiting as running"),
+)
+
+
+def monitoring_findings(instance: Any) -> Iterator[Finding]:
+    """Time-outs of Dagster's run monitoring that would end healthy executions."""
+    if not instance.run_monitoring_enabled:
+        return
+    for name, effect in _TIMEOUTS:
+        seconds = getattr(instance, f"run_monitoring_{name}")
+        if seconds:
+            text = f"run_monitoring.{name} is {seconds}: it {effect}"
+            hint = "set it to 0 in dagster.yaml; steps have limits of their own"
+            yield Finding(part="dagster", level="warn", text=text, hint=hint)
+
+
+CHECKS: tuple[tuple[str, Check], ...] = (
+    ("versions", check_versions),
+    ("settings", check_settings),
+    ("state", check_state_dir),
+    ("records", check_records),
+    ("redis", check_redis),
+    ("store", check_stores),
+    ("service", check_service),
+    ("group", check_groups),
+    ("docker", check_docker),
+    ("dagster", check_dagster_home),
+)
