@@ -42,7 +42,7 @@ class InputFetcher:
     `renew(file_ids)` asks the control plane for fresh grants (kind `input`) when one is missing, has
     expired or is denied. `progress(done, total)` counts bytes of the whole job and may be called from
     several threads. With `link` files are hard links into the cache, which is safe only where the
-    command sees its inputs read-only: `Runtime.protects_inputs`.
+    command sees its inputs read-only: by default where `valohai_dir` is `/valohai`.
     """
 
     def __init__(

@@ -14,8 +14,8 @@ from pathlib import Path
 ATTEMPT_VARIABLE = "VALOHAI_ATTEMPT"
 
 
-def kill_attempt(execution_id: str, attempt: int, *, rounds: int = 20) -> int:
-    """Kills all processes of one attempt on this machine; repeats while new ones appear."""
+def kill_attempt(execution_id: str, attempt: int | None, *, rounds: int = 20) -> int:
+    """Kills all processes of one attempt (None: of any) here; repeats while new ones appear."""
     killed: set[int] = set()
     for turn in range(rounds):
         living = attempt_processes(execution_id, attempt)
@@ -28,12 +28,11 @@ def kill_attempt(execution_id: str, attempt: int, *, rounds: int = 20) -> int:
     return len(killed)
 
 
-def attempt_processes(execution_id: str, attempt: int) -> list[int]:
+def attempt_processes(execution_id: str, attempt: int | None) -> list[int]:
     """Process ids that carry the marks of this attempt; zombies and foreign processes left out."""
-    marks = {
-        f"VH_EXECUTION_ID={execution_id}".encode(),
-        f"{ATTEMPT_VARIABLE}={attempt}".encode(),
-    }
+    marks = {f"VH_EXECUTION_ID={execution_id}".encode()}
+    if attempt is not None:
+        marks.add(f"{ATTEMPT_VARIABLE}={attempt}".encode())
     own = os.getpid()
     found = []
     for entry in Path("/proc").iterdir():

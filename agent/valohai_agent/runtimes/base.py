@@ -19,7 +19,13 @@ PullProgress = Callable[[str, "int | None", "int | None"], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """One command to run. `environment` is complete, agent switches (CONTRACT 4.3) included."""
+    """One command to run.
+
+    `environment` is complete, agent switches (CONTRACT 4.3) included. `mounts` are those the group
+    allows (K-58). `writable_inputs` names the on-demand inputs: user code downloads into their
+    directories itself (I-36). `gpus` is "" or "all" for every GPU of the machine, "none", or
+    comma-separated device ids (K-55).
+    """
 
     workspace: Workspace
     image: str
@@ -28,7 +34,8 @@ class RunSpec:
     mounts: Sequence[JobMount] = ()
     fail_fast: bool = False
     respect_image_user: bool = False
-    gpus: str = ""  # "" or "all": every GPU of the machine; "none"; or comma-separated device ids (K-55)
+    writable_inputs: Sequence[str] = ()
+    gpus: str = ""
     project_name: str = ""
     step: str = ""
 
@@ -106,8 +113,11 @@ class Runtime(Protocol):
         """Where LocalApi binds, and the host the command uses to reach it."""
         ...
 
-    def remove_leftovers(self, execution_id: str) -> int:
-        """Kills containers of earlier attempts of this execution; gives how many."""
+    def remove_leftovers(self, execution_id: str, attempt: int | None = None) -> int:
+        """Kills what an earlier attempt of this execution left running on this host; gives how many.
+
+        Without `attempt` all of them: call it before the start, for the lease is ours now.
+        """
         ...
 
     def remove_tree(self, path: Path) -> None:

@@ -1,0 +1,170 @@
+"""A started container: its output, its end, its signals."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from valohai_agent.protocol import Usage
+from valohai_agent.runtimes.base import ExitStatus, OnOutput, SignalName
+from valohai_agent.runtimes.exits import explain
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+
+log = logging.getLogger(__name__)
+
+SAMPLE_SECONDS = 5.0
+DAEMON_LOST_SECONDS = 300.0  # the daemon may be restarted under a running container
+
+
+class DockerRunning:
+    """Follows one container with a thread that reads its output and then waits for its end."""
+
+    def __init__(
+        self,
+        client: DockerClient,
+        container: Any,
+        on_output: OnOutput,
+        memory_limit: int | None,
+        *,
+        signal_group: bool,
+    ) -> None:
+        self._client = client
+        self._container = container
+        self._on_output = on_output
+        self._memory_limit = memory_limit
+        self._signal_group = signal_group
+        self._signalled = False
+        self._status: ExitStatus | None = None
+        self._ended = threading.Event()
+        self._max_memory: int | None = None
+        self._cpu_seconds: float | None = None
+
+    @property
+    def id(self) -> str:
+        return self._container.id[:12]
+
+    def start(self) -> None:
+        """Attaches first, so that not a byte is missed, then starts the container."""
+        stream = self._attach()
+        try:
+            self._container.start()
+        except Exception:
+            stream.close()
+            raise
+        threading.Thread(target=self._follow, args=(stream,), name="output", daemon=True).start()
+        threading.Thread(target=self._sample, name="usage", daemon=True).start()
+
+    def wait(self, timeout: float | None = None) -> ExitStatus | None:
+        return self._status if self._ended.wait(timeout) else None
+
+    def signal(self, name: SignalName) -> None:
+        """Signals the process group of the command: Docker's init passes it on to all of it."""
+        from docker.errors import APIError
+
+        self._signalled = True
+        try:
+            if name == "SIGKILL" or self._signal_group:
+                self._container.kill(signal=name)
+            else:  # an init that passes signals to its child only
+                kill = ["/bin/sh", "-c", f"kill -s {name.removeprefix('SIG')} -- -1"]
+                self._container.exec_run(kill, user="0:0")
+        except APIError as error:
+            if error.status_code not in (404, 409):  # gone, or not running any more
+                raise
+
+    def usage(self) -> Usage:
+        return Usage(
+            max_memory_bytes=self._max_memory,
+            cpu_seconds=self._cpu_seconds,
+            oom_killed=self._status.oom_killed if self._status else False,
+        )
+
+    def remove(self) -> None:
+        from docker.errors import NotFound
+
+        try:
+            self._container.remove(force=True, v=True)
+        except NotFound:
+            pass
+        except Exception as error:  # never stops the end of a job; reaping tries again
+            log.warning("container %s: %s", self.id, error, extra={"action": "remove"})
+
+    # -- threads -----------------------------------------------------------------------------------
+    def _attach(self) -> Any:
+        return self._client.api.attach(
+            self._container.id, stdout=True, stderr=True, stream=True, demux=True
+        )
+
+    def _follow(self, stream: Any) -> None:
+        try:
+            self._read(stream)
+            state = self._final_state()
+            self._status = explain(
+                int(state.get("ExitCode", 255)),
+                oom=bool(state.get("OOMKilled")),
+                limit=self._memory_limit,
+                signalled=self._signalled,
+            )
+        except Exception as error:  # the outermost frame of the thread
+            log.exception("container %s", self.id, extra={"action": "follow"})
+            self._status = ExitStatus(
+                code=255, message=f"The Docker daemon lost the container: {error}"
+            )
+        finally:
+            self._ended.set()
+
+    def _read(self, stream: Any) -> None:
+        try:
+            for stdout, stderr in stream:
+                if stdout:
+                    self._on_output("stdout", stdout)
+                if stderr:
+                    self._on_output("stderr", stderr)
+        except OSError as error:
+            log.warning("output of %s broke off: %s", self.id, error, extra={"action": "attach"})
+        finally:
+            stream.close()
+
+    def _final_state(self) -> dict[str, Any]:
+        """Waits until the container has ended; attaches again if only the connection had broken."""
+        from docker.errors import NotFound
+
+        lost_since: float | None = None
+        while True:
+            try:
+                state = self._client.api.inspect_container(self._container.id)["State"]
+                lost_since = None
+                if state["Status"] in ("exited", "dead", "removing"):
+                    return state
+                self._read(self._attach())
+            except NotFound:
+                return {"ExitCode": 137}
+            except Exception as error:
+                lost_since = lost_since or time.monotonic()
+                if time.monotonic() - lost_since > DAEMON_LOST_SECONDS:
+                    raise
+                log.warning("docker: %s", error, extra={"action": "inspect"})
+            self._ended.wait(0.1 if lost_since is None else 2.0)
+
+    def _sample(self) -> None:
+        """Remembers the largest memory use seen, and the CPU time."""
+        while not self._ended.is_set():
+            try:
+                stats = self._client.api.stats(self._container.id, stream=False, one_shot=True)
+                self._note(stats)
+            except Exception as error:  # a container that ends while it is asked
+                log.debug("stats of %s: %s", self.id, error)
+            self._ended.wait(SAMPLE_SECONDS)
+
+    def _note(self, stats: dict[str, Any]) -> None:
+        memory = stats.get("memory_stats") or {}
+        used = max(memory.get("max_usage") or 0, memory.get("usage") or 0)
+        if used:
+            self._max_memory = max(used, self._max_memory or 0)
+        total = ((stats.get("cpu_stats") or {}).get("cpu_usage") or {}).get("total_usage")
+        if total:
+            self._cpu_seconds = total / 10**9

@@ -1,0 +1,155 @@
+"""Runs commands as plain processes, for machines without a container engine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from valohai_agent.errors import StartError
+from valohai_agent.processes import kill_attempt
+from valohai_agent.protocol import Job, RegistryLogin
+from valohai_agent.runtimes import namespace
+from valohai_agent.runtimes.base import OnOutput, PullProgress, RunSpec
+from valohai_agent.runtimes.process_running import ProcessRunning
+from valohai_agent.runtimes.script import build_script, names_valohai
+from valohai_agent.runtimes.venvs import Venvs
+from valohai_agent.trees import open_tree, remove_tree
+from valohai_agent.workspace import Workspace
+
+ALLOWED = frozenset(
+    "HOME LANG LANGUAGE LOGNAME SHELL TMPDIR TZ USER PATH LD_LIBRARY_PATH SSL_CERT_FILE SSL_CERT_DIR "
+    "REQUESTS_CA_BUNDLE CURL_CA_BUNDLE HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY http_proxy "
+    "https_proxy no_proxy all_proxy CUDA_HOME CUDA_PATH CUDA_VISIBLE_DEVICES".split()
+)
+ALLOWED_PREFIXES = ("LC_", "PIP_", "UV_", "NVIDIA_", "OMP_")
+CONTAINER_ONLY = (
+    "VH_CPU_LIMIT",
+    "VH_MEMORY_LIMIT",
+    "VH_SHM_SIZE",
+    "VH_EXPOSE_PORTS",
+    "VH_DOCKER_NETWORK",
+)
+
+
+class ProcessRuntime:
+    """A session of processes with private directories and a private virtual environment first on PATH.
+
+    `/valohai` is bound by a mount namespace where the machine allows it. Where not, VH_* variables point
+    to the real directories, and a job that names `/valohai/` is refused. The image is never used.
+    """
+
+    name = "process"
+
+    def __init__(self, work_dir: Path, *, without_namespace: str | None = None) -> None:
+        """`without_namespace` is a reason to do without, for tests."""
+        self._venvs = Venvs(work_dir / "venvs")
+        self._no_namespace = without_namespace or namespace.available()
+
+    def available(self) -> str | None:
+        if os.name != "posix":
+            return "the process runtime needs Linux or macOS"
+        self._venvs.warm_up()
+        return None
+
+    def valohai_dir(self, workspace: Workspace) -> str:
+        return "/valohai" if self._no_namespace is None else str(workspace.root)
+
+    def refuse(self, job: Job) -> str | None:
+        if self._no_namespace is None:
+            return None
+        item = names_valohai(job.commands)
+        if item is None:
+            return None
+        return (
+            f"This worker cannot provide the path /valohai that the command names ({item!r}): "
+            f"{self._no_namespace}. Use $VH_INPUTS_DIR, $VH_OUTPUTS_DIR, $VH_REPOSITORY_DIR and "
+            "$VH_CONFIG_DIR in the command, or run it on a worker with Docker."
+        )
+
+    def notices(self, job: Job) -> list[str]:
+        notices = [
+            f"The image {job.image} is not used: this worker runs commands as plain processes, with a "
+            "private virtual environment first on PATH."
+        ]
+        if self._no_namespace is not None:
+            notices.append(f"/valohai is not bound: {self._no_namespace}.")
+        if job.mounts and not job.mounts_allowed:
+            notices.append("mounts were ignored due to environment configuration.")
+        elif job.mounts and self._no_namespace is not None:
+            notices.append("mounts were ignored: this worker cannot bind directories.")
+        unused = [name for name in CONTAINER_ONLY if name in job.environment_variables]
+        if unused:
+            notices.append(f"{', '.join(unused)} have no effect on plain processes.")
+        return notices
+
+    def pull(
+        self,
+        image: str,
+        *,
+        login: RegistryLogin | None = None,
+        progress: PullProgress | None = None,
+        force: bool = False,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        """No image is used."""
+
+    def start(self, spec: RunSpec, on_output: OnOutput) -> ProcessRunning:
+        workspace = spec.workspace
+        script = build_script(spec.commands, fail_fast=spec.fail_fast)
+        path = workspace.run / "command"
+        path.write_text(script.text, encoding="utf-8", errors="surrogateescape")
+        path.chmod(0o755)
+        (workspace.run / "namespace.error").unlink(missing_ok=True)
+        venv = self._venvs.take()
+        argv, cwd = script.argv(str(path)), str(workspace.repository)
+        if self._no_namespace is None:
+            binds = namespace.job_binds(workspace, spec.writable_inputs, spec.mounts)
+            argv = namespace.prepare(workspace.run, binds, argv, cwd="/valohai/repository")
+        try:
+            process = subprocess.Popen(
+                argv,
+                cwd=cwd,
+                env=self._environment(spec.environment, venv),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            self._venvs.drop(venv)
+            raise StartError(f"The command cannot be started: {error}.") from error
+        running = ProcessRunning(process, workspace, on_output, lambda: self._venvs.drop(venv))
+        running.start()
+        self._venvs.warm_up()
+        return running
+
+    def api_hosts(self, environment: Mapping[str, str]) -> tuple[str, str]:
+        return "127.0.0.1", "127.0.0.1"
+
+    def remove_leftovers(self, execution_id: str, attempt: int | None = None) -> int:
+        return kill_attempt(execution_id, attempt)
+
+    def remove_tree(self, path: Path) -> None:
+        remove_tree(path)
+
+    def make_readable(self, path: Path) -> None:
+        open_tree(path)
+
+    def clean(self) -> str:
+        return "no images are used on this worker"
+
+    def _environment(self, given: Mapping[str, str], venv: Path) -> dict[str, str]:
+        """An allow-list of the agent's own variables, below those of the job."""
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if key in ALLOWED or key.startswith(ALLOWED_PREFIXES)
+        }
+        environment.update(given)
+        path = environment.get("PATH") or os.defpath
+        environment["PATH"] = f"{venv / 'bin'}{os.pathsep}{path}"
+        environment["VIRTUAL_ENV"] = str(venv)
+        return environment

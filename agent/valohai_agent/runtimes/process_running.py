@@ -1,0 +1,150 @@
+"""A started session of processes: its output, its end, its signals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from valohai_agent.processes import kill_attempt
+from valohai_agent.protocol import Usage
+from valohai_agent.runtimes import namespace
+from valohai_agent.runtimes.base import ExitStatus, OnOutput, SignalName
+from valohai_agent.runtimes.exits import explain
+from valohai_agent.runtimes.namespace_entry import FAILED
+from valohai_agent.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 5.0  # for output of processes that outlived the command
+READ_BYTES = 64 * 1024
+
+
+class ProcessRunning:
+    """Follows one session with a thread per pipe and one that waits for the end.
+
+    The command's end is the end of all its processes, as with a container: what it left in the
+    background is killed.
+    """
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        workspace: Workspace,
+        on_output: OnOutput,
+        on_removed: Callable[[], None],
+    ) -> None:
+        self._process = process
+        self._workspace = workspace
+        self._on_output = on_output
+        self._on_removed = on_removed
+        self._signalled = False
+        self._killed = False
+        self._status: ExitStatus | None = None
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._reaped = False
+        self._oom_before = oom_kills()
+        self._usage = Usage()
+        self._readers: list[threading.Thread] = []
+
+    @property
+    def id(self) -> str:
+        return str(self._process.pid)
+
+    def start(self) -> None:
+        for name, pipe in (("stdout", self._process.stdout), ("stderr", self._process.stderr)):
+            assert pipe is not None  # asked for by the runtime
+            reader = threading.Thread(target=self._read, args=(name, pipe), name=name, daemon=True)
+            self._readers.append(reader)
+            reader.start()
+        threading.Thread(target=self._follow, name="wait", daemon=True).start()
+
+    def wait(self, timeout: float | None = None) -> ExitStatus | None:
+        return self._status if self._ended.wait(timeout) else None
+
+    def signal(self, name: SignalName) -> None:
+        self._signalled = True
+        with self._lock:
+            if not self._reaped:
+                self._killed = self._killed or name == "SIGKILL"
+                try:
+                    os.killpg(self._process.pid, signal.Signals[name])
+                except (ProcessLookupError, PermissionError):
+                    pass
+        if name == "SIGKILL":
+            self._kill_rest()
+
+    def usage(self) -> Usage:
+        return self._usage
+
+    def remove(self) -> None:
+        self.signal("SIGKILL")
+        self._ended.wait(DRAIN_SECONDS * 2)
+        namespace.remove_root(self._workspace.run)
+        self._on_removed()
+
+    # -- threads -----------------------------------------------------------------------------------
+    def _read(self, name: str, pipe: IO[bytes]) -> None:
+        with pipe:
+            while data := os.read(pipe.fileno(), READ_BYTES):
+                try:
+                    self._on_output(name, data)
+                except Exception:  # the outermost frame: the pipe must be emptied whatever happens
+                    log.exception("output of %s", self.id, extra={"action": "output"})
+
+    def _follow(self) -> None:
+        try:
+            code = self._reap()
+            self._kill_rest()
+            for reader in self._readers:
+                reader.join(DRAIN_SECONDS)
+            self._status = self._explain(code)
+        except Exception as error:  # the outermost frame of the thread
+            log.exception("process %s", self.id, extra={"action": "follow"})
+            self._status = ExitStatus(code=255, message=f"The agent lost the process: {error}")
+        finally:
+            self._ended.set()
+
+    def _reap(self) -> int:
+        """Waits without freeing the process id, so that no signal of ours hits a stranger."""
+        pid = self._process.pid
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        with self._lock:
+            _, status, used = os.wait4(pid, 0)
+            self._reaped = True
+        code = os.waitstatus_to_exitcode(status)
+        self._process.returncode = code
+        self._usage = Usage(
+            max_memory_bytes=used.ru_maxrss * 1024,
+            cpu_seconds=used.ru_utime + used.ru_stime,
+        )
+        return 128 - code if code < 0 else code
+
+    def _explain(self, code: int) -> ExitStatus:
+        reason = namespace.failure(self._workspace.run)
+        if code == FAILED and reason is not None:
+            return ExitStatus(code=code, message=f"/valohai could not be bound: {reason}")
+        oom = code == 137 and not self._killed and oom_kills() > self._oom_before
+        if oom:
+            self._usage = self._usage.model_copy(update={"oom_killed": True})
+        return explain(code, oom=oom, signalled=self._signalled)
+
+    def _kill_rest(self) -> None:
+        kill_attempt(self._workspace.execution_id, self._workspace.attempt)
+
+
+def oom_kills(path: Path = Path("/proc/vmstat")) -> int:
+    """How often this machine's kernel killed for lack of memory."""
+    try:
+        for line in path.read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    except OSError:
+        pass
+    return 0
