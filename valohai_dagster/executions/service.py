@@ -76,6 +76,7 @@ class ExecutionService(ServiceCore):
         self.last_work = clock()
         self._broker_url = broker_url
         self._failures: Counter[str] = Counter()
+        self._told: dict[str, str | None] = {}  # group -> trouble that its waiting executions know
 
     # -- life of the service ---------------------------------------------------------------------------------
 
@@ -436,7 +437,20 @@ class ExecutionService(ServiceCore):
         await self.watch.tick()
         for group in self.groups:
             await self.reconcile(group)
+        await self._tell_trouble()
         await asyncio.sleep(TICK_SECONDS)
+
+    async def _tell_trouble(self) -> None:
+        """Those who wait in a group whose agents do not come up are told why, once per reason."""
+        for name, group in self.groups.items():
+            trouble = group.trouble
+            known, self._told[name] = self._told.get(name), trouble
+            if trouble is None or known == trouble:
+                continue
+            for active in list(self.active.values()):
+                if active.group == name and active.status is ExecutionStatus.queued:
+                    text = f"waiting, since group {name} has no agent: {trouble}"
+                    await self.tell(active.id, text, kind=EventKind.warning)
 
     async def reconcile(self, group: str) -> None:
         local = self.groups.get(group)

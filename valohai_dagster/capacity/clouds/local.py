@@ -43,6 +43,26 @@ class Launched:
     started_at: datetime
 
 
+@dataclass(frozen=True, kw_only=True)
+class StartFailures:
+    """Agents that ended badly without one having checked in since (E-07): the next start waits longer each time."""
+
+    count: int = 0
+    reason: str | None = None
+    last: datetime | None = None
+
+    def another(self, reason: str, now: datetime) -> StartFailures:
+        return StartFailures(count=self.count + 1, reason=reason, last=now)
+
+    def holds(self, now: datetime) -> bool:
+        """1 s after the first failure, doubling up to ten minutes."""
+        if self.last is None:
+            return False
+        return now - self.last < min(
+            timedelta(seconds=2 ** (self.count - 1)), timedelta(minutes=10)
+        )
+
+
 class LocalGroup:
     """Starts agents when there is work, drains them after a grace, and knows which are dead."""
 
@@ -71,6 +91,7 @@ class LocalGroup:
         self._draining: set[str] = set()
         self._lock = asyncio.Lock()
         self._watchers: set[asyncio.Task[None]] = set()
+        self._failures = StartFailures()
         self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     @property
@@ -86,6 +107,8 @@ class LocalGroup:
         async with self._lock:
             launched = self._sweep_dead()
             agents = [self._seen(agent, workers.get(agent.name)) for agent in launched]
+            if any(agent.checked_in for agent in agents):
+                self._failures = StartFailures()
             decision = plan(waiting=waiting, agents=agents, policy=self.policy, now=self._clock())
             for reason in decision.reasons:
                 log.info(
@@ -94,8 +117,13 @@ class LocalGroup:
             for name in decision.drain:
                 self._draining.add(name)
                 await self._drain(name, "idle")
-            for _ in range(decision.start):
+            for _ in range(0 if self._failures.holds(self._clock()) else decision.start):
                 await self._start()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no agent comes up, for those who wait for one; None when all is well."""
+        return self._failures.reason
 
     def alive(self) -> list[Launched]:
         return [agent for agent in self._known() if not self.is_dead(agent.name)]
@@ -196,6 +224,11 @@ class LocalGroup:
         )
         if expected:
             log_path.unlink(missing_ok=True)
+        elif code != 0:
+            self._failures = self._failures.another(
+                f"the agent ended with {how}: {_last_line(log_path)} (log: {log_path})",
+                self._clock(),
+            )
         await self._on_gone(name, f"its agent process ended with {how}")
 
     def _command(self, name: str) -> list[str]:
@@ -213,6 +246,14 @@ class LocalGroup:
 
 def _host() -> str:
     return os.uname().nodename.split(".")[0].lower()
+
+
+def _last_line(path: Path) -> str:
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return "it left no log"
+    return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
 
 
 def living_agents(state_dir: Path) -> list[Launched]:
