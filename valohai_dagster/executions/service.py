@@ -35,7 +35,7 @@ from valohai_dagster.executions.lifecycle import Standing, Verdict, judge_report
 from valohai_dagster.executions.preparation import choose_group, prepare
 from valohai_dagster.executions.seat import Seat
 from valohai_dagster.executions.spec_model import ExecutionSpec
-from valohai_dagster.executions.stream import ExecutionStatus, FollowEvent
+from valohai_dagster.executions.stream import EventKind, ExecutionStatus, FollowEvent
 from valohai_dagster.executions.submissions import Submission
 from valohai_dagster.executions.watch import LeaseWatch
 from valohai_dagster.records.engine import Records
