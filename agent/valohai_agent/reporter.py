@@ -161,12 +161,16 @@ class Reporter:
             progress, self._progress = self._progress, None
             self._enqueue(progress)
 
+    def _head(self) -> str | None:
+        with self._changed:
+            return self._again[0] if self._again else self._outbox.peek()
+
     def _next(self) -> str | None:
         """Waits for the next report to send; None when closed and done."""
         with self._changed:
             while True:
                 self._close_due_batches()
-                head = self._again[0] if self._again else self._outbox.peek()
+                head = self._head()
                 if head is not None:
                     return head
                 if self._closing or self._dropped.is_set():
@@ -203,7 +207,10 @@ class Reporter:
                 self._reclaim()
 
     def _deliver(self, text: str) -> bool:
+        """True when there is nothing more to do for this text: sent, or no longer the first since all is told again."""
         with self.sending:
+            if self._head() is not text:
+                return True
             accepted = bool(self._link.fcall("vh1_report", self._keys, self._token, text))
             if accepted:
                 self._sent(text)

@@ -144,18 +144,22 @@ class Conductor:
 
     # -- what is seen -------------------------------------------------------------------------------------------------
     def applied(self, execution_id: str, attempt: int = 1) -> Applied:
-        return wait_for(
+        found = wait_for(
             lambda: self.attempts.get((execution_id, attempt)),
             seconds=20,
             what=f"a report of {execution_id} attempt {attempt}",
         )
+        assert found is not None
+        return found
 
     def finished(self, execution_id: str, attempt: int = 1, *, seconds: float = 30.0) -> Finished:
-        return wait_for(
+        found = wait_for(
             lambda: self.applied(execution_id, attempt).finished,
             seconds=seconds,
             what=f"the end of {execution_id} attempt {attempt}",
         )
+        assert found is not None
+        return found
 
     def lease(self, execution_id: str) -> dict[str, str]:
         fields = self.redis.hgetall(self.keys.lease(GROUP, execution_id))

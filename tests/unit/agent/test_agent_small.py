@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 import redis
+from redis import exceptions
 from typer.testing import CliRunner
 
 from tests.support.clock import FakeClock
@@ -21,7 +22,10 @@ from valohai_agent.redis_link import Backoff, is_refusal, is_transient, redact
 
 
 def test_no_password_is_shown() -> None:
-    assert redact("rediss://agent:hunter2@redis.example:6380/1") == "rediss://agent:***@redis.example:6380/1"
+    assert (
+        redact("rediss://agent:hunter2@redis.example:6380/1")
+        == "rediss://agent:***@redis.example:6380/1"
+    )
     assert "hunter2" not in redact("unix://agent:hunter2@/run/r.sock")
     assert redact("redis://localhost:6379") == "redis://localhost:6379"
 
@@ -31,12 +35,12 @@ def test_no_password_is_shown() -> None:
     [
         (redis.ConnectionError("refused"), True),
         (redis.TimeoutError("slow"), True),
-        (redis.exceptions.BusyLoadingError("LOADING"), True),
+        (exceptions.BusyLoadingError("LOADING"), True),
         (redis.ReadOnlyError("READONLY"), True),
         (redis.ResponseError("Function not found"), True),
-        (redis.exceptions.OutOfMemoryError("OOM command not allowed"), True),
+        (exceptions.OutOfMemoryError("OOM command not allowed"), True),
         (redis.AuthenticationError("WRONGPASS"), False),
-        (redis.exceptions.NoPermissionError("no"), False),
+        (exceptions.NoPermissionError("no"), False),
         (redis.ResponseError("WRONGTYPE"), False),
         (ValueError("no"), False),
     ],
@@ -61,7 +65,9 @@ def test_waits_grow_to_their_limit_and_start_again_after_success() -> None:
 
 def test_grants_open_only_with_the_key_of_their_lease() -> None:
     mine, other = sealing.new_private_key(), sealing.new_private_key()
-    sealed = sealing.seal_grants(Grants(secrets={"TOKEN": "s3cret-value"}), sealing.public_key_of(mine))
+    sealed = sealing.seal_grants(
+        Grants(secrets={"TOKEN": "s3cret-value"}), sealing.public_key_of(mine)
+    )
     assert b"s3cret-value" not in sealed
     assert sealing.open_grants(sealed, mine).secrets == {"TOKEN": "s3cret-value"}
     with pytest.raises(sealing.CannotOpen):
@@ -99,7 +105,9 @@ def test_made_up_names_differ() -> None:
 
 
 def test_json_log_lines_carry_the_action_and_ids() -> None:
-    record = logging.makeLogRecord({"msg": "leased %s", "args": ("e1",), "action": "leased", "execution": "e1"})
+    record = logging.makeLogRecord(
+        {"msg": "leased %s", "args": ("e1",), "action": "leased", "execution": "e1"}
+    )
     entry = json.loads(JsonFormatter().format(record))
     assert (entry["message"], entry["action"], entry["execution"]) == ("leased e1", "leased", "e1")
 
