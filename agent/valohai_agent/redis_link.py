@@ -186,7 +186,9 @@ class RedisLink:
             try:
                 with self.noting():
                     return operation()
-            except (redis.RedisError, OSError) as exc:
+            except Exception as exc:
+                if self._closed.is_set():
+                    return None  # closing pulls the sockets from under blocking reads, which fail in many ways
                 if not (is_transient(exc) or is_refusal(exc)):
                     raise
             (wake or self._closed).wait(backoff.seconds())
