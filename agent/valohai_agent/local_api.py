@@ -46,8 +46,8 @@ class LocalApi:
         self._on_status_detail = on_status_detail
         self._input_grants = input_grants
         self._served: dict[str, Transfer] = {}
-        self._server = ThreadingHTTPServer((bind_host, 0), _handler(self))
-        self._server.daemon_threads = True
+        self._server = _Server((bind_host, 0), _Handler)
+        self._server.api = self
         self._base = f"http://{public_host}:{self._server.server_address[1]}"
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True
@@ -121,103 +121,112 @@ class LocalApi:
         return f"{self._base}/files/{token}/{quote(file.name.rpartition('/')[2])}"
 
 
-def _handler(api: LocalApi) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        timeout = 60
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    api: LocalApi
 
-        def do_GET(self) -> None:
-            parts = urlsplit(self.path)
-            if parts.path.startswith("/files/"):
-                self._send_file(parts.path.split("/")[2])
-            elif not api.authorized(self.headers.get("Authorization")):
-                self._answer(401, {"detail": "Use the headers of api.json."})
-            elif parts.path == "/input_request":
-                self._guarded(lambda: api.input_request(parse_qs(parts.query).get("inputs", [])))
-            elif parts.path == "/trigger_catalog":
-                self._answer(404, {"detail": NO_CATALOG})
-            else:
-                self._answer(404, {"detail": "No such endpoint."})
 
-        def do_POST(self) -> None:
-            body = self._body()
-            if not api.authorized(self.headers.get("Authorization")):
-                self._answer(401, {"detail": "Use the headers of api.json."})
-            elif urlsplit(self.path).path == "/set_status_detail":
-                self._guarded(lambda: api.set_status_detail(body))
-            else:
-                self._answer(404, {"detail": "No such endpoint."})
+class _Handler(BaseHTTPRequestHandler):
+    """One request of the command."""
 
-        def _guarded(self, action: Callable[[], tuple[int, Any]]) -> None:
-            try:
-                status, answer = action()
-            except Exception as error:  # the outermost frame of a request
-                log.warning("local API: %s", error, extra={"action": "local-api"})
-                words = str(error) if isinstance(error, AgentError) else "The agent failed."
-                status, answer = 503, {"detail": words}
-            self._answer(status, answer)
+    protocol_version = "HTTP/1.1"
+    timeout = 60
 
-        def _body(self) -> Any:
-            length = self.headers.get("Content-Length", "0")
-            size = int(length) if length.isdigit() else MAX_BODY_BYTES + 1
-            if size > MAX_BODY_BYTES:
-                self.close_connection = True
-                return None
-            try:
-                return json.loads(self.rfile.read(size) or b"null")
-            except ValueError:
-                return None
+    @property
+    def api(self) -> LocalApi:
+        assert isinstance(self.server, _Server)
+        return self.server.api
 
-        def _answer(self, status: int, content: Any) -> None:
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path)
+        if parts.path.startswith("/files/"):
+            self._send_file(parts.path.split("/")[2])
+        elif not self.api.authorized(self.headers.get("Authorization")):
+            self._answer(401, {"detail": "Use the headers of api.json."})
+        elif parts.path == "/input_request":
+            self._guarded(lambda: self.api.input_request(parse_qs(parts.query).get("inputs", [])))
+        elif parts.path == "/trigger_catalog":
+            self._answer(404, {"detail": NO_CATALOG})
+        else:
+            self._answer(404, {"detail": "No such endpoint."})
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if not self.api.authorized(self.headers.get("Authorization")):
+            self._answer(401, {"detail": "Use the headers of api.json."})
+        elif urlsplit(self.path).path == "/set_status_detail":
+            self._guarded(lambda: self.api.set_status_detail(body))
+        else:
+            self._answer(404, {"detail": "No such endpoint."})
+
+    def _guarded(self, action: Callable[[], tuple[int, Any]]) -> None:
+        try:
+            status, answer = action()
+        except Exception as error:  # noqa: BLE001 - the outermost frame of a request
+            log.warning("local API: %s", error, extra={"action": "local-api"})
+            words = str(error) if isinstance(error, AgentError) else "The agent failed."
+            status, answer = 503, {"detail": words}
+        self._answer(status, answer)
+
+    def _body(self) -> Any:
+        length = self.headers.get("Content-Length", "0")
+        size = int(length) if length.isdigit() else MAX_BODY_BYTES + 1
+        if size > MAX_BODY_BYTES:
+            self.close_connection = True
+            return None
+        try:
+            return json.loads(self.rfile.read(size) or b"null")
+        except ValueError:
+            return None
+
+    def _answer(self, status: int, content: Any) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _send_file(self, token: str) -> None:
+        grant = self.api.file(token)
+        if grant is None:
+            self._answer(404, {"detail": "No such file."})
+            return
+        if urlsplit(grant.url).scheme == "file":
+            self._send_local(grant)
+        else:
+            self._relay(grant)
+
+    def _send_local(self, grant: Transfer) -> None:
+        try:
+            file = file_path(grant.url).open("rb")
+        except OSError as error:
+            self._answer(404, {"detail": f"The file cannot be read: {error.strerror}."})
+            return
+        with file:
+            self._stream(file, file.seek(0, 2))
+
+    def _stream(self, file: Any, size: int) -> None:
+        file.seek(0)
+        self.send_response(200)
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("Content-Length", str(size))
+        self.end_headers()
+        shutil.copyfileobj(file, self.wfile, 1024 * 1024)
+
+    def _relay(self, grant: Transfer) -> None:
+        """Fetches on the command's behalf where the request needs headers it cannot know."""
+        import requests
+
+        with requests.get(
+            grant.url, headers=grant.headers, stream=True, timeout=(10, 60)
+        ) as response:
+            self.send_response(response.status_code)
+            self.send_header("Connection", "close")
             self.end_headers()
-            self.wfile.write(data)
+            self.close_connection = True
+            for chunk in response.iter_content(1024 * 1024):
+                self.wfile.write(chunk)
 
-        def _send_file(self, token: str) -> None:
-            grant = api.file(token)
-            if grant is None:
-                self._answer(404, {"detail": "No such file."})
-                return
-            if urlsplit(grant.url).scheme == "file":
-                self._send_local(grant)
-            else:
-                self._relay(grant)
-
-        def _send_local(self, grant: Transfer) -> None:
-            try:
-                file = file_path(grant.url).open("rb")
-            except OSError as error:
-                self._answer(404, {"detail": f"The file cannot be read: {error.strerror}."})
-                return
-            with file:
-                self._stream(file, file.seek(0, 2))
-
-        def _stream(self, file: Any, size: int) -> None:
-            file.seek(0)
-            self.send_response(200)
-            self.send_header("Content-Type", "application/octet-stream")
-            self.send_header("Content-Length", str(size))
-            self.end_headers()
-            shutil.copyfileobj(file, self.wfile, 1024 * 1024)
-
-        def _relay(self, grant: Transfer) -> None:
-            """Fetches on the command's behalf where the request needs headers it cannot know."""
-            import requests
-
-            with requests.get(
-                grant.url, headers=grant.headers, stream=True, timeout=(10, 60)
-            ) as response:
-                self.send_response(response.status_code)
-                self.send_header("Connection", "close")
-                self.end_headers()
-                self.close_connection = True
-                for chunk in response.iter_content(1024 * 1024):
-                    self.wfile.write(chunk)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Keeps tokens in paths out of the log."""
-
-    return Handler
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        """Keeps tokens in paths out of the log."""

@@ -144,7 +144,7 @@ class OutputCollector:
         while not self._stop.wait(interval_seconds):
             try:
                 self.scan_now()
-            except Exception as error:  # a loop's outermost frame: the end of the run tries again
+            except Exception as error:  # noqa: BLE001 - a loop's outermost frame: the end of the run tries again
                 self._retry_at = self._now() + RETRY_SECONDS
                 log.warning("live outputs: %s", error, extra={"action": "live-outputs"})
 

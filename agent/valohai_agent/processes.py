@@ -6,6 +6,7 @@ Every process of the process runtime inherits VH_EXECUTION_ID and VALOHAI_ATTEMP
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -48,7 +49,5 @@ def attempt_processes(execution_id: str, attempt: int | None) -> list[int]:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass

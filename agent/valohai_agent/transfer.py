@@ -19,6 +19,7 @@ from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 import requests
+import requests.adapters
 import urllib3.exceptions
 
 from valohai_agent.checksums import Hasher
@@ -167,7 +168,7 @@ class Transferer:
         with response:
             if response.status_code != 206 or not resume:
                 job.restart(file)
-            if not response.ok or response.status_code == 206 and not resume:
+            if not response.ok or (response.status_code == 206 and not resume):
                 raise _status_error(response, job.name)
             job.etag = _strong_etag(response.headers)
             job.total = _expected_total(response, job.hasher.size)
@@ -215,6 +216,7 @@ class Transferer:
         )
 
     def _retry(self, action: Callable[[], Any], name: str) -> Any:
+        reason = "nothing was tried"
         for attempt in range(1, self._attempts + 1):
             self._check()
             try:
@@ -479,9 +481,8 @@ def _connection_reason(error: Exception) -> str:
 
 
 def _pause(attempt: int) -> float:
-    return min(MAX_BACK_OFF_SECONDS, BACK_OFF_SECONDS * 2 ** (attempt - 1)) * random.uniform(
-        0.5, 1.5
-    )
+    longest = min(MAX_BACK_OFF_SECONDS, BACK_OFF_SECONDS * 2 ** (attempt - 1))
+    return longest * random.uniform(0.5, 1.5)  # noqa: S311 - spreads load, protects nothing
 
 
 def _paced(progress: Progress | None) -> Progress:

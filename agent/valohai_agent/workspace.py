@@ -214,7 +214,7 @@ def _remove_attempt(root: Path, remove_tree: RemoveTree, *, keep_logs: bool) -> 
         try:
             if (root / name).exists():
                 remove_tree(root / name)
-        except Exception as error:  # the outermost frame of clean-up: the next reaping tries again
+        except Exception as error:  # noqa: BLE001 - the outermost frame of clean-up: the next reaping tries again
             log.warning(
                 "cannot remove %s: %s", root / name, error, extra={"action": "workspace-remove"}
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import socket
@@ -60,7 +61,7 @@ class DockerRuntime:
             self.client.ping()
         except RuntimeUnavailable as error:
             return str(error)
-        except Exception as error:  # docker-py lets requests' errors through
+        except docker_errors() as error:
             return f"the Docker daemon does not answer: {_words(error)}"
         return None
 
@@ -93,7 +94,7 @@ class DockerRuntime:
             self._pull(image, login, progress or (lambda *_: None), cancelled)
         except ImageError:
             raise
-        except Exception as error:
+        except docker_errors() as error:
             raise ImageError(
                 f"The image {image!r} cannot be pulled: {_words(error)}. Tried: images on this "
                 f"worker{' (present, but a fresh pull was asked for)' if present else ''}, then its "
@@ -109,7 +110,7 @@ class DockerRuntime:
             return False
         except RuntimeFailure:
             raise
-        except Exception as error:
+        except docker_errors() as error:
             raise ImageError(f"The image {image!r} cannot be looked up: {_words(error)}") from error
         return True
 
@@ -145,7 +146,7 @@ class DockerRuntime:
         """Removes all images that no container uses (VH_CLEAN, K-22)."""
         try:
             answer = self.client.images.prune(filters={"dangling": False})
-        except Exception as error:
+        except docker_errors() as error:
             return f"images could not be removed: {_words(error)}"
         removed = len(answer.get("ImagesDeleted") or [])
         return f"removed {removed} image layers, {answer.get('SpaceReclaimed') or 0} bytes"
@@ -153,8 +154,6 @@ class DockerRuntime:
     # -- running -----------------------------------------------------------------------------------
     def start(self, spec: RunSpec, on_output: OnOutput) -> DockerRunning:
         """Creates, attaches, then starts, so that no output is missed. Raises StartError."""
-        from docker.errors import DockerException
-
         workspace = spec.workspace
         script = build_script(spec.commands, fail_fast=spec.fail_fast)
         path = workspace.run / "command"
@@ -184,7 +183,7 @@ class DockerRuntime:
             )
             running.start()
             return running
-        except (DockerException, OSError, ValueError) as error:
+        except (*docker_errors(), ValueError) as error:
             if container is not None:
                 _remove(container)
             raise StartError(
@@ -208,7 +207,7 @@ class DockerRuntime:
             labels.append(f"{ATTEMPT_LABEL}={attempt}")
         try:
             found = self.client.containers.list(all=True, filters={"label": labels})
-        except Exception as error:
+        except docker_errors() as error:
             raise RuntimeFailure(f"Containers cannot be listed: {_words(error)}") from error
         for container in found:
             _remove(container)
@@ -231,8 +230,6 @@ class DockerRuntime:
 
     def _as_root(self, path: Path, command: str) -> None:
         """Runs a shell command on a directory as the container's root, in the job's own image."""
-        from docker.errors import DockerException
-
         image = self._known_image(path)
         owner = f"{os.geteuid()}:{os.getegid()}"
         try:
@@ -246,7 +243,7 @@ class DockerRuntime:
                 security_opt=["label=disable"],
                 remove=True,
             )
-        except DockerException as error:
+        except docker_errors() as error:
             raise RuntimeFailure(
                 f"{path} belongs to another user and a helper container in {image!r} could not "
                 f"open it: {_words(error)}"
@@ -282,9 +279,22 @@ class DockerRuntime:
     def _gateway(self, network: str) -> str | None:
         try:
             config = self.client.networks.get(network).attrs["IPAM"]["Config"][0]
-        except Exception:  # no such network, or a daemon that tells nothing about it
-            return None
-        return config.get("Gateway")
+        except (*docker_errors(), KeyError, IndexError, TypeError):
+            return None  # no such network, or a daemon that tells nothing about it
+        return config.get("Gateway") or _first_host(config["Subnet"])
+
+
+def _first_host(subnet: str) -> str:
+    """The gateway that Docker takes when none is named."""
+    return str(next(iter(ipaddress.ip_network(subnet).hosts())))
+
+
+def docker_errors() -> tuple[type[Exception], ...]:
+    """What docker-py lets through: its own errors, requests' and the socket's."""
+    import requests
+    from docker.errors import DockerException
+
+    return DockerException, requests.RequestException, OSError
 
 
 def _connect() -> DockerClient:
@@ -294,7 +304,7 @@ def _connect() -> DockerClient:
         raise RuntimeUnavailable("the Python package `docker` is not installed") from error
     try:
         return docker.from_env(version="auto", timeout=API_SECONDS)
-    except Exception as error:
+    except docker_errors() as error:
         host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
         raise RuntimeUnavailable(
             f"no Docker daemon at {host}: {_words(error)}. Start it, or set DOCKER_HOST, or add this "
@@ -305,7 +315,7 @@ def _connect() -> DockerClient:
 def _remove(container: Any) -> None:
     try:
         container.remove(force=True, v=True)
-    except Exception as error:  # gone already, or being removed by another agent
+    except docker_errors() as error:  # gone already, or being removed by another agent
         log.info("container %s: %s", container.short_id, error, extra={"action": "remove"})
 
 
@@ -321,7 +331,8 @@ def _note_layer(event: Mapping[str, Any], layers: dict[str, tuple[int, int]]) ->
     if event.get("status") == "Downloading" and detail.get("total"):
         layers[event["id"]] = (detail.get("current", 0), detail["total"])
     elif event.get("status") in ("Download complete", "Pull complete") and event["id"] in layers:
-        layers[event["id"]] = (layers[event["id"]][1],) * 2
+        size = layers[event["id"]][1]
+        layers[event["id"]] = (size, size)
 
 
 def _pull_words(layers: Mapping[str, tuple[int, int]]) -> tuple[str, int, int]:

@@ -90,7 +90,7 @@ class DockerRunning:
             self._container.remove(force=True, v=True)
         except NotFound:
             pass
-        except Exception as error:  # never stops the end of a job; reaping tries again
+        except Exception as error:  # noqa: BLE001 - never stops the end of a job; reaping tries again
             log.warning("container %s: %s", self.id, error, extra={"action": "remove"})
 
     # -- threads -----------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class DockerRunning:
                 limit=self._memory_limit,
                 signalled=self._signalled,
             )
-        except Exception as error:  # the outermost frame of the thread
+        except Exception as error:
             log.exception("container %s", self.id, extra={"action": "follow"})
             self._status = ExitStatus(
                 code=255, message=f"The Docker daemon lost the container: {error}"
@@ -156,7 +156,7 @@ class DockerRunning:
             try:
                 stats = self._client.api.stats(self._container.id, stream=False, one_shot=True)
                 self._note(stats)
-            except Exception as error:  # a container that ends while it is asked
+            except Exception as error:  # noqa: BLE001 - a container that ends while it is asked
                 log.debug("stats of %s: %s", self.id, error)
             self._ended.wait(SAMPLE_SECONDS)
 

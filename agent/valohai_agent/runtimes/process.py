@@ -20,9 +20,33 @@ from valohai_agent.trees import open_tree, remove_tree
 from valohai_agent.workspace import Workspace
 
 ALLOWED = frozenset(
-    "HOME LANG LANGUAGE LOGNAME SHELL TMPDIR TZ USER PATH LD_LIBRARY_PATH SSL_CERT_FILE SSL_CERT_DIR "
-    "REQUESTS_CA_BUNDLE CURL_CA_BUNDLE HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY http_proxy "
-    "https_proxy no_proxy all_proxy CUDA_HOME CUDA_PATH CUDA_VISIBLE_DEVICES".split()
+    [
+        "HOME",
+        "LANG",
+        "LANGUAGE",
+        "LOGNAME",
+        "SHELL",
+        "TMPDIR",
+        "TZ",
+        "USER",
+        "PATH",
+        "LD_LIBRARY_PATH",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+        "REQUESTS_CA_BUNDLE",
+        "CURL_CA_BUNDLE",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "NO_PROXY",
+        "ALL_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "no_proxy",
+        "all_proxy",
+        "CUDA_HOME",
+        "CUDA_PATH",
+        "CUDA_VISIBLE_DEVICES",
+    ]
 )
 ALLOWED_PREFIXES = ("LC_", "PIP_", "UV_", "NVIDIA_", "OMP_")
 CONTAINER_ONLY = (
@@ -71,8 +95,8 @@ class ProcessRuntime:
 
     def notices(self, job: Job) -> list[str]:
         notices = [
-            f"The image {job.image} is not used: this worker runs commands as plain processes, with a "
-            "private virtual environment first on PATH."
+            f"The image {job.image} is not used: this worker runs commands as plain processes, "
+            + "with a private virtual environment first on PATH."
         ]
         if self._no_namespace is not None:
             notices.append(f"/valohai is not bound: {self._no_namespace}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -73,10 +74,8 @@ class ProcessRunning:
         with self._lock:
             if not self._reaped:
                 self._killed = self._killed or name == "SIGKILL"
-                try:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self._process.pid, signal.Signals[name])
-                except (ProcessLookupError, PermissionError):
-                    pass
         if name == "SIGKILL":
             self._kill_rest()
 
@@ -95,7 +94,7 @@ class ProcessRunning:
             while data := os.read(pipe.fileno(), READ_BYTES):
                 try:
                     self._on_output(name, data)
-                except Exception:  # the outermost frame: the pipe must be emptied whatever happens
+                except Exception:
                     log.exception("output of %s", self.id, extra={"action": "output"})
 
     def _follow(self) -> None:
@@ -105,7 +104,7 @@ class ProcessRunning:
             for reader in self._readers:
                 reader.join(DRAIN_SECONDS)
             self._status = self._explain(code)
-        except Exception as error:  # the outermost frame of the thread
+        except Exception as error:
             log.exception("process %s", self.id, extra={"action": "follow"})
             self._status = ExitStatus(code=255, message=f"The agent lost the process: {error}")
         finally:
