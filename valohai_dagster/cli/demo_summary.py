@@ -69,12 +69,19 @@ def _execution(view: ExecutionView, locations: dict[str, str]) -> dict[str, Any]
 
 
 def _locations(client: ExecutionClient, executions: list[str]) -> dict[str, str]:
-    """Where the stores keep the outputs, by datum id."""
-    stores = open_stores(client.settings)
+    """Where the stores keep the outputs, by datum id: a path for a local store, else the store's URI."""
+    stores, sections = open_stores(client.settings), client.settings.stores
     d = t.datums.c
     query = sa.select(d.id, d.store, d.key).where(d.execution_id.in_(executions))
+
+    def place(store: str, key: str) -> str:
+        section = sections.get(store)
+        if section is not None and section.kind == "local":
+            return str(section.path / key)
+        return stores.get(store).uri(key)
+
     with client.records.read() as conn:
-        return {row.id: stores.get(row.store).uri(row.key) for row in conn.execute(query)}
+        return {row.id: place(row.store, row.key) for row in conn.execute(query)}
 
 
 def _run_id(client: ExecutionClient, views: list[ExecutionView]) -> str | None:
@@ -89,66 +96,72 @@ def print_summary(console: Console, summary: dict[str, Any], settings: Settings)
     executions = summary["executions"]
     console.print()
     console.print(_phase_table(executions))
-    console.print(_output_table(executions))
+    console.print()
+    console.print(_output_table(executions), soft_wrap=True, crop=False)
+    console.print()
     for one in executions:
         if one["metrics"]:
             console.print(f"[bold]{one['step']}[/bold]  {escape(metrics_text(one['metrics']))}")
         if one["reason"] and one["status"] != "complete":
             console.print(f"[bold red]{one['step']}[/bold red]  {escape(one['reason'])}")
-    for location in _files_to_open(executions):
-        console.print(location, soft_wrap=True)
+    for location in _models(executions):
+        console.print(f"[bold]model[/bold]  {location}", soft_wrap=True)
     verdict = "[green]All green[/green]" if summary["ok"] else "[red]Not complete[/red]"
     console.print(f"\n{verdict} in {seconds_text(summary['seconds'])}. Where to look next:")
-    console.print(_next_steps(summary, settings))
+    for command, what in _next_steps(summary, settings):
+        console.print(f"  [bold]{command}[/bold]  [dim]{what}[/dim]", soft_wrap=True)
+
+
+_HEADS = {"preparing": "prep", "downloading": "download", "uploading": "upload"}
 
 
 def _phase_table(executions: list[dict[str, Any]]) -> Table:
-    table = Table(title="Executions", title_justify="left", pad_edge=False)
-    table.add_column("step")
-    table.add_column("status")
-    for phase in PHASES:
-        table.add_column(phase, justify="right")
-    table.add_column("total", justify="right")
+    table = _table("Executions, seconds by phase")
+    table.add_column("step", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    for phase in (*PHASES, "total"):
+        table.add_column(_HEADS.get(phase, phase), justify="right", no_wrap=True)
     for one in executions:
-        spent = [seconds_text(one["phases"].get(phase)) for phase in PHASES]
+        seconds = [*(one["phases"].get(phase) for phase in PHASES), one["seconds"]]
         status = status_text(ExecutionStatus(one["status"]))
-        table.add_row(
-            f"{one['step']} #{one['counter']}", status, *spent, seconds_text(one["seconds"])
-        )
+        spent = ["-" if value is None else f"{value:.1f}" for value in seconds]
+        table.add_row(one["step"], status, *spent)
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
 
 
 def _output_table(executions: list[dict[str, Any]]) -> Table:
-    table = Table("file", "made by", title="Outputs", title_justify="left", pad_edge=False)
-    table.add_column("size", justify="right")
-    table.add_column("datum")
+    table = _table("Outputs")
+    table.add_column("file", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("opens at", no_wrap=True, overflow="ignore")
     for one in executions:
         for output in one["outputs"]:
-            table.add_row(
-                escape(output["name"]), one["step"], size_text(output["size"]), output["uri"]
-            )
+            name = escape(f"{one['step']}/{output['name']}")
+            table.add_row(name, size_text(output["size"]), output["url"] or output["uri"])
     return table
 
 
-def _next_steps(summary: dict[str, Any], settings: Settings) -> Table:
+def _next_steps(summary: dict[str, Any], settings: Settings) -> list[tuple[str, str]]:
     here = Path(".venv/bin/valohai-dagster")
     command = str(here) if here.exists() else "valohai-dagster"
     run = (summary["run_id"] or "latest")[:8]
-    table = Table.grid(padding=(0, 3))
-    table.add_row(
-        "make up", f"the UI on {settings.webserver_url}: lineage, metrics, logs, pictures"
-    )
-    table.add_row(f"{command} outputs {run} --download", "the files")
-    table.add_row(f"{command} metrics {run} --step train", "the metrics of each epoch")
-    table.add_row(f"{command} doctor", "what runs here, and whether it is well")
-    return table
+    return [
+        ("make up", f"the UI on {settings.webserver_url}: lineage, metrics, logs, pictures"),
+        (f"{command} outputs {run} --download", "the files"),
+        (f"{command} metrics {run}", "the metrics of each epoch"),
+        (f"{command} doctor", "what runs here, and whether it is well"),
+    ]
 
 
-def _files_to_open(executions: list[dict[str, Any]]) -> list[str]:
-    """Where the model and the pictures lie."""
+def _models(executions: list[dict[str, Any]]) -> list[str]:
+    """Where the stores keep the model files."""
     return [
         escape(str(output["location"]))
         for one in executions
         for output in one["outputs"]
-        if output["location"] and output["name"].endswith((".joblib", ".png"))
+        if output["location"] and output["name"].endswith(".joblib")
     ]

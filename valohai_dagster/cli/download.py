@@ -64,8 +64,6 @@ def download_all(
         for target in targets:
             bar.update(total, description=target.name)
             paths.append(fetch(target, stores, overwrite=overwrite, advance=_advancer(bar, total)))
-    if targets:
-        console.print(f"{len(paths)} files in {targets[0].directory}")
     return paths
 
 

@@ -50,7 +50,7 @@ def metrics(
             else:
                 clock = line.time.astimezone().strftime("%H:%M:%S")
                 console.print(f"[dim]{clock}[/dim] [bold]{line.step}[/bold] ", end="")
-                console.print(metrics_text(line.values), markup=False)
+                console.print(metrics_text(line.values), markup=False, soft_wrap=True)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 

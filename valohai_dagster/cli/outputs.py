@@ -40,6 +40,7 @@ def outputs(
     if download:
         targets = _targets(rows, to)
         download_all(targets, open_stores(settings), overwrite=overwrite, quiet=as_json)
+        Console(stderr=True, quiet=as_json).print(f"{len(targets)} files in {to}", soft_wrap=True)
     if as_json:
         print(json.dumps([_as_dict(row, settings.datum_url(row.id)) for row in rows], indent=2))
     elif not download:
@@ -82,9 +83,11 @@ def _as_dict(row: Any, url: str) -> dict[str, Any]:
 
 def _print(rows: list[Any], datum_url: Any) -> None:
     table = Table("step", "file", "size", "opens at", box=None, pad_edge=False)
+    for column in table.columns:
+        column.no_wrap, column.overflow = True, "ignore"
     for row in rows:
         note = " (purged)" if row.purged else ""
         table.add_row(
             f"{row.step} #{row.counter}", row.name + note, size_text(row.size), datum_url(row.id)
         )
-    Console().print(table if rows else "No output files.")
+    Console().print(table if rows else "No output files.", soft_wrap=True, crop=False)
