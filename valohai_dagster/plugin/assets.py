@@ -13,7 +13,11 @@ from dagster import AssetExecutionContext
 
 from valohai_dagster.errors import ProjectError
 from valohai_dagster.plugin.backend import Backend, open_backend
-from valohai_dagster.plugin.compat import code_location_pin, pin_code_location
+from valohai_dagster.plugin.compat import (
+    code_location_pin,
+    code_reference,
+    pin_code_location,
+)
 from valohai_dagster.plugin.compute import DeployedStep, run_step
 from valohai_dagster.plugin.config_schema import config_schema
 from valohai_dagster.plugin.step_tag import STEP_TAG, edges_into, step_tag
@@ -224,10 +228,7 @@ def definition_metadata(project: Project, step: StepDefinition) -> dict[str, Any
         metadata["ref"] = commit.ref
     if not project.source.is_git_url:
         path = project.root / project.source.yaml_path
-        reference = dg.LocalFileCodeReference(file_path=str(path), line_number=step.line)
-        metadata["dagster/code_references"] = dg.CodeReferencesMetadataValue(
-            code_references=[reference]
-        )
+        metadata["dagster/code_references"] = code_reference(str(path), step.line)
     return metadata
 
 

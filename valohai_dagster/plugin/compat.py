@@ -33,6 +33,7 @@ from dagster._core.storage.compute_log_manager import (
 )
 from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
+from dagster._utils.warnings import disable_dagster_warnings
 
 if TYPE_CHECKING:
     from dagster import (
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         DagsterInstance,
         DagsterRun,
         EventLogRecord,
+        MetadataValue,
     )
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "RunLauncher",
     "WorkerStatus",
     "code_location_pin",
+    "code_reference",
     "get_input_data_version_tag",
     "input_storage_id",
     "instance_id",
@@ -164,6 +167,15 @@ def code_location_pin(name: str) -> str | None:
         return None
     value = load.reconstruction_metadata.get(name)
     return value if isinstance(value, str) else None
+
+
+def code_reference(path: str, line: int | None) -> MetadataValue[Any]:
+    """Where the UI says that an asset is defined. Beta in Dagster, which warns of it once per asset otherwise."""
+    from dagster import CodeReferencesMetadataValue, LocalFileCodeReference
+
+    with disable_dagster_warnings():
+        reference = LocalFileCodeReference(file_path=path, line_number=line)
+        return CodeReferencesMetadataValue(code_references=[reference])
 
 
 def tagged_ops(instance: DagsterInstance, run: DagsterRun | None, tag: str) -> frozenset[str]:

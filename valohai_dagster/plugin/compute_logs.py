@@ -5,8 +5,6 @@ Name it in dagster.yaml:
     compute_logs:
       module: valohai_dagster.plugin.compute_logs
       class: ValohaiComputeLogManager
-      config:
-        base_dir: .valohai/compute_logs
 
 While an execution runs its lines come from Redis (rate-limited, with gap markers, M-02); afterwards the complete
 files come from the log store. A step that ran as several executions or attempts shows them one after another.
@@ -57,20 +55,22 @@ def current_log_key(run_id: str) -> tuple[str, ...] | None:
 class ValohaiComputeLogManager(LocalComputeLogManager):
     """Serves executions' logs, and Dagster's local capture for the rest.
 
-    `settings_file` names the valohai.toml to use; without it the usual search applies.
+    `base_dir` is where Dagster's own captures go, by default `compute_logs` in the state directory. `settings_file`
+    names the valohai.toml to use; without it the usual search applies.
     """
 
     def __init__(
         self,
-        base_dir: str,
+        base_dir: str | None = None,
         polling_timeout: float | None = None,
         settings_file: str | None = None,
         inst_data: ConfigurableClassData | None = None,
         logs: ServiceLogs | None = None,
     ) -> None:
+        self._settings_file = settings_file
+        base_dir = base_dir or str(self._settings().state_dir / "compute_logs")
         super().__init__(base_dir, polling_timeout, inst_data)
         self._local = LocalComputeLogManager(base_dir, polling_timeout)
-        self._settings_file = settings_file
         self._logs = logs or ServiceLogs(self._settings)
         self._watcher = _Watcher(self)
         self._complained = False
@@ -79,7 +79,7 @@ class ValohaiComputeLogManager(LocalComputeLogManager):
     @classmethod
     def config_type(cls) -> dict[str, Any]:
         return {
-            "base_dir": StringSource,
+            "base_dir": Field(StringSource, is_required=False),
             "polling_timeout": Field(Float, is_required=False),
             "settings_file": Field(StringSource, is_required=False),
         }
