@@ -13,8 +13,10 @@ from rich.table import Table
 
 from valohai_dagster.cli.render import (
     PHASES,
+    in_columns,
     metrics_text,
     phase_seconds,
+    printable,
     seconds_text,
     size_text,
     status_text,
@@ -97,19 +99,21 @@ def print_summary(console: Console, summary: dict[str, Any], settings: Settings)
     console.print()
     console.print(_phase_table(executions))
     console.print()
-    console.print(_output_table(executions), soft_wrap=True, crop=False)
-    console.print()
+    console.print("[bold]Outputs[/bold]")
+    console.print("\n".join(_output_lines(executions)), markup=False, soft_wrap=True)
+    console.print("\n[bold]Last metrics[/bold]")
     for one in executions:
         if one["metrics"]:
-            console.print(f"[bold]{one['step']}[/bold]  {escape(metrics_text(one['metrics']))}")
+            values = escape(metrics_text(one["metrics"]))
+            console.print(f"{one['step']}  {values}", soft_wrap=True)
         if one["reason"] and one["status"] != "complete":
-            console.print(f"[bold red]{one['step']}[/bold red]  {escape(one['reason'])}")
+            console.print(f"[red]{one['step']}  {escape(one['reason'])}[/red]", soft_wrap=True)
     for location in _models(executions):
-        console.print(f"[bold]model[/bold]  {location}", soft_wrap=True)
+        console.print(f"\n[bold]Model file[/bold]\n{location}", soft_wrap=True)
     verdict = "[green]All green[/green]" if summary["ok"] else "[red]Not complete[/red]"
     console.print(f"\n{verdict} in {seconds_text(summary['seconds'])}. Where to look next:")
-    for command, what in _next_steps(summary, settings):
-        console.print(f"  [bold]{command}[/bold]  [dim]{what}[/dim]", soft_wrap=True)
+    for line in in_columns(_next_steps(summary, settings)):
+        console.print(f"  {line}", soft_wrap=True)
 
 
 _HEADS = {"preparing": "prep", "downloading": "download", "uploading": "upload"}
@@ -133,27 +137,24 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
 
 
-def _output_table(executions: list[dict[str, Any]]) -> Table:
-    table = _table("Outputs")
-    table.add_column("file", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("opens at", no_wrap=True, overflow="ignore")
-    for one in executions:
-        for output in one["outputs"]:
-            name = escape(f"{one['step']}/{output['name']}")
-            table.add_row(name, size_text(output["size"]), output["url"] or output["uri"])
-    return table
+def _output_lines(executions: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        [f"{one['step']}/{printable(o['name'])}", size_text(o["size"]), o["url"] or o["uri"]]
+        for one in executions
+        for o in one["outputs"]
+    ]
+    return in_columns(rows, right=frozenset({1}))
 
 
-def _next_steps(summary: dict[str, Any], settings: Settings) -> list[tuple[str, str]]:
+def _next_steps(summary: dict[str, Any], settings: Settings) -> list[list[str]]:
     here = Path(".venv/bin/valohai-dagster")
     command = str(here) if here.exists() else "valohai-dagster"
     run = (summary["run_id"] or "latest")[:8]
     return [
-        ("make up", f"the UI on {settings.webserver_url}: lineage, metrics, logs, pictures"),
-        (f"{command} outputs {run} --download", "the files"),
-        (f"{command} metrics {run}", "the metrics of each epoch"),
-        (f"{command} doctor", "what runs here, and whether it is well"),
+        ["make up", f"the UI on {settings.webserver_url}: lineage, metrics, logs, pictures"],
+        [f"{command} outputs {run} --download", "the files"],
+        [f"{command} metrics {run}", "the metrics of each epoch"],
+        [f"{command} doctor", "what runs here, and whether it is well"],
     ]
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from valohai_dagster.cli.download import Target, download_all
 from valohai_dagster.cli.lookup import REFERENCE_HELP, find_executions
-from valohai_dagster.cli.render import size_text
+from valohai_dagster.cli.render import in_columns, printable, size_text
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import load_settings
@@ -81,13 +81,11 @@ def _as_dict(row: Any, url: str) -> dict[str, Any]:
     return {**values, "uri": f"datum://{row.id}", "url": url, "metadata": row.metadata}
 
 
-def _print(rows: list[Any], datum_url: Any) -> None:
-    table = Table("step", "file", "size", "opens at", box=None, pad_edge=False)
-    for column in table.columns:
-        column.no_wrap, column.overflow = True, "ignore"
+def _print(rows: list[Any], datum_url: Callable[[str], str]) -> None:
+    lines = [["STEP", "FILE", "SIZE", "OPENS AT"]]
     for row in rows:
-        note = " (purged)" if row.purged else ""
-        table.add_row(
-            f"{row.step} #{row.counter}", row.name + note, size_text(row.size), datum_url(row.id)
-        )
-    Console().print(table if rows else "No output files.", soft_wrap=True, crop=False)
+        name = f"{row.name} (purged)" if row.purged else row.name
+        step = f"{row.step} #{row.counter}"
+        lines.append([step, printable(name), size_text(row.size), datum_url(row.id)])
+    text = in_columns(lines, right=frozenset({2})) if rows else ["No output files."]
+    print("\n".join(text))

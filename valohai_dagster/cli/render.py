@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -60,6 +60,11 @@ def metrics_text(values: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value_text(value)}" for name, value in shown.items())
 
 
+def printable(name: str) -> str:
+    """A file name that stays on its line: control characters are shown escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+
 def status_text(status: ExecutionStatus) -> str:
     """With rich's colour tags."""
     style = STYLE.get(status)
@@ -91,3 +96,20 @@ def _length(span: PhaseSpan) -> float:
 
 def _between(start: datetime | None, end: datetime | None) -> float | None:
     return (end - start).total_seconds() if start and end else None
+
+
+def in_columns(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> list[str]:
+    """Rows as aligned text of any length; unlike a rich table, nothing is ever cut.
+
+    >>> in_columns([["a", "1 B"], ["bcd", "10 B"]], right=frozenset({1}))
+    ['a     1 B', 'bcd  10 B']
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
