@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from tests.support.redis_server import RedisServer
+from tests.support.sim_agent import SimAgent
 from valohai_agent.protocol import Keys
 from valohai_dagster.broker.connection import broker_url, connect, connect_async
 from valohai_dagster.data.secrets import load_secret_key
@@ -20,8 +22,6 @@ from valohai_dagster.executions.stream import EventKind, FollowEvent
 from valohai_dagster.records.engine import Records, open_records
 from valohai_dagster.settings import GroupSettings, Settings
 from valohai_dagster.stores.registry import open_stores
-from tests.support.redis_server import RedisServer
-from tests.support.sim_agent import SimAgent
 
 T = TypeVar("T")
 

@@ -14,7 +14,9 @@ import logging
 import os
 import secrets
 import signal
+import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -90,7 +92,8 @@ class LocalGroup:
         self._idle_since: dict[str, datetime] = {}
         self._draining: set[str] = set()
         self._lock = asyncio.Lock()
-        self._watchers: set[asyncio.Task[None]] = set()
+        self._children: set[str] = set()  # agents that this process waits for
+        self._notes: set[asyncio.Future[None]] = set()
         self._failures = StartFailures()
         self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -104,8 +107,10 @@ class LocalGroup:
 
     async def reconcile(self, waiting: int, workers: Mapping[str, Worker]) -> None:
         """One look at what is there, and the plan's actions. Cheap; called at every enqueue and every tick."""
+        for name in self._sweep_dead():
+            await self._on_gone(name, "its agent process is gone")
         async with self._lock:
-            launched = self._sweep_dead()
+            launched = self._known()
             agents = [self._seen(agent, workers.get(agent.name)) for agent in launched]
             if any(agent.checked_in for agent in agents):
                 self._failures = StartFailures()
@@ -118,7 +123,7 @@ class LocalGroup:
                 self._draining.add(name)
                 await self._drain(name, "idle")
             for _ in range(0 if self._failures.holds(self._clock()) else decision.start):
-                await self._start()
+                self._start()
 
     @property
     def trouble(self) -> str | None:
@@ -171,14 +176,12 @@ class LocalGroup:
     def _known(self) -> list[Launched]:
         return _launched(self._dir, f"{self.name}-")
 
-    def _sweep_dead(self) -> list[Launched]:
-        alive = []
-        for agent in self._known():
-            if self.is_dead(agent.name):
-                self._forget(agent.name)
-            else:
-                alive.append(agent)
-        return alive
+    def _sweep_dead(self) -> list[str]:
+        """Forgets agents that are gone; names those whose end nobody here waits for (an earlier service's)."""
+        dead = [agent.name for agent in self._known() if self.is_dead(agent.name)]
+        for name in dead:
+            self._forget(name)
+        return [name for name in dead if name not in self._children]
 
     def _forget(self, name: str) -> None:
         for suffix in (".json", ".lock"):
@@ -186,17 +189,17 @@ class LocalGroup:
         self._draining.discard(name)
         self._idle_since.pop(name, None)
 
-    async def _start(self) -> None:
+    def _start(self) -> None:
         name = f"{self.name}-{_host()}-{secrets.token_hex(3)}"
         lock = os.open(self._dir / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         log_path = self._dir / f"{name}.log"
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with log_path.open("ab") as out:
-                process = await asyncio.create_subprocess_exec(
-                    *self._command(name),
+                process = subprocess.Popen(
+                    self._command(name),
                     env=self._environment(),
-                    stdin=asyncio.subprocess.DEVNULL,
+                    stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=out,
                     start_new_session=True,
@@ -206,14 +209,29 @@ class LocalGroup:
             os.close(lock)
         entry = {"name": name, "pid": process.pid, "started_at": self._clock().isoformat()}
         (self._dir / f"{name}.json").write_text(json.dumps(entry))
-        watcher = asyncio.create_task(self._watch(name, process, log_path))
-        self._watchers.add(watcher)
-        watcher.add_done_callback(self._watchers.discard)
+        self._children.add(name)
+        loop = asyncio.get_running_loop()
+        threading.Thread(
+            target=self._wait, args=(process, name, loop), name=f"wait-{name}", daemon=True
+        ).start()
 
-    async def _watch(self, name: str, process: asyncio.subprocess.Process, log_path: Path) -> None:
-        code = await process.wait()
+    def _wait(
+        self, process: subprocess.Popen[bytes], name: str, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """In a thread of its own, since an agent outlives a service that is told to go."""
+        code = process.wait()
+        with contextlib.suppress(RuntimeError):  # the service went first
+            loop.call_soon_threadsafe(self._note_end, name, code)
+
+    def _note_end(self, name: str, code: int) -> None:
+        task = asyncio.ensure_future(self._ended(name, code))
+        self._notes.add(task)
+        task.add_done_callback(self._notes.discard)
+
+    async def _ended(self, name: str, code: int) -> None:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         expected = name in self._draining and code == 0
+        log_path = self._dir / f"{name}.log"
         log.log(
             logging.INFO if expected else logging.WARNING,
             "agent %s ended with %s; its log is %s",
@@ -222,6 +240,7 @@ class LocalGroup:
             log_path,
             extra={"action": "agent-ended", "worker": name},
         )
+        self._children.discard(name)
         if expected:
             log_path.unlink(missing_ok=True)
         elif code != 0:
