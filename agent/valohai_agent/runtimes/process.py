@@ -48,6 +48,10 @@ ALLOWED = frozenset(
         "CUDA_VISIBLE_DEVICES",
     ]
 )
+NO_IMAGE = (
+    "The image {image} is not used: this worker runs commands as plain processes, "
+    "with a private virtual environment first on PATH."
+)
 ALLOWED_PREFIXES = ("LC_", "PIP_", "UV_", "NVIDIA_", "OMP_")
 CONTAINER_ONLY = (
     "VH_CPU_LIMIT",
@@ -94,10 +98,7 @@ class ProcessRuntime:
         )
 
     def notices(self, job: Job) -> list[str]:
-        notices = [
-            f"The image {job.image} is not used: this worker runs commands as plain processes, "
-            + "with a private virtual environment first on PATH."
-        ]
+        notices = [NO_IMAGE.format(image=job.image)]
         if self._no_namespace is not None:
             notices.append(f"/valohai is not bound: {self._no_namespace}.")
         if job.mounts and not job.mounts_allowed:
