@@ -6,14 +6,16 @@ One small object, so that tests of the Dagster face run without Redis, database 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from valohai_dagster.errors import StoreError, ValohaiError
 from valohai_dagster.executions.spec_model import CommitRef, ExecutionSpec
 from valohai_dagster.executions.stream import DatumView, ExecutionView, FollowEvent
 from valohai_dagster.plugin.log_sections import Chunk
 from valohai_dagster.projects.project import Project
-from valohai_dagster.settings import Settings
+
+if TYPE_CHECKING:
+    from valohai_dagster.settings import Settings
 
 TAIL_BYTES = 64 * 1024  # of stderr, searched for its last lines
 

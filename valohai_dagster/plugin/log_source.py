@@ -7,11 +7,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from valohai_dagster.errors import ValohaiError
 from valohai_dagster.plugin.log_sections import STREAMS, LogSection, LogSource, StoredLog, Stream
-from valohai_dagster.settings import Settings
+
+if TYPE_CHECKING:
+    from valohai_dagster.settings import Settings
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,169 @@
+"""One test per private Dagster fact that `plugin/compat.py` stands on; an upgrade that breaks one fails here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster import AssetExecutionContext, AssetKey, DagsterEventType, DagsterInstance
+
+import valohai_dagster
+from valohai_dagster.plugin import compat
+
+
+@pytest.fixture
+def instance() -> Iterator[DagsterInstance]:
+    with dg.instance_for_test() as found:
+        yield found
+
+
+def run_with(function: Any, instance: DagsterInstance, **options: Any) -> Any:
+    @dg.asset(key=["p", "child"], deps=[["p", "parent"]], **options)
+    def child(context):
+        return function(context)
+
+    @dg.asset(key=["p", "parent"])
+    def parent():
+        return dg.MaterializeResult(data_version=dg.DataVersion("v1"))
+
+    return dg.materialize([parent, child], instance=instance)
+
+
+def test_private_imports_stand_in_compat_alone() -> None:
+    root = Path(valohai_dagster.__file__).parent
+    pattern = re.compile(r"^\s*(from|import) dagster(\._|_shared)", re.MULTILINE)
+    found = [str(p.relative_to(root)) for p in root.rglob("*.py") if pattern.search(p.read_text())]
+    assert found == ["plugin/compat.py"]
+
+
+def test_step_key_and_instance_id(instance: DagsterInstance) -> None:
+    seen: list[Any] = []
+    run_with(
+        lambda c: seen.append((compat.step_key_of(c), compat.instance_id(c.instance))), instance
+    )
+    assert seen[0][0] == "p__child"
+    assert seen[0][1] == compat.instance_id(instance) != ""
+
+
+def test_engine_events_are_written_at_once(instance: DagsterInstance) -> None:
+    def tell(context: AssetExecutionContext) -> None:
+        compat.report_engine_event(
+            instance, context.run, "hop", step_key="p__child", metadata={"a": "b"}
+        )
+        records = instance.get_records_for_run(
+            context.run.run_id, of_type=DagsterEventType.ENGINE_EVENT
+        ).records
+        assert records[-1].event_log_entry.message == "hop"
+
+    assert run_with(tell, instance).success
+
+
+def test_observations_are_written_at_once(instance: DagsterInstance) -> None:
+    key = AssetKey(["p", "child"])
+
+    def tell(context: AssetExecutionContext) -> None:
+        compat.observe(context, dg.AssetObservation(asset_key=key, metadata={"x": 1.0}))
+        assert len(instance.fetch_observations(key, limit=5).records) == 1
+
+    assert run_with(tell, instance).success
+
+
+def test_the_engine_records_the_pinned_input(instance: DagsterInstance) -> None:
+    parent = AssetKey(["p", "parent"])
+    instance.report_runless_asset_event(
+        dg.AssetMaterialization(parent, tags={compat.DATA_VERSION_TAG: "old"})
+    )
+    old = instance.fetch_materializations(parent, limit=1).records[0]
+
+    def pin(context: AssetExecutionContext) -> None:
+        assert compat.input_storage_id(context, parent) != old.storage_id
+        compat.pin_input(context, parent, old)
+        assert compat.input_storage_id(context, parent) == old.storage_id
+
+    run_with(pin, instance, code_version="1")
+    found = instance.get_latest_materialization_event(AssetKey(["p", "child"]))
+    assert found is not None
+    assert found.asset_materialization is not None
+    tags = found.asset_materialization.tags or {}
+    assert tags[compat.get_input_data_version_tag(parent)] == "old"
+    assert tags[compat.CODE_VERSION_TAG] == "1"
+
+
+def test_a_materializations_tags_may_name_the_code_version_that_ran(
+    instance: DagsterInstance,
+) -> None:
+    @dg.asset(code_version="loaded")
+    def thing():
+        return dg.MaterializeResult(tags={compat.CODE_VERSION_TAG: "ran"})
+
+    assert dg.materialize([thing], instance=instance).success
+    found = instance.get_latest_materialization_event(AssetKey("thing"))
+    assert found is not None
+    assert found.asset_materialization is not None
+    assert (found.asset_materialization.tags or {})[compat.CODE_VERSION_TAG] == "ran"
+
+
+def test_tagged_ops_are_found_in_the_snapshot(instance: DagsterInstance) -> None:
+    result = run_with(lambda context: None, instance, op_tags={"valohai/step": "{}"})
+    run = instance.get_run_by_id(result.run_id)
+    assert compat.tagged_ops(instance, run, "valohai/step") == {"p__child"}
+    assert compat.tagged_ops(instance, None, "valohai/step") == frozenset()
+
+
+def test_log_keys_are_built_as_dagster_builds_them(instance: DagsterInstance) -> None:
+    manager = instance.compute_log_manager
+    assert list(manager.build_log_key_for_run("run", "abc")) == list(
+        compat.log_key_of_event("run", "abc")
+    )
+
+
+def test_code_references_come_without_a_warning() -> None:
+    value = compat.code_reference("/x/valohai.yaml", 3)
+    assert value.value is not None
+
+
+def test_outside_code_locations_nothing_is_pinned() -> None:
+    compat.pin_code_location("valohai/x", "1")
+    assert compat.code_location_pin("valohai/x") is None
+
+
+def test_a_run_process_gets_the_pin_of_the_code_server() -> None:
+    from dagster._core.definitions.definitions_load_context import (
+        DefinitionsLoadContext,
+        DefinitionsLoadType,
+    )
+    from dagster._core.definitions.repository_definition import RepositoryLoadData
+
+    first = DefinitionsLoadContext(load_type=DefinitionsLoadType.INITIALIZATION)
+    with DefinitionsLoadContext.scoped(first):
+        compat.pin_code_location("valohai/x", "abc")
+        assert compat.code_location_pin("valohai/x") is None
+    from dagster._core.definitions.metadata.metadata_value import (
+        CodeLocationReconstructionMetadataValue,
+    )
+
+    data = RepositoryLoadData(
+        cacheable_asset_data={},
+        reconstruction_metadata={
+            k: CodeLocationReconstructionMetadataValue(v)
+            for k, v in first.get_pending_reconstruction_metadata().items()
+        },
+    )
+    second = DefinitionsLoadContext(
+        load_type=DefinitionsLoadType.RECONSTRUCTION, repository_load_data=data
+    )
+    with DefinitionsLoadContext.scoped(second):
+        assert compat.code_location_pin("valohai/x") == "abc"
+        assert compat.code_location_pin("valohai/other") is None
+
+
+def test_the_webserver_lets_our_log_manager_serve_downloads() -> None:
+    """Its download endpoint asks for `LocalComputeLogManager` and calls `get_captured_local_path`."""
+    from valohai_dagster import ValohaiComputeLogManager
+
+    assert issubclass(ValohaiComputeLogManager, compat.LocalComputeLogManager)
+    assert hasattr(compat.LocalComputeLogManager, "get_captured_local_path")

@@ -1,0 +1,54 @@
+"""The package's front door: what it offers, and that looking at it is cheap."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import valohai_dagster
+
+NAMES = [
+    "GitAuth",
+    "Project",
+    "ProjectError",
+    "Settings",
+    "SpecError",
+    "ValohaiComputeLogManager",
+    "ValohaiError",
+    "ValohaiProjectComponent",
+    "ValohaiResource",
+    "ValohaiRunLauncher",
+    "__version__",
+    "build_git_sensor",
+    "load_project",
+    "load_settings",
+    "load_valohai_project",
+    "project_assets",
+]
+HEAVY = "alembic redis nacl httpx docker sklearn virtualenv starlette uvicorn typer rich pydantic_settings"
+
+
+def test_the_public_names_are_these() -> None:
+    assert valohai_dagster.__all__ == NAMES
+    for name in NAMES:
+        assert getattr(valohai_dagster, name) is not None
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"import dagster, sys; before = set(sys.modules); {statement}; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_imports_next_to_nothing() -> None:
+    """Stands for "within 150 ms of importing dagster", counted instead of timed."""
+    added = modules_after("import valohai_dagster")
+    assert len(added) <= 5, sorted(added)
+
+
+def test_loading_projects_imports_no_service_client_and_no_server() -> None:
+    added = modules_after(
+        "from valohai_dagster import load_valohai_project, ValohaiProjectComponent"
+    )
+    assert not {name for name in HEAVY.split() if name in added}
+    assert len([name for name in added if name.startswith("valohai_dagster")]) < 60
