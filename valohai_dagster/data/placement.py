@@ -60,7 +60,10 @@ def rename(path: str, filename: str) -> str:
 
 def public_url(url: str) -> str:
     """The URL as it may be shown: without user and password, signatures and tokens in the query blanked."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url.partition("://")[0] + "://(not readable as a URL)"
     location = parts.netloc.rpartition("@")[2]
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     if any(name.lower() in _SECRET_QUERY for name, _ in pairs):

@@ -247,6 +247,8 @@ def _http(uri: str, spec: InputSpec) -> _Found:
     parts = urlsplit(uri)
     if not parts.hostname or parts.port == 0:
         raise RefusedError("the URL has no host")
+    if any(ord(character) < ord(" ") for character in uri):
+        raise RefusedError("the URL contains a line break or another control character")
     path = placement.place_url(uri, keep=spec.keep_directories)
     return _Found(path=path, uri=placement.public_url(uri), source=Source(url=uri))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import exc
 
 from valohai_dagster.errors import ConfigurationError, RecordsUnavailable
 from valohai_dagster.records import schema, tables
@@ -164,7 +165,7 @@ def test_times_come_back_aware_in_utc_with_microseconds(records: Records) -> Non
 def test_a_naive_time_is_refused(records: Records) -> None:
     naive = NOW.replace(tzinfo=None)
     with (
-        pytest.raises(sa.exc.StatementError, match="naive datetime"),
+        pytest.raises(exc.StatementError, match="naive datetime"),
         records.write() as connection,
     ):
         insert_ignore(connection, tables.projects, id="p", name="p", counter=0, ctime=naive)
@@ -180,7 +181,7 @@ def test_insert_ignore_and_upsert(records: Records) -> None:
 
 
 def test_foreign_keys_hold(records: Records) -> None:
-    with pytest.raises(sa.exc.IntegrityError), records.write() as connection:
+    with pytest.raises(exc.IntegrityError), records.write() as connection:
         insert_ignore(
             connection, tables.attempts, execution_id="nobody", number=1, last_seq=0, logs={}
         )
