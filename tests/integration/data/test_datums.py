@@ -1,0 +1,124 @@
+"""Datums and their aliases, tags and sidecar effects."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from tests.integration.data.conftest import NOW, Place
+from valohai_dagster.data import aliases, datums
+from valohai_dagster.data.sidecar_effects import apply_sidecar_effects
+from valohai_dagster.errors import NotFoundError, RefusedError
+
+
+def effects(place: Place, datum_id: str, **metadata: object) -> list[str]:
+    named = {f"valohai.{key.replace('_', '-')}": value for key, value in metadata.items()}
+    with place.records.write() as connection:
+        return apply_sidecar_effects(
+            connection, datum_id=datum_id, project_id="p1", metadata=named, now=NOW
+        )
+
+
+def found(place: Place, reference: str, project: str | None = "p1") -> datums.Datum:
+    with place.records.read() as connection:
+        return datums.get_datum(connection, reference, project_id=project)
+
+
+def test_what_is_recorded_comes_back(place: Place) -> None:
+    datum = place.datum("a/ä\n b", tags=["x"], metadata={"k": [1]}, live=True)
+    assert found(place, datum.uri) == datum
+    assert found(place, datum.id.upper()) == datum
+
+
+def test_an_alias_without_a_project_says_what_is_missing(place: Place) -> None:
+    with pytest.raises(NotFoundError, match="name the project too"):
+        found(place, "best", project=None)
+
+
+def test_listing_is_newest_first_and_filters(place: Place) -> None:
+    old = place.datum("runs/1/model_a.pkl", tags=["m"], ctime=NOW - timedelta(days=1))
+    new = place.datum("runs/2/model_a.pkl", tags=["m", "good"], execution_id="e")
+    other = place.datum("modelXa.pkl", project_id="p2")
+    gone = place.datum("gone", purged=True)
+    with place.records.read() as connection:
+
+        def ids(**filters: object) -> set[str]:
+            return {d.id for d in datums.list_datums(connection, **filters)}  # type: ignore[arg-type]
+
+        everything = datums.list_datums(connection)
+        assert everything[-1] == old
+        assert gone.id in ids(purged=True) - ids()
+        assert ids(name="*model_a*") == {old.id, new.id}, "an underscore is no wildcard"
+        assert ids(project_id="p2") == {other.id}
+        assert ids(tags=["good", "m"]) == {new.id}
+        assert ids(execution_id="e") == {new.id}
+        assert len(datums.list_datums(connection, limit=2)) == 2
+
+
+def test_o20_purge_deletes_the_content_and_keeps_the_record(place: Place) -> None:
+    datum = place.datum("a")
+    with place.records.write() as connection:
+        datums.purge_datum(connection, place.stores, datum)
+    assert place.stores.default.stat(datum.key) is None
+    kept = found(place, datum.id)
+    assert kept.purged
+    with pytest.raises(RefusedError, match=r"\(a\): the content was purged"):
+        datums.require_content(kept)
+
+
+def test_t15_moving_an_alias_keeps_its_history(place: Place) -> None:
+    first, second = place.datum("a"), place.datum("b")
+    with place.records.write() as connection:
+        for datum, hours in ((first, 0), (second, 1), (second, 2), (first, 3)):
+            aliases.set_alias(
+                connection,
+                project_id="p1",
+                name="best",
+                datum_id=datum.id,
+                now=NOW + timedelta(hours=hours),
+            )
+    assert found(place, "datum://best") == first
+    with place.records.read() as connection:
+        history = aliases.alias_history(connection, "p1", "best")
+        assert aliases.alias_history(connection, "p1", "none") == []
+        assert datums.aliases_of(connection, [first.id, second.id]) == {first.id: ["best"]}
+    assert [entry["datum_id"] for entry in history] == [first.id, second.id, first.id]
+    assert history[1]["time"] == "2026-05-04T13:00:00+00:00"
+
+
+def test_o09_tags_and_alias_of_a_sidecar_take_effect(place: Place) -> None:
+    datum = place.datum("a", tags=["x"])
+    assert effects(place, datum.id, tags=["x", "y"], alias="best", color="red") == []
+    assert found(place, "best").tags == ["x", "y"]
+
+
+def test_o09_dataset_and_model_versions_are_not_silently_ignored(place: Place) -> None:
+    datum = place.datum("a")
+    warnings = effects(
+        place, datum.id, dataset_versions=["dataset://d/v"], model_versions=["model://m/"]
+    )
+    assert len(warnings) == 2
+    assert all("not supported yet" in text and datum.uri in text for text in warnings)
+
+
+@pytest.mark.parametrize("tags", ["one", [1], {"a": 1}, None])
+def test_o09_tags_that_are_no_list_of_strings_are_named_and_ignored(
+    place: Place, tags: object
+) -> None:
+    datum = place.datum("a")
+    (warning,) = effects(place, datum.id, tags=tags)
+    assert "must be a list of strings" in warning
+    assert found(place, datum.id).tags == []
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [["a"], "", " ", None, 5, "x" * 256, "a\nb", " a", "00000000-0000-4000-8000-000000000000"],
+)
+def test_o09_a_bad_alias_is_named_and_ignored(place: Place, alias: object) -> None:
+    datum = place.datum("a")
+    (warning,) = effects(place, datum.id, alias=alias)
+    assert "is no datum alias" in warning
+    with place.records.read() as connection:
+        assert datums.aliases_of(connection, [datum.id]) == {}

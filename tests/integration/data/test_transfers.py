@@ -1,0 +1,91 @@
+"""Uploads and downloads: hashed on the way, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from tests.integration.data.conftest import NOW, Place
+from valohai_dagster.data.datums import Datum
+from valohai_dagster.data.transfers import fetch_datum, local_path, safe_name, store_file
+from valohai_dagster.errors import RefusedError, StoreBadKey, StoreError
+
+CONTENT = bytes(range(256)) * 10_000
+
+
+def upload(place: Place, path: Path, name: str = "a.bin") -> Datum:
+    return store_file(path, name=name, store=place.stores.default, project_id="p1", now=NOW)
+
+
+def test_o19_a_file_is_stored_with_size_and_checksums(place: Place, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(CONTENT)
+    counted: list[int] = []
+    datum = store_file(
+        path,
+        name="dir/a b.bin",
+        store=place.stores.default,
+        project_id="p1",
+        now=NOW,
+        progress=counted.append,
+    )
+    assert (datum.size, sum(counted)) == (len(CONTENT), len(CONTENT))
+    assert datum.md5 == hashlib.md5(CONTENT).hexdigest()
+    assert datum.sha256 == hashlib.sha256(CONTENT).hexdigest()
+    assert datum.key == f"data/p1/{datum.id}/a_b.bin"
+    target = tmp_path / "new" / "dir" / "a"
+    fetch_datum(datum, target, stores=place.stores)
+    assert target.read_bytes() == CONTENT
+    assert [item.name for item in target.parent.iterdir()] == ["a"]
+
+
+def test_an_unreadable_file_is_named(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"cannot read .*nothing: No such file"):
+        upload(place, tmp_path / "nothing")
+
+
+def test_a_damaged_object_is_never_delivered(place: Place, tmp_path: Path) -> None:
+    datum = place.datum("a", b"damaged", sha256="0" * 64)
+    with pytest.raises(StoreError, match=r"\(a\): the content in the store 'local' is damaged"):
+        fetch_datum(datum, tmp_path / "new" / "a", stores=place.stores)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_an_existing_file_is_not_replaced_unless_asked(place: Place, tmp_path: Path) -> None:
+    datum = place.datum("a", b"new", sha256=hashlib.sha256(b"new").hexdigest())
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(RefusedError, match=r"exists already.*--overwrite"):
+        fetch_datum(datum, tmp_path / "a", stores=place.stores)
+    assert (tmp_path / "a").read_text() == "old"
+    fetch_datum(datum, tmp_path / "a", stores=place.stores, overwrite=True)
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_a_target_that_cannot_be_written_is_named(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RefusedError, match=r"cannot write .*file/a: "):
+        fetch_datum(place.datum("a"), tmp_path / "file" / "a", stores=place.stores)
+
+
+def test_a_malicious_datum_name_never_leaves_the_directory(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(StoreBadKey):
+        local_path(tmp_path, place.datum("../../x"))
+    (tmp_path / "x").write_text("")
+    with pytest.raises(StoreBadKey):
+        upload(place, tmp_path / "x", name="../x")
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("a/b c.txt", "b_c.txt"),
+        ("-rf", "rf"),
+        ("...", "file"),
+        ("ä/日本", "__"),
+        ("x" * 300, "x" * 100),
+    ],
+)
+def test_names_in_keys_are_harmless(name: str, safe: str) -> None:
+    assert safe_name(name) == safe
