@@ -77,7 +77,7 @@ class GitServer(ThreadingHTTPServer):
 
 
 class _Backend(BaseHTTPRequestHandler):
-    server: GitServer
+    server: GitServer  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_GET(self) -> None:
         self._serve()
@@ -85,7 +85,7 @@ class _Backend(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._serve()
 
-    def log_message(self, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
     def _serve(self) -> None:

@@ -315,7 +315,7 @@ def test_an_archive_is_stored_once_under_its_content(
 
 def test_a_lost_race_for_the_key_is_a_success(plain: Work, cache: Path, tmp_path: Path) -> None:
     class Blind(LocalStore):
-        def stat(self, key: str) -> None:  # type: ignore[override]
+        def stat(self, key: str) -> None:
             return None
 
     store = Blind("code", tmp_path / "store")
