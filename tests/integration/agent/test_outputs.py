@@ -1,0 +1,421 @@
+"""Outputs become datums, whatever user code left in the directory (CONTRACT 6)."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from valohai_agent.outputs import OutputCollector, OutputSummary, upload_logs
+from valohai_agent.protocol import (
+    Checksums,
+    GrantRequest,
+    Grants,
+    OutputStored,
+    Transfer,
+    UploadGrant,
+)
+from valohai_agent.transfer import Transferer
+from valohai_agent.workspace import Workspace
+
+
+class Rig:
+    def __init__(self, tmp_path: Path) -> None:
+        self.store = tmp_path / "store"
+        self.workspace = Workspace.create(tmp_path / "work", "e", 1, "w")
+        self.outputs = self.workspace.outputs
+        self.reports: list[OutputStored] = []
+        self.status: list[str] = []
+        self.warnings: list[str] = []
+        self.requests: list[GrantRequest] = []
+        self.refuse: dict[str, str] = {}
+        self.grants = 0
+        self.seconds = 10**10  # later than any file's time
+        self.lock = threading.Lock()
+        self.collector = self.new_collector()
+
+    def new_collector(self) -> OutputCollector:
+        return OutputCollector(
+            self.workspace,
+            transferer=Transferer(attempts=2, sleep=lambda seconds: None),
+            request_grants=self.grant,
+            report=self.reports.append,
+            status=self.status.append,
+            warn=self.warnings.append,
+            now=lambda: self.seconds,
+        )
+
+    def grant(self, requests: list[GrantRequest]) -> Grants:
+        with self.lock:
+            self.requests += requests
+            uploads, refused = {}, {}
+            for request in requests:
+                if request.name in self.refuse:
+                    refused[request.id] = self.refuse[request.name]
+                    continue
+                self.grants += 1
+                transfer = Transfer(url=(self.store / str(self.grants)).as_uri(), method="PUT")
+                uploads[request.id] = UploadGrant(upload_id=str(self.grants), transfer=transfer)
+            return Grants(uploads=uploads, refused=refused)
+
+    def write(self, name: str, data: bytes | str = b"x", mode: int = 0o644) -> Path:
+        path = self.outputs / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        path.chmod(mode)
+        return path
+
+    def finish(self) -> OutputSummary:
+        return self.collector.finish()
+
+    def names(self) -> list[str]:
+        return sorted(report.name for report in self.reports)
+
+    def metadata(self, name: str) -> dict:
+        return next(r.metadata for r in reversed(self.reports) if r.name == name)
+
+    def stored(self, report: OutputStored) -> bytes:
+        return (self.store / report.upload_id).read_bytes()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    return Rig(tmp_path)
+
+
+def test_v06_o01_files_keep_their_directories_in_the_name(rig: Rig) -> None:
+    rig.write("results/model.pkl", b"model")
+    rig.write("a.txt", b"a")
+    (rig.outputs / "empty-directory").mkdir()
+    summary = rig.finish()
+    assert rig.names() == ["a.txt", "results/model.pkl"]
+    assert (summary.stored, summary.bytes, summary.problems) == (2, 6, [])
+    report = next(r for r in rig.reports if r.name == "a.txt")
+    assert rig.stored(report) == b"a"
+    assert report.checksums.md5 == "0cc175b9c0f1b6a831c399e269772661"
+    assert report.checksums.sha1
+    assert report.checksums.sha256
+    assert report.file_mtime is not None
+
+
+def test_no_outputs_are_no_problem(rig: Rig) -> None:
+    assert rig.finish() == OutputSummary()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "with space",
+        "ünïcödé/日本",
+        "-rf",
+        "--",
+        "new\nline",
+        "tab\tquote'\"",
+        "trailing ",
+        "back\\slash",
+        "%41?#&=+",
+        ".hidden",
+        "a" * 255,
+        "*.py",
+    ],
+)
+def test_odd_names_survive(rig: Rig, name: str) -> None:
+    rig.write(name, b"data")
+    assert rig.finish().problems == []
+    assert rig.names() == [name]
+    assert rig.stored(rig.reports[0]) == b"data"
+    assert all("\n" not in line for line in rig.status)
+
+
+def test_a_name_that_is_no_utf8_is_stored_with_replacement_characters(rig: Rig) -> None:
+    with open(os.fsencode(rig.outputs) + b"/bad\xff", "wb") as file:
+        file.write(b"x")
+    assert rig.finish().problems == []
+    assert rig.names() == ["bad\ufffd"]
+    assert rig.reports[0].model_dump_json()
+
+
+def test_o16_empty_files_are_stored(rig: Rig) -> None:
+    rig.write("empty", b"")
+    rig.finish()
+    assert rig.reports[0].size == 0
+    assert rig.reports[0].checksums.md5 == "d41d8cd98f00b204e9800998ecf8427e"
+
+
+def test_o16_links_within_the_job_are_followed(rig: Rig) -> None:
+    rig.write("real", b"content")
+    (rig.workspace.repository / "model.bin").write_bytes(b"from the repository")
+    (rig.outputs / "sub").mkdir()
+    (rig.outputs / "relative").symlink_to("real")
+    (rig.outputs / "absolute").symlink_to("/valohai/repository/model.bin")
+    (rig.outputs / "sub/up").symlink_to("../../repository/./model.bin")
+    (rig.outputs / "chain").symlink_to("absolute")
+    rig.finish()
+    by_name = {report.name: rig.stored(report) for report in rig.reports}
+    assert by_name == {
+        "real": b"content",
+        "relative": b"content",
+        "absolute": b"from the repository",
+        "sub/up": b"from the repository",
+        "chain": b"from the repository",
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("/etc/passwd", "to /etc, outside the job's directories"),
+        ("../../../../../../../../../etc/passwd", "outside"),
+        ("/valohai/../etc/passwd", "outside"),
+        ("/valohai/run/command", "outside"),
+        ("../run/command", "outside"),
+        ("/valohai/outputs/../../etc/hosts", "outside"),
+        ("nothing", "to nothing"),
+        ("/valohai/outputs", "to a directory"),
+        ("/valohai", "to a directory"),
+        (".", "to a directory"),
+        ("loop", "leads to itself"),
+        ("directory-link/passwd", "outside"),
+        ("pipe", "to something that is no regular file"),
+    ],
+)
+def test_o16_links_out_of_the_tree_are_skipped_with_a_warning(
+    rig: Rig, target: str, reason: str
+) -> None:
+    rig.write("good")
+    (rig.workspace.run / "command").write_text("secret script")
+    (rig.outputs / "directory-link").symlink_to("/etc")
+    os.mkfifo(rig.outputs / "pipe")
+    (rig.outputs / "loop").symlink_to(target)
+    summary = rig.finish()
+    assert rig.names() == ["good"]
+    assert summary.problems == []
+    [warning] = [text for text in rig.warnings if "'loop'" in text]
+    assert reason in warning
+
+
+def test_o16_sockets_and_fifos_are_skipped_with_a_warning(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(rig.outputs / "pipe")
+    monkeypatch.chdir(rig.outputs)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("sock")
+    rig.write("good")
+    assert rig.finish().problems == []
+    assert rig.names() == ["good"]
+    assert sorted(rig.warnings) == [
+        "Output 'pipe' is a FIFO; it is not uploaded.",
+        "Output 'sock' is a socket; it is not uploaded.",
+    ]
+
+
+def test_root_owned_0700_directories_are_opened(rig: Rig) -> None:
+    path = rig.write("private/secret", mode=0o000)
+    path.parent.chmod(0o000)
+    collector = rig.new_collector()
+    from valohai_agent.trees import open_tree
+
+    collector._make_readable = open_tree
+    assert collector.finish().problems == []
+    assert rig.names() == ["private/secret"]
+
+
+# -- live outputs ----------------------------------------------------------------------------------
+
+
+def test_v07_o03_a_read_only_file_is_taken_and_its_path_can_be_used_again(rig: Rig) -> None:
+    for round_number in range(3):
+        rig.write("x", f"round {round_number}", mode=0o444)
+        assert rig.collector.scan_now() == 1
+        assert not (rig.outputs / "x").exists()
+    rig.write("x", "at the end")
+    rig.finish()
+    assert [rig.stored(report) for report in rig.reports] == [
+        b"round 0",
+        b"round 1",
+        b"round 2",
+        b"at the end",
+    ]
+    assert [report.live for report in rig.reports] == [True, True, True, False]
+    assert len({report.upload_id for report in rig.reports}) == 4
+
+
+def test_o05_writable_files_and_read_only_directories_are_no_signal(rig: Rig) -> None:
+    rig.write("d/x")
+    (rig.outputs / "d").chmod(0o555)
+    assert rig.collector.scan_now() == 0
+    (rig.outputs / "d").chmod(0o755)
+
+
+def test_a_file_that_is_still_being_copied_is_left_alone(rig: Rig) -> None:
+    path = rig.write("x", mode=0o444)
+    rig.seconds = path.stat().st_mtime + 0.1
+    assert rig.collector.scan_now() == 0
+    rig.seconds += 1
+    assert rig.collector.scan_now() == 1
+
+
+def test_a_read_only_link_is_never_taken_live(rig: Rig) -> None:
+    (rig.outputs / "l").symlink_to("/etc/passwd")
+    assert rig.collector.scan_now() == 0
+
+
+def test_o05_a_live_file_that_could_not_be_stored_is_stored_at_the_end(rig: Rig) -> None:
+    rig.write("x", mode=0o444)
+    rig.refuse["x"] = "the store is away"
+    assert rig.collector.scan_now() == 0
+    assert any("tried again" in line for line in rig.status)
+    rig.refuse.clear()
+    assert rig.finish().problems == []
+    assert rig.names() == ["x"]
+    assert rig.reports[0].live
+
+
+def test_the_thread_takes_live_files_by_itself(rig: Rig) -> None:
+    arrived = threading.Event()
+    rig.collector._report = lambda report: (rig.reports.append(report), arrived.set())[0]
+    rig.collector.start_live(interval_seconds=0.02)
+    rig.write("x", mode=0o444)
+    assert arrived.wait(5)
+    rig.finish()
+    assert rig.names() == ["x"]
+
+
+# -- sidecars --------------------------------------------------------------------------------------
+
+
+def test_o06_a_sidecar_becomes_metadata_and_no_datum(rig: Rig) -> None:
+    rig.write("d/m.pkl")
+    rig.write("d/m.pkl.metadata.json", '{"valohai.tags": ["a"], "score": NaN}')
+    rig.finish()
+    assert rig.names() == ["d/m.pkl"]
+    assert rig.metadata("d/m.pkl") == {"valohai.tags": ["a"], "score": "NaN"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '"x"', "\xff\xfe", '{"a": 1} x', "{" * 9999])
+def test_o06_an_invalid_sidecar_is_stored_as_a_file_with_a_warning(rig: Rig, content: str) -> None:
+    rig.write("m")
+    rig.write("m.metadata.json", content.encode("latin-1"))
+    assert rig.finish().problems == []
+    assert rig.names() == ["m", "m.metadata.json"]
+    assert rig.metadata("m") == {}
+    assert rig.warnings == [
+        "'m.metadata.json' is not a JSON object; it is stored as an ordinary file."
+    ]
+
+
+def test_o06_a_sidecar_without_its_file_is_stored_as_a_file(rig: Rig) -> None:
+    rig.write("gone.metadata.json", "{}")
+    rig.write(".metadata.json", "{}")
+    rig.finish()
+    assert rig.names() == [".metadata.json", "gone.metadata.json"]
+
+
+def test_o07_jsonl_lines_are_merged_and_beat_the_sidecar(rig: Rig) -> None:
+    rig.write("a")
+    rig.write("a.metadata.json", '{"k": "sidecar", "s": 1}')
+    lines = [
+        {"file": "a", "metadata": {"k": "first", "l": 1}},
+        {"file": "./a", "metadata": {"k": "second"}},
+    ]
+    rig.write("valohai.metadata.jsonl", "\n".join(json.dumps(line) for line in lines) + "\n\n")
+    rig.finish()
+    assert rig.names() == ["a"]
+    assert rig.metadata("a") == {"k": "second", "l": 1, "s": 1}
+    assert rig.warnings == []
+
+
+def test_o07_bad_jsonl_lines_are_named_and_the_good_ones_count(rig: Rig) -> None:
+    rig.write("a")
+    rig.write(
+        "valohai.metadata.jsonl",
+        '{"file": "a", "metadata": {"k": 1}}\nnonsense\n{"file": 1}\n'
+        '{"file": "missing", "metadata": {}}\n',
+    )
+    rig.finish()
+    assert rig.names() == ["a", "valohai.metadata.jsonl"]
+    assert rig.metadata("a") == {"k": 1}
+    assert "on line 2, 3;" in rig.warnings[0]
+    assert "not in the outputs: 'missing'" in rig.warnings[1]
+
+
+def test_o08_a_live_files_sidecar_goes_with_it(rig: Rig) -> None:
+    rig.write("x.metadata.json", '{"n": 1}', mode=0o444)
+    rig.write("x", mode=0o444)
+    rig.collector.scan_now()
+    rig.finish()
+    assert rig.names() == ["x"]
+    assert rig.metadata("x") == {"n": 1}
+
+
+def test_o08_jsonl_written_after_a_live_file_replaces_its_metadata(rig: Rig) -> None:
+    rig.write("x", mode=0o444)
+    rig.collector.scan_now()
+    rig.write("valohai.metadata.jsonl", '{"file": "x", "metadata": {"late": true}}\n')
+    rig.finish()
+    first, second = rig.reports
+    assert first.metadata == {}
+    assert second.metadata == {"late": True}
+    assert first.upload_id == second.upload_id
+    assert rig.warnings == []
+
+
+# -- failures and scale ----------------------------------------------------------------------------
+
+
+def test_o18_a_refused_output_is_a_problem_and_the_others_are_stored(rig: Rig) -> None:
+    rig.write("a")
+    rig.write("b")
+    rig.refuse["a"] = "the store 'local' is not writable"
+    summary = rig.finish()
+    assert rig.names() == ["b"]
+    assert summary.problems == [
+        "Output 'a' could not be stored: the store 'local' is not writable."
+    ]
+
+
+def test_a_key_that_is_taken_gets_another_grant(rig: Rig) -> None:
+    rig.write("a")
+    rig.store.mkdir()
+    (rig.store / "1").write_bytes(b"someone else's")
+    assert rig.finish().problems == []
+    assert rig.reports[0].upload_id == "2"
+    assert (rig.store / "1").read_bytes() == b"someone else's"
+
+
+def test_many_outputs_are_asked_for_in_batches_and_summed_up(rig: Rig) -> None:
+    for number in range(1201):
+        rig.write(f"f{number:04}", b"")
+    summary = rig.finish()
+    assert summary.stored == 1201
+    assert len(rig.status) == 101
+    assert rig.status[-1] == "uploaded 1201 outputs, 0 B"
+
+
+def test_logs_are_stored_and_a_failure_is_only_a_warning(rig: Rig, tmp_path: Path) -> None:
+    out, err = tmp_path / "stdout", tmp_path / "stderr"
+    out.write_bytes(b"hello\n")
+    rig.refuse["stderr"] = "full"
+    stored = upload_logs(
+        {"stdout": out, "stderr": err},
+        {"stdout": 1},
+        transferer=Transferer(attempts=1),
+        request_grants=rig.grant,
+        warn=rig.warnings.append,
+    )
+    assert [(log.stream, log.size, log.lines) for log in stored] == [("stdout", 6, 1)]
+    assert rig.warnings == ["The stderr log could not be stored: full."]
+    assert [request.kind for request in rig.requests] == ["log", "log"]
+
+
+def test_checksums_of_a_link_are_those_of_its_content(rig: Rig) -> None:
+    rig.write("a", b"a")
+    (rig.outputs / "l").symlink_to("a")
+    rig.finish()
+    sums: list[Checksums] = [report.checksums for report in rig.reports]
+    assert sums[0] == sums[1]
