@@ -289,10 +289,11 @@ class JobRun:
         console.status(f"starting {noun}...")
         self._collector = self._new_collector(valohai_dir)
         self._go_on()
-        self._phases.enter(Phase.running)
-        console.touch()
+        self._phases.pause()
         running = runtime.start(self._run_spec(environment), console.feed)
         stack.callback(running.remove)
+        self._phases.enter(Phase.running)
+        console.touch()
         console.status(f"started {noun} {running.id} on {self._around.host.hostname}")
         self._collector.start_live()
         return running

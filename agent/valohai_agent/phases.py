@@ -28,11 +28,15 @@ class PhaseClock:
         return self._current[0] if self._current else None
 
     def enter(self, phase: Phase, message: str | None = None) -> None:
-        """Ends the phase before, if any, and begins this one at the same moment."""
+        """Ends the phase before, if it still runs, and begins this one at the same moment."""
         now = self._clock.now()
         self._end(now)
         self._current = (phase, now)
         self._changed(PhaseChanged(phase=phase, message=message))
+
+    def pause(self) -> None:
+        """Ends the phase without beginning another: starting a container is nobody's span."""
+        self._end(self._clock.now())
 
     def move(self, done: int | None, total: int | None, message: str | None = None) -> None:
         """Progress within the phase; whoever passes it on limits how often."""
