@@ -15,8 +15,10 @@ import redis
 
 from valohai_agent.protocol import Keys
 from valohai_dagster.broker.connection import connect
+from valohai_dagster.data.secrets import load_secret_key
 from valohai_dagster.embedded.conductor import ensure_conductor
 from valohai_dagster.errors import BrokerUnavailable, ServiceUnavailable
+from valohai_dagster.executions.credentials import seal_credentials
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.stream import EventKind, ExecutionView, FollowEvent
 from valohai_dagster.executions.submissions import Submission
@@ -56,6 +58,7 @@ class ExecutionClient:
 
     def submit(self, spec: ExecutionSpec) -> None:
         """Hands the execution over; doing it twice is the same as once."""
+        spec = seal_credentials(spec, lambda: load_secret_key(self.settings))
         self._specs[spec.execution_id] = spec
         self._send(Submission(kind="execute", execution_id=spec.execution_id, spec=spec))
 

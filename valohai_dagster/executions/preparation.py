@@ -15,6 +15,7 @@ from valohai_agent.protocol import Job
 from valohai_dagster.data.resolve import Source, resolve_inputs
 from valohai_dagster.data.secrets import SecretKey, unknown_groups, variables_of_groups
 from valohai_dagster.errors import RefusedError, SpecError
+from valohai_dagster.executions.credentials import open_credentials
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import Stores
@@ -57,7 +58,7 @@ def prepare(
     variables, secret_names = _variables(conn, spec, secret_key)
     unknown = unknown_groups(conn, spec.environment_variable_groups)
     resolved = resolve_inputs(
-        spec.inputs,
+        open_credentials(spec, secret_key),
         connection=conn,
         stores=stores,
         group=settings.groups[group],

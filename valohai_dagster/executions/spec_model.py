@@ -62,6 +62,10 @@ class ExecutionSpec(Spec):
         default_factory=dict, description="Typed values; null means left out."
     )
     inputs: list[InputSpec] = Field(default_factory=list)
+    sealed_uris: dict[str, str] = Field(
+        default_factory=dict,
+        description="Input URLs that hold credentials, encrypted, by `<input>/<position>`.",
+    )
     environment: str | None = Field(
         None, description="Environment (worker group) asked for; None = default."
     )

@@ -254,13 +254,19 @@ def test_i32_changed_content_under_one_url_is_warned_about(
     assert any("http://example.org/data.csv" in text for text in warned)
 
 
-def test_credentials_in_an_input_url_are_not_in_the_job(
+def test_credentials_in_an_input_url_reach_only_the_agent(
     service: RunningService, redis_server: RedisServer
 ):
     url = "http://user:hunter22@example.org/data.csv"
-    service.client.submit(make_spec(inputs=[InputSpec(name="data", uris=[url])]))
+    spec = make_spec(inputs=[InputSpec(name="data", uris=[url])])
+    service.client.submit(spec)
     lease = service.agent(redis_server).take()
-    assert "hunter22" not in lease.job.model_dump_json()
     lease.leased()
-    grants = lease.wait_grants()
-    assert [transfer.url for transfer in grants.inputs.values()] == [url]
+    assert [transfer.url for transfer in lease.wait_grants().inputs.values()] == [url]
+    service.kill()
+    service.client.submit(spec)  # a submission that nobody has read yet
+    with redis_server.client() as client:
+        assert b"hunter22" not in b"".join(client.dump(key) for key in client.scan_iter())
+    with service.records.read() as conn:
+        assert "hunter22" not in repr(conn.execute(sa.select(t.executions)).all())
+        assert "hunter22" not in repr(conn.execute(sa.select(t.execution_inputs)).all())
