@@ -61,8 +61,12 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    settings = Settings(state_dir=tmp_path / "state")
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """SQLite, or what an indirect parameter says."""
+    values: dict[str, Any] = {"state_dir": tmp_path / "state"}
+    if getattr(request, "param", "sqlite") == "postgres":
+        values["database_url"] = request.getfixturevalue("postgres_url")
+    settings = Settings(**values)
     records = open_records(settings)
     with records.write() as connection:
         for number in (1, 2):

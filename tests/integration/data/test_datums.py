@@ -11,6 +11,8 @@ from valohai_dagster.data import aliases, datums
 from valohai_dagster.data.sidecar_effects import apply_sidecar_effects
 from valohai_dagster.errors import NotFoundError, RefusedError
 
+pytestmark = pytest.mark.parametrize("place", ["sqlite", "postgres"], indirect=True)
+
 
 def effects(place: Place, datum_id: str, **metadata: object) -> list[str]:
     named = {f"valohai.{key.replace('_', '-')}": value for key, value in metadata.items()}

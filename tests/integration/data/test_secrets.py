@@ -16,6 +16,7 @@ from valohai_dagster.errors import ConfigurationError, RefusedError
 from valohai_dagster.records import tables
 from valohai_dagster.settings import Settings
 
+BOTH = pytest.mark.parametrize("place", ["sqlite", "postgres"], indirect=True)
 KEY = SecretKey(b"k" * 32)
 
 
@@ -28,6 +29,7 @@ def put(
         )
 
 
+@BOTH
 def test_k72_k73_groups_apply_in_their_listed_order(place: Place) -> None:
     put(place, "a", "X", "1")
     put(place, "b", "X", "2", secret=False)
@@ -43,6 +45,7 @@ def test_k72_k73_groups_apply_in_their_listed_order(place: Place) -> None:
         assert secrets.unknown_groups(connection, ["b", "none"]) == ["none"]
 
 
+@BOTH
 def test_k74_secret_values_are_not_readable_without_the_key(place: Place) -> None:
     put(place, "g", "TOKEN", "hunter2hunter2")
     put(place, "g", "PLAIN", "visible", secret=False)
@@ -57,12 +60,14 @@ def test_k74_secret_values_are_not_readable_without_the_key(place: Place) -> Non
     assert b"hunter2" not in (place.records.engine.url.database or "").encode()
 
 
+@BOTH
 def test_equal_values_are_stored_differently(place: Place) -> None:
     assert KEY.encrypt(b"x") != KEY.encrypt(b"x")
     content = {"a": [1, "ä"]}
     assert KEY.decrypt_json(KEY.encrypt_json(content)) == content
 
 
+@BOTH
 def test_setting_again_replaces_and_removing_tells_whether_it_was_there(place: Place) -> None:
     put(place, "g", "X", "1")
     put(place, "g", "X", "2", secret=False)
