@@ -192,15 +192,22 @@ class Console:
     def close(self) -> dict[str, LogFile]:
         """Ends unfinished lines and closes the files; gives them by name. Idempotent."""
         with self._lock:
+            self.end_output()
             if self._closed is None:
-                for state in self._streams.values():
-                    if state.buffer or state.in_long_line:
-                        self._take_region(state, bytes(state.buffer))
-                        state.buffer.clear()
-                    self._end_gap(state)
-                self._flush()
                 self._closed = self._close_files()
             return self._closed
+
+    def end_output(self) -> None:
+        """The command is over: ends its unfinished lines, before the status lines that follow."""
+        with self._lock:
+            if self._closed is not None:
+                return
+            for state in self._streams.values():
+                if state.buffer or state.in_long_line:
+                    self._take_region(state, bytes(state.buffer))
+                    state.buffer.clear()
+                self._end_gap(state)
+            self._flush()
 
     # -- from bytes to lines -----------------------------------------------------------------------
     def _take_lines(self, state: _Stream) -> None:

@@ -325,6 +325,7 @@ class JobRun:
     # -- the command and after ------------------------------------------------------------------------------------
     def _watch(self, running: Running) -> ExitStatus:
         status = self._supervisor.watch(running)
+        self._console.end_output()
         self._usage = running.usage()
         if status.oom_killed:
             self._usage = self._usage.model_copy(update={"oom_killed": True})
@@ -390,6 +391,8 @@ class JobRun:
     def _store_logs(self) -> list[LogStored]:
         """The complete files; what cannot be stored stays on the worker's disk for salvage."""
         files = self._console.close()
+        if self._console.write_error:
+            self.lease.report(Warned(message=self._console.write_error))
         self.lease.live_log.close()
         self._storing_logs = True
         try:

@@ -109,8 +109,8 @@ class WorkerLoop:
         reaped_at = time.monotonic()
         while not self._finished():
             self._draining.wait(0.5) if not self._draining.is_set() else self._wait_for_change(0.2)
-            self._announce_drain()
             self._drain_when_idle()
+            self._announce_drain()
             if time.monotonic() - reaped_at > REAP_SECONDS:
                 self._reap()
                 reaped_at = time.monotonic()

@@ -231,9 +231,9 @@ class Conductor:
             self._grant(report.execution_id, lease, self._wanted(report.body.requests))
 
     def _initial(self) -> Grants:
-        return Grants(
-            archive=Transfer(url=self._archive.as_uri()), secrets=self.secrets, initial=True
-        )
+        inputs = {file_id: Transfer(url=url) for file_id, url in self.input_urls.items()}
+        archive = Transfer(url=self._archive.as_uri())
+        return Grants(archive=archive, inputs=inputs, secrets=self.secrets, initial=True)
 
     def _wanted(self, requests: list[GrantRequest]) -> Grants:
         uploads, refused = {}, {}
