@@ -158,7 +158,7 @@ def failed(view: ExecutionView, stderr: Sequence[str] = ()) -> dg.Failure:
     lines = [
         f"execution #{view.counter} of step {view.step!r} {what}: {view.reason or 'no reason was given'}"
     ]
-    if view.exit_code is not None:
+    if view.exit_code is not None and f"exit code {view.exit_code}" not in (view.reason or ""):
         lines.append(f"The command ended with exit code {view.exit_code}.")
     if len(view.attempts) > 1:
         lines += [

@@ -30,7 +30,8 @@ def run_with(function: Any, instance: DagsterInstance, **options: Any) -> Any:
     def parent():
         return dg.MaterializeResult(data_version=dg.DataVersion("v1"))
 
-    return dg.materialize([parent, child], instance=instance)
+    assets: Any = [parent, child]
+    return dg.materialize(assets, instance=instance)
 
 
 def test_private_imports_stand_in_compat_alone() -> None:

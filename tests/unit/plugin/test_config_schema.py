@@ -106,7 +106,7 @@ def test_y39_null_leaves_a_parameter_out(step: StepDefinition) -> None:
 
 
 def test_bounds_choices_and_requirements_stand_in_the_descriptions(step: StepDefinition) -> None:
-    schema = config_schema(step)
+    schema: Any = config_schema(step)
     fields = schema.fields["parameters"].config_type.fields
     assert fields["rows"].description == "How many. At least 1, at most 1000. Default: 100."
     assert "One of: 1, 2." in fields["size"].description
@@ -174,9 +174,7 @@ def test_the_written_config_is_found_by_op_path() -> None:
 
 def test_every_project_of_one_location_may_have_the_same_step_names() -> None:
     first, second = (project_of(STEP, name=name).steps["train"] for name in ("a", "b"))
-    one, two = (
-        config_schema(s).fields["parameters"].config_type.fields["optimizer"]
-        for s in (first, second)
-    )
+    schemas: list[Any] = [config_schema(s) for s in (first, second)]
+    one, two = (s.fields["parameters"].config_type.fields["optimizer"] for s in schemas)
     assert one.config_type.key != two.config_type.key
     assert isinstance(config_schema(first), dg.Shape)

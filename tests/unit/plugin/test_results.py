@@ -28,6 +28,8 @@ def view(**changes: Any) -> ExecutionView:
         step="train",
         image="i",
         commands=["run ```x```"],
+        log_key=None,
+        environment=None,
     )
     return view_of(spec, **changes)
 

@@ -1,0 +1,37 @@
+"""`ValohaiRunLauncher` as dagster.yaml names it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dagster as dg
+
+from valohai_dagster.plugin.launcher import ValohaiRunLauncher
+
+OVERRIDES: dict[str, Any] = {
+    "run_launcher": {"module": "valohai_dagster.plugin.launcher", "class": "ValohaiRunLauncher"}
+}
+
+
+def test_dagster_yaml_may_name_it() -> None:
+    with dg.instance_for_test(overrides=OVERRIDES) as instance:
+        launcher = instance.run_launcher
+        assert isinstance(launcher, ValohaiRunLauncher)
+        assert launcher.has_instance
+        assert launcher._inner.has_instance
+        assert launcher.supports_resume_run is False
+        assert launcher.supports_check_run_worker_health is False
+
+
+def test_terminating_an_unknown_or_finished_run_is_false() -> None:
+    @dg.op
+    def nothing() -> None: ...
+
+    @dg.job
+    def job() -> None:
+        nothing()
+
+    with dg.instance_for_test(overrides=OVERRIDES) as instance:
+        result = job.execute_in_process(instance=instance)
+        assert instance.run_launcher.terminate(result.run_id) is False
+        assert instance.run_launcher.terminate("00000000-0000-0000-0000-000000000000") is False
