@@ -35,6 +35,7 @@ class Active:
     stop_requested: int  # 0 no, 1 soft, 2 hard
     suspected_at: datetime | None
     priority: int = 0
+    condition: str | None = None  # M-40
 
 
 def ensure_project(conn: sa.Connection, name: str, now: datetime) -> str:
@@ -185,4 +186,5 @@ def _actives(conn: sa.Connection, where: sa.ColumnElement[bool]) -> Iterable[Act
             stop_requested=row.stop_requested,
             suspected_at=row.suspected_at,
             priority=row.priority,
+            condition=(row.spec or {}).get("stop_condition"),
         )

@@ -24,18 +24,19 @@ from sqlalchemy.exc import OperationalError
 
 from valohai_agent import protocol as p
 from valohai_dagster.broker.connection import load_functions, make_client
-from valohai_dagster.capacity.clouds.local import LocalGroup
 from valohai_dagster.data.secrets import SecretKey
 from valohai_dagster.errors import ValohaiError
 from valohai_dagster.executions import ledger
+from valohai_dagster.executions.conditions import ConditionError, is_met
 from valohai_dagster.executions.core import ServiceCore, utcnow
 from valohai_dagster.executions.effects import Cause, apply_report
 from valohai_dagster.executions.grants import GrantMinter, job_of, seal
 from valohai_dagster.executions.lifecycle import Standing, Verdict, judge_report, status_after_stop
+from valohai_dagster.executions.local_groups import LocalGroups
 from valohai_dagster.executions.preparation import choose_group, prepare
 from valohai_dagster.executions.seat import Seat
 from valohai_dagster.executions.spec_model import ExecutionSpec
-from valohai_dagster.executions.stream import EventKind, ExecutionStatus, FollowEvent
+from valohai_dagster.executions.stream import ExecutionStatus, FollowEvent
 from valohai_dagster.executions.submissions import Submission
 from valohai_dagster.executions.watch import LeaseWatch
 from valohai_dagster.records.engine import Records
@@ -70,13 +71,12 @@ class ExecutionService(ServiceCore):
         super().__init__(settings, records=records, broker=broker, stores=stores, clock=clock)
         self.secret_key = secret_key
         self.minter = GrantMinter(settings, stores, secret_key)
-        self.groups = self._local_groups(broker_url)
+        self.groups = LocalGroups(self, broker_url, self.worker_gone)
         self.watch = LeaseWatch(self)
         self.seat = Seat(self.dispatch.redis, self.keys, settings)
         self.last_work = clock()
         self._broker_url = broker_url
         self._failures: Counter[str] = Counter()
-        self._told: dict[str, str | None] = {}  # group -> trouble that its waiting executions know
 
     # -- life of the service ---------------------------------------------------------------------------------
 
@@ -97,30 +97,11 @@ class ExecutionService(ServiceCore):
             await asyncio.gather(*tasks, return_exceptions=True)
             self.close()
 
-    async def stop_agents(self, timeout: float) -> None:
-        await asyncio.gather(*(group.drain_all(timeout) for group in self.groups.values()))
-
     def idle_for(self) -> timedelta:
         """How long there has been nothing to do."""
-        if self.active or any(group.alive() for group in self.groups.values()):
+        if self.active or self.groups.any_alive():
             self.last_work = self.clock()
         return self.clock() - self.last_work
-
-    def _local_groups(self, broker_url: str) -> dict[str, LocalGroup]:
-        return {
-            name: LocalGroup(
-                name,
-                group,
-                state_dir=self.settings.state_dir,
-                redis_url=broker_url,
-                deployment=self.records.deployment_id,
-                on_gone=self.worker_gone,
-                drain=lambda worker, reason, name=name: self._drain(name, worker, reason),
-                clock=self.clock,
-            )
-            for name, group in self.settings.groups.items()
-            if group.kind == "local"
-        }
 
     async def _recover(self) -> None:
         """Takes up where the last service stopped."""
@@ -259,7 +240,7 @@ class ExecutionService(ServiceCore):
         ahead = await self.dispatch.position(job.group, job.execution_id) or 0
         text = f"queued in {job.group}" + (f" behind {ahead}" if ahead else "")
         await self.tell(job.execution_id, text, status=ExecutionStatus.queued.value, ahead=ahead)
-        await self.reconcile(job.group)
+        await self.groups.reconcile(job.group)
 
     async def queue_again(self, execution_id: str) -> None:
         """Puts an execution whose queue entry is gone back, same attempt."""
@@ -380,10 +361,35 @@ class ExecutionService(ServiceCore):
             await self._forward_stop(execution_id)
         elif isinstance(body, p.GrantsWanted):
             await self._grant(report, body.requests[: p.MAX_GRANT_REQUESTS])
+        elif isinstance(body, p.MetadataEvents):
+            await self._check_stop_condition(execution_id, body.events)
         elif isinstance(body, p.StopAcknowledged):
             self.watch.acknowledged(execution_id)
         elif isinstance(body, p.Finished):
             await self._ended(execution_id)
+
+    async def _check_stop_condition(self, execution_id: str, events: list[dict[str, Any]]) -> None:
+        """M-40: stops the execution gracefully as soon as one of its metadata events satisfies the condition."""
+        active = self.active.get(execution_id)
+        if active is None or active.stop_requested or active.condition is None:
+            return
+        row = await self.read(lambda conn: ledger.row_of(conn, execution_id))
+        try:
+            met = any(
+                is_met(
+                    active.condition,
+                    metadata={**row.cumulative_metadata, **event},
+                    parameters=row.job["parameters"],
+                )
+                for event in events
+            )
+        except ConditionError as error:
+            log.info("%s: stop-condition: %s", execution_id, error, extra={"action": "condition"})
+            return
+        if met:
+            await self.stop(
+                execution_id, hard=False, reason=f"stop-condition met: {active.condition}"
+            )
 
     async def _grant(self, report: p.Report, requests: list[p.GrantRequest] | None) -> None:
         active = self.active.get(report.execution_id)
@@ -428,49 +434,24 @@ class ExecutionService(ServiceCore):
         self.watch.acknowledged(execution_id)
         await self.snapshot(execution_id)
         await self.dispatch.forget(row.group_name, execution_id, row.attempt, LIVE_LOG_SECONDS)
-        await self.reconcile(row.group_name)
+        await self.groups.reconcile(row.group_name)
 
     # -- capacity and losses ---------------------------------------------------------------------------------
 
     async def _tick(self) -> None:
         await self.seat.keep()
         await self.watch.tick()
-        for group in self.groups:
-            await self.reconcile(group)
-        await self._tell_trouble()
+        await self.groups.reconcile_all()
         await asyncio.sleep(TICK_SECONDS)
-
-    async def _tell_trouble(self) -> None:
-        """Those who wait in a group whose agents do not come up are told why, once per reason."""
-        for name, group in self.groups.items():
-            trouble = group.trouble
-            known, self._told[name] = self._told.get(name), trouble
-            if trouble is None or known == trouble:
-                continue
-            for active in list(self.active.values()):
-                if active.group == name and active.status is ExecutionStatus.queued:
-                    text = f"waiting, since group {name} has no agent: {trouble}"
-                    await self.tell(active.id, text, kind=EventKind.warning)
-
-    async def reconcile(self, group: str) -> None:
-        local = self.groups.get(group)
-        if local is not None:
-            await local.reconcile(
-                await self.dispatch.waiting(group), await self.dispatch.workers(group)
-            )
 
     async def worker_gone(self, worker: str, what: str) -> None:
         """A supervisor saw the worker die: its leases are over at once."""
 
         async def step() -> None:
             await self.watch.worker_gone(worker, what)
-            for group in self.groups:
-                await self.reconcile(group)
+            await self.groups.reconcile_all()
 
         await self._patiently(step, "worker_gone")
-
-    async def _drain(self, group: str, worker: str, reason: str) -> None:
-        await self.dispatch.command(group, worker, p.Command(kind="drain", reason=reason))
 
     async def requeue(self, execution_id: str, why: str) -> None:
         """Another attempt after an infrastructure loss, ahead of everything that waits."""

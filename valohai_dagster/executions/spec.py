@@ -122,6 +122,7 @@ def build_spec(
         upload_store=step.upload_store,
         time_limit_seconds=limits[0],
         no_output_timeout_seconds=limits[1],
+        stop_condition=step.stop_condition,
         fail_fast=config.fail_fast,
         title=config.title,
         tags=list(dict.fromkeys(config.tags)),

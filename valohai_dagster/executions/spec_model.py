@@ -22,7 +22,7 @@ def execution_id_of(instance_id: str, run_id: str, step_key: str, retry_number: 
 
 
 class Spec(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, ser_json_inf_nan="strings")
 
 
 class ProjectRef(Spec):
@@ -78,6 +78,7 @@ class ExecutionSpec(Spec):
     upload_store: str | None = None
     time_limit_seconds: float | None = None
     no_output_timeout_seconds: float | None = None
+    stop_condition: str | None = Field(None, description="Expression on metadata (M-40).")
     fail_fast: bool = False
     title: str | None = None
     tags: list[str] = Field(default_factory=list)

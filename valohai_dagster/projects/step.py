@@ -25,7 +25,6 @@ def unsupported_keys(step: Step) -> tuple[str, ...]:
         ),
         "resources": (step.resources.get_data(), "only Kubernetes workers have resource requests"),
         "autorestart": (step.autorestart, "restart after a spot interruption is not supported yet"),
-        "stop-condition": (step.stop_condition, "stopping on metadata is not supported yet"),
     }
     return tuple(f"`{key}` has no effect: {why}" for key, (value, why) in words.items() if value)
 

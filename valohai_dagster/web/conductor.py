@@ -89,7 +89,7 @@ async def _wind_down(
     info_path(settings).unlink(missing_ok=True)
     failed = next((task for task in tasks if task.done() and task.exception()), None)
     if idle:
-        await service.stop_agents(AGENT_STOP_SECONDS)
+        await service.groups.stop_all(AGENT_STOP_SECONDS)
     server.should_exit = True
     for task in (tasks[0], *tasks[2:]):
         task.cancel()

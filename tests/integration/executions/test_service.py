@@ -270,3 +270,20 @@ def test_credentials_in_an_input_url_reach_only_the_agent(
     with service.records.read() as conn:
         assert "hunter22" not in repr(conn.execute(sa.select(t.executions)).all())
         assert "hunter22" not in repr(conn.execute(sa.select(t.execution_inputs)).all())
+
+
+def test_m40_a_metadata_event_that_meets_the_stop_condition_stops_the_execution(
+    service: RunningService, redis_server: RedisServer
+):
+    spec = make_spec(stop_condition="metadata.accuracy > parameter.goal", parameters={"goal": 0.9})
+    service.client.submit(spec)
+    agent = service.agent(redis_server)
+    lease = agent.take()
+    lease.leased()
+    lease.wait_grants()
+    lease.report(p.MetadataEvents(events=[{"loss": 1}, {"accuracy": 0.5}]))
+    lease.report(p.MetadataEvents(events=[{"accuracy": 0.95}, {"accuracy": 0.6}]))
+    service.events(spec.execution_id, lambda e: "stop sent to worker" in e.message)
+    assert [c.kind for c in agent.commands()] == ["stop"]
+    lease.finish(p.Outcome.stopped)
+    assert final_view(service, spec.execution_id).status is ExecutionStatus.stopped
