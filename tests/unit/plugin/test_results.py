@@ -21,16 +21,15 @@ from valohai_dagster.plugin.results import (
 
 def view(**changes: Any) -> ExecutionView:
     commit = CommitRef(identifier="c", archive_store="s", archive_key="k", archive_sha256="0")
-    spec = ExecutionSpec(
-        execution_id="e1",
-        project=ProjectRef(name="digits"),
-        commit=commit,
-        step="train",
-        image="i",
-        commands=["run ```x```"],
-        log_key=None,
-        environment=None,
-    )
+    fields: dict[str, Any] = {
+        "execution_id": "e1",
+        "project": ProjectRef(name="digits"),
+        "commit": commit,
+        "step": "train",
+        "image": "i",
+        "commands": ["run ```x```"],
+    }
+    spec = ExecutionSpec(**fields)
     return view_of(spec, **changes)
 
 
