@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -53,7 +54,7 @@ class DockerRunning:
         try:
             self._container.start()
         except Exception:
-            stream.close()
+            _close(stream)
             raise
         threading.Thread(target=self._follow, args=(stream,), name="output", daemon=True).start()
         threading.Thread(target=self._sample, name="usage", daemon=True).start()
@@ -95,9 +96,9 @@ class DockerRunning:
 
     # -- threads -----------------------------------------------------------------------------------
     def _attach(self) -> Any:
-        return self._client.api.attach(
-            self._container.id, stdout=True, stderr=True, stream=True, demux=True
-        )
+        """A socket of our own: the SDK's generator would leave closing it to the garbage collector."""
+        wanted = {"stdout": 1, "stderr": 1, "stream": 1}
+        return self._client.api.attach_socket(self._container.id, params=wanted)
 
     def _follow(self, stream: Any) -> None:
         try:
@@ -118,16 +119,15 @@ class DockerRunning:
             self._ended.set()
 
     def _read(self, stream: Any) -> None:
+        from docker.utils.socket import STDERR, frames_iter
+
         try:
-            for stdout, stderr in stream:
-                if stdout:
-                    self._on_output("stdout", stdout)
-                if stderr:
-                    self._on_output("stderr", stderr)
+            for kind, data in frames_iter(stream, tty=False):
+                self._on_output("stderr" if kind == STDERR else "stdout", data)
         except OSError as error:
             log.warning("output of %s broke off: %s", self.id, error, extra={"action": "attach"})
         finally:
-            stream.close()
+            _close(stream)
 
     def _final_state(self) -> dict[str, Any]:
         """Waits until the container has ended; attaches again if only the connection had broken."""
@@ -168,3 +168,13 @@ class DockerRunning:
         total = ((stats.get("cpu_stats") or {}).get("cpu_usage") or {}).get("total_usage")
         if total:
             self._cpu_seconds = total / 10**9
+
+
+def _close(stream: Any) -> None:
+    """Closes the attached socket, and the response that owns its connection."""
+    response = getattr(stream, "_response", None)
+    with contextlib.suppress(OSError, ValueError):  # whichever closes first closes the file of both
+        if response is not None:
+            response.close()
+    with contextlib.suppress(OSError, ValueError):
+        stream.close()
