@@ -252,14 +252,13 @@ def test_keys_without_effect_are_in_the_warnings() -> None:
         environment="e",
         autorestart=True,
         resources={"cpu": {"min": 1}},
-        **{"cache-volumes": ["v"], "runtime-config-preset": "p", "stop-condition": "a > 1"},
+        **{"cache-volumes": ["v"], "runtime-config-preset": "p"},
     )
     for key in (
         "autorestart",
         "resources",
         "cache-volumes",
         "runtime-config-preset",
-        "stop-condition",
     ):
         assert any(f"`{key}` has no effect" in warning for warning in build(definition).warnings)
     assert build(define(autorestart=False)).warnings == []
