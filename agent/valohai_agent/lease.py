@@ -138,6 +138,7 @@ class Lease:
         self._closed.set()
         self._wake.set()
         self._link.off_return(self._wake)
+        self.live_log.close(0)
         self.reporter.close()
 
     def fence(self) -> None:

@@ -1,10 +1,11 @@
 """The agent's connection to Redis: opening it, telling troubles apart, and waiting for its return.
 
-The agent must outlive Redis. Every trouble is therefore one of three:
+The agent must outlive Redis. While it works, every trouble is waited out (`RedisLink.persist`); when it starts, there
+are three kinds:
 
-- temporary (`TRANSIENT`): no connection, time-out, loading, read-only replica, out of memory, the queue's functions
-  not loaded yet because Redis came back empty. Wait and try again, for ever; the running command does not notice.
-- refused at start: wrong password, missing permission. Said in words, and the agent ends.
+- temporary: no connection, time-out, loading, read-only replica, out of memory, the queue's functions
+  not loaded yet because Redis came back empty. Wait and try again.
+- refused: wrong password, missing permission. Said in words, and the agent ends.
 - anything else: a defect, raised as it is.
 """
 
@@ -163,9 +164,8 @@ class RedisLink:
         """Keeps `away` true to life, logging each loss and return once."""
         try:
             yield
-        except Exception as exc:
-            if is_transient(exc) or is_refusal(exc):
-                self._note_loss(exc)
+        except (redis.RedisError, OSError) as exc:
+            self._note_loss(exc)
             raise
         self._note_return()
 
@@ -178,8 +178,9 @@ class RedisLink:
     ) -> T | None:
         """Repeats until Redis answers; None once `give_up` says so or the link is closed.
 
-        A refusal is waited out too: a server that returns empty knows its users only after its operator, or the
-        control plane, has told it. Only for operations that may be applied twice.
+        Errors of the server are waited out like its absence: one that returns empty knows its users and functions only
+        after the control plane has told it, and an operator can repair the rest while commands run on. Only for
+        operations that may be applied twice.
         """
         backoff = Backoff()
         while not (give_up() or self._closed.is_set()):
@@ -189,7 +190,7 @@ class RedisLink:
             except Exception as exc:
                 if self._closed.is_set():
                     return None  # closing pulls the sockets from under blocking reads, which fail in many ways
-                if not (is_transient(exc) or is_refusal(exc)):
+                if not isinstance(exc, (redis.RedisError, OSError)):
                     raise
             (wake or self._closed).wait(backoff.seconds())
         return None

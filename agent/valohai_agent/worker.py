@@ -14,7 +14,7 @@ import redis
 from valohai_agent.commands import CommandReader
 from valohai_agent.lease import Lease
 from valohai_agent.protocol import Command
-from valohai_agent.redis_link import BLOCK_SECONDS, Backoff, is_refusal, is_transient
+from valohai_agent.redis_link import BLOCK_SECONDS, Backoff
 from valohai_agent.session import Session, UnreadableJob
 from valohai_agent.stopping import Cause
 
@@ -112,7 +112,7 @@ class WorkerLoop:
             self._drain_when_idle()
             self._announce_drain()
             if time.monotonic() - reaped_at > REAP_SECONDS:
-                self._reap()
+                self._clean_up()
                 reaped_at = time.monotonic()
         self._commands.stop()
 
@@ -149,9 +149,10 @@ class WorkerLoop:
                 backoff.reset()
             except UnreadableJob as exc:
                 logger.error("%s", exc, extra={"action": "job-unreadable"})
-            except (redis.RedisError, OSError) as exc:
-                if not (is_transient(exc) or is_refusal(exc)):
-                    raise
+            except (redis.RedisError, OSError):  # the link has logged it
+                self._draining.wait(backoff.seconds())
+            except Exception:
+                logger.exception("taking a job failed", extra={"action": "take-failed"})
                 self._draining.wait(backoff.seconds())
             else:
                 if not taken:
@@ -189,7 +190,7 @@ class WorkerLoop:
         lease = run.lease
         try:
             if lease.attempt > 1:
-                self._reap()  # the attempt before may still compute on this very host
+                self._clean_up()  # the attempt before may still compute on this very host
             run.run()
         except Exception:
             logger.exception(
@@ -207,6 +208,14 @@ class WorkerLoop:
             logger.info("done with %s, attempt %d", lease.execution_id, lease.attempt, extra=extra)
             with self._changed:
                 self._changed.notify_all()
+
+    def _clean_up(self) -> None:
+        try:
+            self._reap()
+        except Exception:  # a container engine that is down must not end the agent
+            logger.exception(
+                "cleaning up after dead agents failed", extra={"action": "reap-failed"}
+            )
 
     def _occupied(self) -> None:
         self._session.busy = len(self._runs)
