@@ -31,6 +31,7 @@ EXECUTION_LABEL = "valohai.execution"
 ATTEMPT_LABEL = "valohai.attempt"
 WORKER_LABEL = "valohai.worker"
 API_SECONDS = 60
+DEFAULT_HOST = "unix:///var/run/docker.sock"
 HOST_ALIAS = "host.docker.internal"
 IMAGE_NOTE = "image"  # file in run/: an image known to be here, for clean-up as root
 
@@ -302,14 +303,22 @@ def _connect() -> DockerClient:
         import docker
     except ImportError as error:
         raise RuntimeUnavailable("the Python package `docker` is not installed") from error
+    host = os.environ.get("DOCKER_HOST") or DEFAULT_HOST
     try:
+        _probe(host)
         return docker.from_env(version="auto", timeout=API_SECONDS)
     except docker_errors() as error:
-        host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
         raise RuntimeUnavailable(
-            f"no Docker daemon at {host}: {_words(error)}. Start it, or set DOCKER_HOST, or add this "
-            "user to the group `docker`"
+            f"no Docker daemon at {host}: {_words(error)}. Start it, or set DOCKER_HOST, "
+            "or add this user to the group `docker`"
         ) from error
+
+
+def _probe(host: str) -> None:
+    """Raises the plain reason for a local socket; the SDK's own is wrapped four times."""
+    if host.startswith("unix://"):
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(host.removeprefix("unix://"))
 
 
 def _remove(container: Any) -> None:

@@ -1,0 +1,94 @@
+"""The HTTP endpoints of api.json (K-38, K-39)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from valohai_agent.local_api import LocalApi
+from valohai_agent.protocol import Grants, JobFile, JobInput, Transfer
+
+
+class Rig:
+    def __init__(self, tmp_path: Path) -> None:
+        self.details: list[str] = []
+        self.grants = Grants()
+        (tmp_path / "a ü").write_bytes(b"content")
+        self.local = Transfer(url=(tmp_path / "a ü").as_uri())
+        files = [JobFile(id="1", name="d/a ü", uri="datum://1")]
+        self.api = LocalApi(
+            bind_host="127.0.0.1",
+            public_host="127.0.0.1",
+            inputs=[JobInput(name="d", input_id="i1", files=files, download="on-demand")],
+            on_status_detail=self.details.append,
+            input_grants=lambda ids: self.grants,
+        )
+
+    def call(self, endpoint: str, **options) -> requests.Response:
+        return requests.request(**self.api.endpoints()[endpoint], timeout=5, **options)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(tmp_path)
+    with rig.api:
+        yield rig
+
+
+def test_k38_the_newest_status_detail_arrives(rig: Rig) -> None:
+    assert rig.call("set_status_detail", json={"status_detail": "epoch 1"}).ok
+    assert rig.call("set_status_detail", json={"status_detail": "x" * 5000}).ok
+    assert rig.details == ["epoch 1", "x" * 1000]
+
+
+@pytest.mark.parametrize("body", [{}, {"status_detail": 1}, [1], None])
+def test_a_wrong_status_detail_is_refused_in_words(rig: Rig, body: object) -> None:
+    answer = rig.call("set_status_detail", json=body)
+    assert answer.status_code == 400
+    assert "status_detail" in answer.json()["detail"]
+
+
+def test_nothing_works_without_the_token(rig: Rig) -> None:
+    for entry in rig.api.endpoints().values():
+        for headers in ({}, {"Authorization": "Bearer guess"}):
+            answer = requests.request(
+                entry["method"],
+                entry["url"],
+                headers=headers,
+                json={"status_detail": "x"},
+                timeout=5,
+            )
+            assert answer.status_code == 401
+    assert rig.details == []
+
+
+def test_i36_input_request_gives_urls_the_command_can_open(rig: Rig) -> None:
+    rig.grants = Grants(inputs={"1": rig.local})
+    [item] = rig.call("input_request", params={"inputs": ["i1"]}).json()
+    [file] = item["files"]
+    assert (file["filename"], file["input_id"]) == ("d/a ü", "i1")
+    assert requests.get(file["url"], timeout=5).content == b"content"
+
+
+def test_i36_a_signed_http_url_is_passed_on(rig: Rig) -> None:
+    rig.grants = Grants(inputs={"1": Transfer(url="https://store/x?sig=1")})
+    [item] = rig.call("input_request", params={"inputs": "i1"}).json()
+    assert item["files"][0]["url"] == "https://store/x?sig=1"
+
+
+def test_refused_and_unknown_inputs_are_said_in_words(rig: Rig) -> None:
+    rig.grants = Grants(refused={"1": "the datum was purged"})
+    answer = rig.call("input_request", params={"inputs": "i1"})
+    assert answer.status_code == 403
+    assert "the datum was purged" in answer.json()["detail"]
+    assert rig.call("input_request", params={"inputs": "other"}).status_code == 404
+    assert rig.call("input_request").status_code == 404
+
+
+def test_the_trigger_catalogue_is_missing_in_words(rig: Rig) -> None:
+    answer = rig.call("trigger_catalog", params={"q": "x"})
+    assert answer.status_code == 404
+    assert "trigger" in answer.json()["detail"]
