@@ -38,7 +38,7 @@ def start_agent(
 
 
 def containers(client: docker.DockerClient, execution_id: str) -> list[str]:
-    label = {"label": f"valohai.execution={execution_id}"}
+    label: dict[str, str | list[str] | bool] = {"label": f"valohai.execution={execution_id}"}
     return [container.id or "" for container in client.containers.list(all=True, filters=label)]
 
 
