@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -246,7 +246,7 @@ def _(body: p.Finished, cause: Cause) -> list[FollowEvent]:
         status=status.value,
         reason=body.reason,
         exit_code=body.exit_code,
-        phases=[span.model_dump(mode="json") for span in body.phases],
+        phases=[_on_our_clock(span, report) for span in body.phases],
         usage=body.usage.model_dump(mode="json"),
         interpolated_command=body.interpolated_command,
         ended_at=cause.now,
@@ -261,6 +261,13 @@ def _(body: p.Finished, cause: Cause) -> list[FollowEvent]:
         logs=_stored_logs(body, cause),
     )
     return []  # the service publishes `final` once the transaction is done
+
+
+def _on_our_clock(span: p.PhaseSpan, report: p.Report) -> dict[str, Any]:
+    """The span shifted by the measured offset, so that a worker's wrong clock does not bend our records."""
+    offset = timedelta(seconds=report.clock_offset_seconds)
+    shifted = {"started_at": span.started_at + offset, "ended_at": span.ended_at + offset}
+    return span.model_copy(update=shifted).model_dump(mode="json")
 
 
 def _stored_logs(body: p.Finished, cause: Cause) -> dict[str, Any]:

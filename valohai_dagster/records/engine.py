@@ -6,12 +6,15 @@ for each other (30 s) instead of failing half way. Never make network calls insi
 
 from __future__ import annotations
 
+import json
+import math
 import sqlite3
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event, exc
@@ -90,6 +93,7 @@ def make_engine(url: str) -> sa.Engine:
             return sa.create_engine(
                 parsed,
                 pool_pre_ping=True,
+                json_serializer=dump_json,
                 connect_args={"connect_timeout": POSTGRES_CONNECT_SECONDS},
             )
     except exc.ArgumentError:
@@ -116,10 +120,28 @@ def _sqlite(url: sa.URL) -> sa.Engine:
             f"cannot make the directory {path.parent} for the records: {error.strerror}; "
             "set state_dir (VALOHAI_STATE) to a directory you may write to"
         ) from error
-    engine = sa.create_engine(url, connect_args={"timeout": SQLITE_BUSY_SECONDS})
+    engine = sa.create_engine(
+        url, connect_args={"timeout": SQLITE_BUSY_SECONDS}, json_serializer=dump_json
+    )
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def dump_json(value: Any) -> str:
+    """JSON that every database takes: NaN and the infinities, which JSON does not know, become texts."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _configure_sqlite(connection: DBAPIConnection, record: object) -> None:

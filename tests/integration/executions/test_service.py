@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 
 import pytest
 import sqlalchemy as sa
@@ -97,8 +98,6 @@ def test_an_unknown_environment_runs_in_the_default_group_and_says_so(
 
 
 def test_secrets_travel_only_in_sealed_grants(service: RunningService, redis_server: RedisServer):
-    from datetime import datetime, timezone
-
     key = load_secret_key(service.settings)
     with service.records.write() as conn:
         now = datetime.now(timezone.utc)
@@ -287,3 +286,43 @@ def test_m40_a_metadata_event_that_meets_the_stop_condition_stops_the_execution(
     assert [c.kind for c in agent.commands()] == ["stop"]
     lease.finish(p.Outcome.stopped)
     assert final_view(service, spec.execution_id).status is ExecutionStatus.stopped
+
+
+def test_a_worker_whose_clock_is_an_hour_off_leaves_true_times_in_the_records(
+    service: RunningService, redis_server: RedisServer
+):
+    spec = make_spec()
+    service.client.submit(spec)
+    agent = service.agent(redis_server)
+    lease = agent.take()
+    lease.leased()
+    lease.wait_grants()
+    hour = timedelta(hours=1)
+    began = datetime.now(timezone.utc)
+    span = p.PhaseSpan(phase="running", started_at=began - hour, ended_at=began - hour)
+    report = lease.report(p.Warned(message="next one is late"))
+    finished = report.model_copy(
+        update={
+            "seq": report.seq + 1,
+            "clock_offset_seconds": hour.total_seconds(),
+            "body": p.Finished(outcome=p.Outcome.complete, phases=[span]),
+        }
+    )
+    agent.send(finished)
+    view = final_view(service, spec.execution_id)
+    assert abs((view.phases[0].started_at - began).total_seconds()) < 1
+
+
+def test_m12_a_metric_that_is_not_a_number_is_stored(
+    service: RunningService, redis_server: RedisServer
+):
+    spec = make_spec()
+    service.client.submit(spec)
+    lease = service.agent(redis_server).take()
+    lease.leased()
+    lease.wait_grants()
+    lease.report(p.MetadataEvents(events=[{"loss": float("nan"), "epoch": 1}]))
+    lease.finish()
+    view = final_view(service, spec.execution_id)
+    assert view.status is ExecutionStatus.complete
+    assert view.latest_metadata["epoch"] == 1
