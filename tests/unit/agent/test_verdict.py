@@ -43,14 +43,23 @@ def test_l03_a_command_that_ended_well_while_being_stopped_counts_as_stopped() -
 
 def test_a_stop_before_the_command_began_is_stopped_without_exit_code() -> None:
     verdict = judge(Observed(cause=Cause.user, stop_requested=True, stop_reason="not needed"))
-    assert (verdict.outcome, verdict.reason, verdict.exit_code) == (Outcome.stopped, "not needed", None)
+    assert (verdict.outcome, verdict.reason, verdict.exit_code) == (
+        Outcome.stopped,
+        "not needed",
+        None,
+    )
 
 
 @pytest.mark.parametrize(
     ("cause", "words"),
-    [(Cause.time_limit, "Time limit of 1 h 30 min exceeded"), (Cause.silence, "No output for 1 min")],
+    [
+        (Cause.time_limit, "Time limit of 1 h 30 min exceeded"),
+        (Cause.silence, "No output for 1 min"),
+    ],
 )
-def test_m30_m31_a_reached_limit_is_an_error_whatever_the_exit_code(cause: Cause, words: str) -> None:
+def test_m30_m31_a_reached_limit_is_an_error_whatever_the_exit_code(
+    cause: Cause, words: str
+) -> None:
     verdict = judge(Observed(exit=ExitStatus(code=0), cause=cause, limits=LIMITS))
     assert verdict.outcome is Outcome.error
     assert words in (verdict.reason or "")
