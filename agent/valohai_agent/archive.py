@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 from valohai_agent.errors import ArchiveError, DiskFull
-from valohai_agent.transfer import is_disk_full
+from valohai_agent.local_files import is_disk_full
 
 MAX_MEMBERS = 200_000
 MAX_UNPACKED_BYTES = 64 * 1024**3

@@ -14,8 +14,8 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 from valohai_agent.errors import AgentError
+from valohai_agent.local_files import file_path
 from valohai_agent.protocol import Grants, JobFile, JobInput, Transfer
-from valohai_agent.transfer import file_path
 
 log = logging.getLogger(__name__)
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import random
-import shutil
-import stat
 import threading
 import time
 import uuid
@@ -16,7 +12,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import requests
 import requests.adapters
@@ -32,6 +28,15 @@ from valohai_agent.errors import (
     Refused,
     TransferError,
     Unreachable,
+)
+from valohai_agent.local_files import (
+    Shrunk,
+    disk_errors,
+    file_path,
+    open_regular,
+    put_file,
+    require_space,
+    source_errors,
 )
 from valohai_agent.protocol import Checksums, Transfer
 
@@ -106,11 +111,11 @@ class Transferer:
         job = _Download(name=name, expected=expected, size=size, progress=_paced(progress))
         partial = target.parent / f".{uuid.uuid4().hex}.part"
         try:
-            with _disk_errors(name, target.parent), partial.open("xb") as file:
-                _require_space(target.parent, size, name)
+            with disk_errors(name, target.parent), partial.open("xb") as file:
+                require_space(target.parent, size, name)
                 self._retry(lambda: self._fetch(transfer, file, job), name)
             job.verify()
-            with _disk_errors(name, target.parent):
+            with disk_errors(name, target.parent):
                 os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -124,11 +129,11 @@ class Transferer:
         Never overwrites: an existing target is a Conflict. `source` must be a regular file; its
         size when opened is what is sent.
         """
-        with _source_errors(name), _open_regular(source) as file:
+        with source_errors(name), open_regular(source) as file:
             size = os.fstat(file.fileno()).st_size
             if urlsplit(transfer.url).scheme == "file":
                 reader = _HashingReader(file, size, _paced(progress), self._check)
-                _put_file(reader, file_path(transfer.url), name)
+                put_file(reader, file_path(transfer.url), name)
                 return reader.result(None)
             return self._put(file, size, transfer, name, _paced(progress))
 
@@ -138,7 +143,7 @@ class Transferer:
         Strong ETag, else Last-Modified with the length; for `file://` inode, size and mtime.
         """
         if urlsplit(transfer.url).scheme == "file":
-            with _source_errors(name):
+            with source_errors(name):
                 status = file_path(transfer.url).stat()
             return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
         try:
@@ -152,7 +157,7 @@ class Transferer:
     def _fetch(self, transfer: Transfer, file: IO[bytes], job: _Download) -> None:
         if urlsplit(transfer.url).scheme == "file":
             job.restart(file)
-            with _source_errors(job.name), _open_regular(file_path(transfer.url)) as source:
+            with source_errors(job.name), open_regular(file_path(transfer.url)) as source:
                 job.total = os.fstat(source.fileno()).st_size
                 while chunk := source.read(CHUNK_BYTES):
                     self._check()
@@ -269,7 +274,7 @@ class _Download:
         self.hasher = Hasher()
 
     def take(self, chunk: bytes, file: IO[bytes]) -> None:
-        with _disk_errors(self.name, Path(file.name).parent):
+        with disk_errors(self.name, Path(file.name).parent):
             file.write(chunk)
             file.flush()
         self.hasher.update(chunk)
@@ -315,114 +320,13 @@ class _HashingReader:
         left = self._size - self._hasher.size
         chunk = self._file.read(min(left, CHUNK_BYTES if amount < 0 else amount))
         if not chunk and left:
-            raise _Shrunk(f"the file became shorter while it was uploaded ({left} bytes missing)")
+            raise Shrunk(f"the file became shorter while it was uploaded ({left} bytes missing)")
         self._hasher.update(chunk)
         self._progress(self._hasher.size, self._size)
         return chunk
 
     def result(self, etag: str | None) -> Transferred:
         return Transferred(size=self._hasher.size, checksums=self._hasher.checksums(), etag=etag)
-
-
-class _Shrunk(OSError):
-    """The source of an upload changed under our hands."""
-
-
-def file_path(url: str) -> Path:
-    """The path of a `file://` URL; a host other than localhost is refused."""
-    parts = urlsplit(url)
-    if parts.netloc not in ("", "localhost"):
-        raise Refused(f"file:// URL with the host {parts.netloc!r} cannot be opened")
-    return Path(unquote(parts.path, errors="surrogateescape"))
-
-
-def is_disk_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _put_file(reader: _HashingReader, target: Path, name: str) -> None:
-    """Writes beside the target, syncs, then links: readers see all or nothing, and never a change."""
-    partial = target.parent / f".{uuid.uuid4().hex}.part"
-    with _disk_errors(name, target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("xb") as file:
-                for chunk in reader:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(partial, target)
-            except FileExistsError as error:
-                raise Conflict(f"{name}: the store holds this key already") from error
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                partial.unlink()
-        _sync_directory(target.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _open_regular(path: Path) -> IO[bytes]:
-    """Opens without waiting for the other end of a FIFO, and refuses everything but regular files."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file")
-    return os.fdopen(fd, "rb")
-
-
-@contextlib.contextmanager
-def _disk_errors(name: str, directory: Path) -> Iterator[None]:
-    """Turns errors of the writing side into words."""
-    try:
-        yield
-    except (_Shrunk, requests.RequestException):
-        raise
-    except OSError as error:
-        if is_disk_full(error):
-            raise DiskFull(_full(name, directory)) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise Denied(f"{name}: {directory} is not writable ({error.strerror})") from error
-        raise Refused(f"{name}: cannot be written ({error.strerror or error})") from error
-
-
-@contextlib.contextmanager
-def _source_errors(name: str) -> Iterator[None]:
-    """Turns errors of the reading side into words."""
-    try:
-        yield
-    except requests.RequestException:
-        raise
-    except FileNotFoundError as error:
-        raise NotFound(f"{name}: the file does not exist") from error
-    except PermissionError as error:
-        raise Denied(f"{name}: the file cannot be read ({error.strerror})") from error
-    except OSError as error:
-        raise Refused(f"{name}: cannot be read ({error.strerror or error})") from error
-
-
-def _require_space(directory: Path, size: int | None, name: str) -> None:
-    if size is not None and shutil.disk_usage(directory).free < size:
-        raise DiskFull(_full(name, directory, size))
-
-
-def _full(name: str, directory: Path, size: int | None = None) -> str:
-    try:
-        free = f"{shutil.disk_usage(directory).free} bytes are free"
-    except OSError:
-        free = "free space is unknown"
-    need = f", {size} are needed" if size is not None else ""
-    return (
-        f"{name}: the disk that holds {directory} is full ({free}{need}). "
-        "Free space there or use a machine with a larger disk."
-    )
 
 
 def _status_error(response: requests.Response, name: str) -> Exception:
