@@ -38,7 +38,7 @@ def tiny_image(docker_client: DockerClient, tmp_path_factory: pytest.TempPathFac
         'FROM scratch\nCOPY busybox /bin/busybox\nRUN ["/bin/busybox", "--install", "-s", "/bin"]\n'
         'USER 1000\nENTRYPOINT ["/bin/false"]\n'
     )
-    docker_client.images.build(path=str(directory), tag=TINY)
+    docker_client.images.build(path=str(directory), tag=TINY, rm=True, forcerm=True)
     return TINY
 
 
