@@ -55,7 +55,7 @@ format: $(DEV_STAMP)  ## Format and fix what can be fixed
 	$(BIN)/ruff format .
 
 docs: $(RUN_STAMP)  ## Write the generated pages (docs/settings.md)
-	$(BIN)/python -m valohai_dagster.settings_docs > docs/settings.md
+	$(BIN)/python -m valohai_dagster.settings_docs
 
 bench-dispatch: $(RUN_STAMP)  ## Time from launch to first output line, against Dagster's default launcher
 	@$(BIN)/python -m bench.dispatch
