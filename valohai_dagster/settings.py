@@ -93,6 +93,19 @@ class GroupSettings(Section):
     )
 
 
+class RegistrySettings(Section):
+    """Credentials for private images, `[registries.NAME]` (T-22). They travel only in sealed grants."""
+
+    match: str = Field(
+        description="Images that they are for, with `*` for any text: `registry.example.com/team/*`. "
+        "An image without a registry is matched as `docker.io/library/NAME` or `docker.io/OWNER/NAME`."
+    )
+    username: str
+    password: SecretStr = Field(
+        description="Better from the environment: `VALOHAI_REGISTRIES__<NAME>__PASSWORD`."
+    )
+
+
 class Settings(BaseSettings):
     """All settings; every one has a default, so that an empty directory is a working deployment."""
 
@@ -144,6 +157,10 @@ class Settings(BaseSettings):
         default_factory=dict,
         description="Further environment names, such as slugs of an existing valohai.yaml, and the group that serves each. "
         "Every group's own name is an environment too.",
+    )
+    registries: dict[str, RegistrySettings] = Field(
+        default_factory=dict,
+        description="Credentials for private image registries by name; the first whose `match` fits is used.",
     )
     http_host: str = Field(
         default="127.0.0.1",

@@ -18,6 +18,7 @@ from valohai_agent.protocol import GrantRequest, Grants, Job, Transfer, UploadGr
 from valohai_dagster.data.resolve import Source
 from valohai_dagster.data.secrets import SecretKey, variables_of_groups
 from valohai_dagster.errors import StoreError
+from valohai_dagster.executions.registries import login_for
 from valohai_dagster.records import tables as t
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import Stores
@@ -47,6 +48,7 @@ class GrantMinter:
                 "initial": True,
                 "archive": archive,
                 "secrets": self._secrets(conn, row),
+                "registry": login_for(row.image, self._settings.registries),
                 "refused": refused,
             }
         )
