@@ -65,6 +65,7 @@ __all__ = [
     "WorkerStatus",
     "code_location_pin",
     "code_reference",
+    "finish_subscription",
     "get_input_data_version_tag",
     "input_storage_id",
     "instance_id",
@@ -167,6 +168,18 @@ def code_location_pin(name: str) -> str | None:
         return None
     value = load.reconstruction_metadata.get(name)
     return value if isinstance(value, str) else None
+
+
+def finish_subscription(subscription: CapturedLogSubscription) -> None:
+    """Ends an open log view whose last chunk was delivered.
+
+    Its reader looks at `is_complete` only after a chunk: set before the last one it could leave too early, set
+    after it, it would wait for ever. So an empty chunk follows.
+    """
+    subscription.complete()
+    observer = subscription._observer
+    if observer is not None:
+        observer(CapturedLogData(subscription.log_key, cursor=subscription._cursor))
 
 
 def code_reference(path: str, line: int | None) -> MetadataValue[Any]:

@@ -34,6 +34,7 @@ from valohai_dagster.plugin.compat import (
     ComputeIOType,
     ConfigurableClassData,
     LocalComputeLogManager,
+    finish_subscription,
     tagged_ops,
 )
 from valohai_dagster.plugin.log_sections import Position, Stream, read_sections
@@ -264,10 +265,13 @@ class _Watcher:
                 self._thread.start()
 
     def remove(self, subscription: CapturedLogSubscription) -> None:
+        self._forget(subscription)
+        subscription.complete()
+
+    def _forget(self, subscription: CapturedLogSubscription) -> None:
         with self._lock:
             if subscription in self._open:
                 self._open.remove(subscription)
-        subscription.complete()
 
     def stop(self) -> None:
         with self._lock:
@@ -287,10 +291,9 @@ class _Watcher:
     def _feed(self, subscription: CapturedLogSubscription) -> None:
         try:
             complete = self._manager.is_capture_complete(subscription.log_key)
+            subscription.fetch()  # after the question, so that what came before the end is in it
             if complete:
-                subscription.complete()  # before the last fetch, so that its reader sees the end with it
-            subscription.fetch()
-            if complete:
-                self.remove(subscription)
+                self._forget(subscription)
+                finish_subscription(subscription)
         except Exception:
             log.exception("log view of %s failed; trying again", "/".join(subscription.log_key))

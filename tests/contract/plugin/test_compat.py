@@ -168,3 +168,13 @@ def test_the_webserver_lets_our_log_manager_serve_downloads() -> None:
 
     assert issubclass(ValohaiComputeLogManager, compat.LocalComputeLogManager)
     assert hasattr(compat.LocalComputeLogManager, "get_captured_local_path")
+
+
+def test_the_reader_of_a_finished_view_gets_one_more_empty_chunk(instance: DagsterInstance) -> None:
+    subscription = compat.CapturedLogSubscription(instance.compute_log_manager, ["a", "b"], "1:2")
+    seen: list[Any] = []
+    subscription(seen.append)
+    seen.clear()
+    compat.finish_subscription(subscription)
+    assert subscription.is_complete
+    assert [(data.stdout, data.cursor) for data in seen] == [(None, subscription._cursor)]
