@@ -251,12 +251,14 @@ class JobRun:
         self._go_on()
 
     def _pull(self, environment: dict[str, str]) -> None:
+        if not self._around.runtime.uses_images:
+            return
         self._phases.enter(Phase.pulling, f"pulling {self.job.image}")
         self._around.runtime.pull(
             self.job.image,
             login=self._grants.registry,
             progress=lambda words, done, total: self._phases.move(done, total, words),
-            force=switch(environment, "VH_NO_IMAGE_CACHE"),
+            force=switch(environment, "VH_NO_IMAGE_CACHE") or switch(environment, "VH_CLEAN"),
             cancelled=self._cancel_preparing,
         )
         self._go_on()
@@ -308,6 +310,7 @@ class JobRun:
             mounts=job.mounts if job.mounts_allowed else (),
             fail_fast=job.fail_fast,
             respect_image_user=job.respect_image_user,
+            writable_inputs=[item.name for item in job.inputs if item.download == "on-demand"],
             gpus=self._around.gpus,
             project_name=job.project_name,
             step=job.step,

@@ -144,13 +144,18 @@ class JobFile(Message):
 
     id: str = Field(description="Names the file in grants: unique within the job.")
     name: str = Field(description="Path below /valohai/inputs/<input>/, placed by I-20..I-25.")
-    uri: str = Field(description="What inputs.json shows: the HTTP URL without credentials, else datum://<id>.")
+    uri: str = Field(
+        description="What inputs.json shows: the HTTP URL without credentials, else datum://<id>."
+    )
     size: int | None = Field(default=None, description="Bytes, if known.")
     checksums: Checksums = Checksums()
     datum_id: str | None = None
-    metadata: list[dict[str, Any]] = Field(default_factory=list, description="The datum's metadata (K-33).")
+    metadata: list[dict[str, Any]] = Field(
+        default_factory=list, description="The datum's metadata (K-33)."
+    )
     cache_key: str | None = Field(
-        default=None, description="Content identity (sha256:<hex>) if known; without it the agent asks the server (ETag)."
+        default=None,
+        description="Content identity (sha256:<hex>) if known; without it the agent asks the server (ETag).",
     )
 
 
@@ -183,21 +188,31 @@ class Job(Message):
     project_name: str
     step: str
     commit: str
-    archive_sha256: str = Field(description="sha256 of the gzip tarball of the commit's tree; verified on unpack.")
+    archive_sha256: str = Field(
+        description="sha256 of the gzip tarball of the commit's tree; verified on unpack."
+    )
     image: str
     commands: list[str] = Field(description="Interpolated command items (C-01..C-13).")
-    parameters: dict[str, Any] = Field(default_factory=dict, description="Typed values, nulls left out (K-32).")
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="Typed values, nulls left out (K-32)."
+    )
     inputs: list[JobInput] = Field(default_factory=list)
     environment_variables: dict[str, str] = Field(default_factory=dict)
-    secret_names: list[str] = Field(default_factory=list, description="Variables whose values come with the grants.")
-    execution_config: dict[str, Any] = Field(default_factory=dict, description="Content of execution.json (K-36).")
+    secret_names: list[str] = Field(
+        default_factory=list, description="Variables whose values come with the grants."
+    )
+    execution_config: dict[str, Any] = Field(
+        default_factory=dict, description="Content of execution.json (K-36)."
+    )
     mounts: list[JobMount] = Field(default_factory=list)
     mounts_allowed: bool = False
     fail_fast: bool = Field(default=False, description="Join the command items with && (C-22).")
     respect_image_user: bool = Field(default=False, description="Do not force root (K-51).")
     time_limit_seconds: float | None = None
     no_output_timeout_seconds: float = 8 * 3600
-    notices: list[str] = Field(default_factory=list, description="Status lines to log before the start.")
+    notices: list[str] = Field(
+        default_factory=list, description="Status lines to log before the start."
+    )
     trace: dict[str, str] = Field(default_factory=dict, description="W3C trace context.")
 
 
@@ -237,8 +252,12 @@ class Grants(Message):
     secrets: dict[str, str] = Field(default_factory=dict)
     registry: RegistryLogin | None = None
     uploads: dict[str, UploadGrant] = Field(default_factory=dict, description="By GrantRequest.id.")
-    refused: dict[str, str] = Field(default_factory=dict, description="Reason by JobFile.id or GrantRequest.id.")
-    initial: bool = Field(default=False, description="True on the grants that are pushed unasked after `leased`.")
+    refused: dict[str, str] = Field(
+        default_factory=dict, description="Reason by JobFile.id or GrantRequest.id."
+    )
+    initial: bool = Field(
+        default=False, description="True on the grants that are pushed unasked after `leased`."
+    )
 
 
 class GrantRequest(Message):
@@ -317,7 +336,9 @@ class OutputStored(Message):
     name: str = Field(description="Path below /valohai/outputs, / as separator.")
     size: int
     checksums: Checksums
-    metadata: dict[str, Any] = Field(default_factory=dict, description="From the sidecars (O-06, O-07).")
+    metadata: dict[str, Any] = Field(
+        default_factory=dict, description="From the sidecars (O-06, O-07)."
+    )
     live: bool = False
     file_ctime: datetime | None = None
     file_mtime: datetime | None = None
@@ -376,7 +397,9 @@ class Finished(Message):
     kind: Literal["finished"] = "finished"
     outcome: Outcome
     exit_code: int | None = None
-    reason: str | None = Field(default=None, description="Why it is not complete: names the thing and the next step.")
+    reason: str | None = Field(
+        default=None, description="Why it is not complete: names the thing and the next step."
+    )
     phases: list[PhaseSpan] = Field(default_factory=list)
     usage: Usage = Usage()
     logs: list[LogStored] = Field(default_factory=list)
@@ -424,7 +447,9 @@ class Report(Message):
     seq: int
     worker: str
     time: datetime = Field(description="Agent's clock, UTC.")
-    clock_offset_seconds: float = Field(0.0, description="Redis TIME minus the agent's clock when last measured.")
+    clock_offset_seconds: float = Field(
+        0.0, description="Redis TIME minus the agent's clock when last measured."
+    )
     body: ReportBody
 
 
@@ -494,7 +519,9 @@ class Worker(Message):
     """Hash `worker:<name>`, one field per attribute, renewed with the heartbeat and gone when it expires."""
 
     name: str
-    incarnation: str = Field(description="Random per process: tells two agents with one name apart.")
+    incarnation: str = Field(
+        description="Random per process: tells two agents with one name apart."
+    )
     group: str
     machine_id: str = ""
     host: str = ""
@@ -510,4 +537,7 @@ class Worker(Message):
     seen_at: str = ""
     disk_free_bytes: int = 0
     gpus: str = Field(default="", description="Comma-separated device names.")
-    cached: str = Field(default="", description="Comma-separated content keys of the input cache (a few hundred at most).")
+    cached: str = Field(
+        default="",
+        description="Comma-separated content keys of the input cache (a few hundred at most).",
+    )

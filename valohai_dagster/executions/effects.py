@@ -158,6 +158,10 @@ def _event_time(values: dict[str, Any], default: datetime) -> datetime:
 @_apply.register
 def _(body: p.OutputStored, cause: Cause) -> list[FollowEvent]:
     grant = _accept_grant(cause, body.upload_id, "output")
+    if grant is None and _is_mine(cause, body.upload_id):
+        return _replace_metadata(
+            cause, body
+        )  # O-08: said again at the end, with what came to be known
     if grant is None:
         text = f"output {body.name!r} was reported without a grant for it and is left out"
         return [cause.event(EventKind.warning, text)]
@@ -180,17 +184,36 @@ def _(body: p.OutputStored, cause: Cause) -> list[FollowEvent]:
             **body.checksums.model_dump(),
         )
     )
+    events = _sidecar_warnings(cause, body, row.project_id)
+    datum = cause.conn.execute(sa.select(t.datums).where(t.datums.c.id == body.upload_id)).one()
+    view = datum_view(datum, cause.datum_url).model_dump(mode="json")
+    return [*events, cause.event(EventKind.output, f"stored output {body.name}", **view)]
+
+
+def _sidecar_warnings(cause: Cause, body: p.OutputStored, project_id: str) -> list[FollowEvent]:
+    """Applies what reserved metadata keys ask for (O-09); what cannot be done is said, the datum stays."""
     warnings = apply_sidecar_effects(
         cause.conn,
         datum_id=body.upload_id,
-        project_id=row.project_id,
+        project_id=project_id,
         metadata=body.metadata,
         now=cause.now,
     )
-    datum = cause.conn.execute(sa.select(t.datums).where(t.datums.c.id == body.upload_id)).one()
-    view = datum_view(datum, cause.datum_url).model_dump(mode="json")
-    events = [cause.event(EventKind.warning, text) for text in warnings]
-    return [*events, cause.event(EventKind.output, f"stored output {body.name}", **view)]
+    return [cause.event(EventKind.warning, text) for text in warnings]
+
+
+def _is_mine(cause: Cause, upload_id: str) -> bool:
+    """Whether that datum is an output of this very execution."""
+    c = t.datums.c
+    query = sa.select(c.id).where(c.id == upload_id, c.execution_id == cause.active.id)
+    return cause.conn.execute(query).first() is not None
+
+
+def _replace_metadata(cause: Cause, body: p.OutputStored) -> list[FollowEvent]:
+    mine = t.datums.c.id == body.upload_id
+    cause.conn.execute(t.datums.update().where(mine).values(metadata=body.metadata))
+    project_id = ledger.row_of(cause.conn, cause.active.id).project_id
+    return _sidecar_warnings(cause, body, project_id)
 
 
 def _accept_grant(cause: Cause, upload_id: str, kind: str) -> Any:

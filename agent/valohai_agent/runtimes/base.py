@@ -76,6 +76,7 @@ class Runtime(Protocol):
     """A way to run commands. Methods that talk to a daemon raise RuntimeFailure with words for people."""
 
     name: str
+    uses_images: bool
 
     def available(self) -> str | None:
         """None when usable on this machine, else the reason."""

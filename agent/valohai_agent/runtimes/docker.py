@@ -40,6 +40,7 @@ class DockerRuntime:
     """One container per execution, `--init`, no entrypoint, root unless told otherwise (CONTRACT 4.5)."""
 
     name = "docker"
+    uses_images = True
 
     def __init__(self, client: DockerClient | None = None) -> None:
         self._given = client

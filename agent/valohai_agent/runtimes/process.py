@@ -70,6 +70,7 @@ class ProcessRuntime:
     """
 
     name = "process"
+    uses_images = False
 
     def __init__(self, work_dir: Path, *, without_namespace: str | None = None) -> None:
         """`without_namespace` is a reason to do without, for tests."""

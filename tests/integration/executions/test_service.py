@@ -326,3 +326,27 @@ def test_m12_a_metric_that_is_not_a_number_is_stored(
     view = final_view(service, spec.execution_id)
     assert view.status is ExecutionStatus.complete
     assert view.latest_metadata["epoch"] == 1
+
+
+def test_o08_metadata_that_comes_to_be_known_later_replaces_that_of_a_live_output(
+    service: RunningService, redis_server: RedisServer
+):
+    spec = make_spec()
+    service.client.submit(spec)
+    lease = service.agent(redis_server).take()
+    lease.leased()
+    lease.wait_grants()
+    datum_id = lease.store("model.pkl", b"weights", epoch=1)
+    late = {"epoch": 2, "valohai.alias": "best-model"}
+    checksums = p.Checksums()
+    lease.report(
+        p.OutputStored(
+            upload_id=datum_id, name="model.pkl", size=7, checksums=checksums, metadata=late
+        )
+    )
+    lease.finish()
+    (output,) = final_view(service, spec.execution_id).outputs
+    assert output.metadata == late
+    assert output.sha256 is not None
+    with service.records.read() as conn:
+        assert conn.execute(sa.select(t.datum_aliases.c.datum_id)).scalar_one() == datum_id
