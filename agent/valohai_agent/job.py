@@ -92,6 +92,7 @@ class JobRun:
         )
         self._lock = threading.Lock()
         self._stop_requested = False
+        self._starting = False
         self._stop_reason = ""
         self._collecting = threading.Event()
         self._cancel_preparing = threading.Event()
@@ -112,14 +113,15 @@ class JobRun:
         with self._lock:
             self._stop_requested = self._stop_requested or cause is Cause.user
             self._stop_reason = self._stop_reason or reason
+            self._cancel_preparing.set()
+            starting = self._starting
         if cause is Cause.shutdown:
             self.lease.report(Preempted())
         if self._collecting.is_set():
             self._stop_while_uploading(hard)
             return
-        if self._phases.current is not Phase.running:
+        if not starting:
             self._acknowledge("none", "the command has not begun and will not")
-        self._cancel_preparing.set()
         if hard:
             self._supervisor.kill(cause)
         else:
@@ -290,7 +292,9 @@ class JobRun:
         noun = "container" if runtime.name == "docker" else "process"
         console.status(f"starting {noun}...")
         self._collector = self._new_collector(valohai_dir)
-        self._go_on()
+        with self._lock:  # from here on a stop finds a command to signal; before, it prevents one
+            self._go_on()
+            self._starting = True
         self._phases.pause()
         running = runtime.start(self._run_spec(environment), console.feed)
         stack.callback(running.remove)
