@@ -12,14 +12,13 @@ import asyncio
 import functools
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 import redis.asyncio as aioredis
 import sqlalchemy as sa
-from pydantic import ValidationError
 from sqlalchemy.exc import OperationalError
 
 from valohai_agent import protocol as p
@@ -37,13 +36,14 @@ from valohai_dagster.executions.preparation import choose_group, prepare
 from valohai_dagster.executions.seat import Seat
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.stream import ExecutionStatus, FollowEvent
-from valohai_dagster.executions.submissions import Submission
+from valohai_dagster.executions.submissions import Submission, parse_report, parse_submission
 from valohai_dagster.executions.watch import LeaseWatch
 from valohai_dagster.records.engine import Records
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import Stores
 
 log = logging.getLogger(__name__)
+M = TypeVar("M", Submission, p.Report)
 
 READ_BLOCK_MS = 2_000
 READ_COUNT = 100
@@ -140,36 +140,43 @@ class ExecutionService(ServiceCore):
             {stream: "0-0"}, count=READ_COUNT, block=READ_BLOCK_MS
         )
         for entry_id, fields in reply[0][1] if reply else []:
-            await self._consume(stream, entry_id, lambda fields=fields: self._submission(fields))
+            await self._consume(stream, entry_id, parse_submission(fields), self._submitted)
 
     async def _consume(
-        self, stream: str, entry_id: str, handle: Callable[[], Awaitable[None]]
+        self, stream: str, entry_id: str, message: M | None, handle: Callable[[M], Awaitable[None]]
     ) -> None:
-        """Handles one entry and deletes it. One that fails for an unknown reason is tried again, then set aside."""
+        """Handles one entry and deletes it; an unreadable one (None) is only deleted.
+
+        One that fails for an unknown reason is tried again, then given up together with its execution: an
+        execution that nobody can account for must not wait for ever.
+        """
         self.last_work = self.clock()
         try:
-            await handle()
+            if message is not None:
+                await handle(message)
         except (*OUTAGES, redis.ResponseError):
             raise
-        except Exception:
+        except Exception as error:
             self._failures[entry_id] += 1
-            log.exception(
-                "cannot handle entry %s of %s", entry_id, stream, extra={"action": "fail"}
-            )
+            log.exception("cannot handle %s of %s", entry_id, stream, extra={"action": "fail"})
             if self._failures[entry_id] < MAX_FAILURES:
                 await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
-                return await self._consume(stream, entry_id, handle)
+                return await self._consume(stream, entry_id, message, handle)
+            if message is not None:
+                await self._give_up(message.execution_id, error)
         self._failures.pop(entry_id, None)
         await self.dispatch.redis.xdel(stream, entry_id)
         return None
 
-    async def _submission(self, fields: Mapping[str, str]) -> None:
-        try:
-            submission = Submission.model_validate_json(fields["s"])
-        except (ValidationError, KeyError) as error:
-            log.error("dropped an unreadable submission: %s", error, extra={"action": "drop"})
+    async def _give_up(self, execution_id: str, error: Exception) -> None:
+        active = await self.remember(execution_id)
+        if active is None or active.status.final:
             return
-        await self._submitted(submission)
+        if active.worker and active.token:
+            command = p.Command(kind="fence", execution_id=execution_id, token=active.token)
+            await self.dispatch.command(active.group, active.worker, command)
+        reason = f"a defect of the execution service: {error!r}; its log has the details"
+        await self.finish(execution_id, ExecutionStatus.crashed, reason)
 
     async def _submitted(self, submission: Submission) -> None:
         if submission.kind == "stop":
@@ -178,13 +185,14 @@ class ExecutionService(ServiceCore):
             await self._execute(submission.spec)
 
     async def _execute(self, spec: ExecutionSpec) -> None:
-        known = await self.read(lambda conn: ledger.row_of(conn, spec.execution_id) is not None)
-        if not known:
+        row = await self.read(lambda conn: ledger.row_of(conn, spec.execution_id))
+        if row is None:
             await self.write(
                 lambda conn: ledger.create_execution(
                     conn, spec, group=self.settings.default_group, now=self.clock()
                 )
             )
+        if row is None or row.status == ExecutionStatus.created.value:
             await self._prepare_and_queue(spec.execution_id)
         await self.snapshot(spec.execution_id)
 
@@ -303,13 +311,10 @@ class ExecutionService(ServiceCore):
         for stream, entries in reply or []:
             group = next(g for g in self.settings.groups if self.keys.reports(g) == stream)
             for entry_id, fields in entries:
-                report = _parse_report(fields)
-                handle = functools.partial(self._reported, group, report)
-                await self._consume(stream, entry_id, handle)
+                handle = functools.partial(self._reported, group)
+                await self._consume(stream, entry_id, parse_report(fields), handle)
 
-    async def _reported(self, group: str, report: p.Report | None) -> None:
-        if report is None:
-            return
+    async def _reported(self, group: str, report: p.Report) -> None:
         active = self.active.get(report.execution_id) or await self.remember(report.execution_id)
         if active is None or active.group != group:
             await self._fence(group, report, "no such execution in this group")
@@ -466,16 +471,3 @@ class ExecutionService(ServiceCore):
         await self.remember(execution_id)
         await self.tell(execution_id, f"starting attempt {number}: {why}")
         await self.enqueue(job, priority=active.priority, front=True, force=True)
-
-
-def _parse_report(fields: Mapping[str, str]) -> p.Report | None:
-    """None for what this version cannot read: a newer agent's unknown report kind, or garbage."""
-    try:
-        report = p.Report.model_validate_json(fields["r"])
-    except (ValidationError, KeyError) as error:
-        log.warning("dropped a report that cannot be read: %s", error, extra={"action": "drop"})
-        return None
-    if not p.speaks(report.v):
-        log.warning("dropped a report of protocol %d from %s", report.v, report.worker)
-        return None
-    return report

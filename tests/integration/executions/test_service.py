@@ -350,3 +350,38 @@ def test_o08_metadata_that_comes_to_be_known_later_replaces_that_of_a_live_outpu
     assert output.sha256 is not None
     with service.records.read() as conn:
         assert conn.execute(sa.select(t.datum_aliases.c.datum_id)).scalar_one() == datum_id
+
+
+def test_garbage_in_the_streams_is_dropped_and_stops_nothing(
+    service: RunningService, redis_server: RedisServer
+):
+    with redis_server.client() as client:
+        for entry in (
+            {"s": "{broken"},
+            {"x": "1"},
+            {"s": '{"kind": "dance", "execution_id": "1"}'},
+        ):
+            client.xadd(service.keys.submissions(), entry)  # type: ignore[arg-type]
+        for entry in ({"r": "{broken"}, {"x": "1"}, {"r": '{"v": 99}'}):
+            client.xadd(service.keys.reports("local"), entry)  # type: ignore[arg-type]
+    spec = make_spec()
+    service.client.submit(spec)
+    lease = service.agent(redis_server).take()
+    lease.leased()
+    lease.wait_grants()
+    lease.finish()
+    assert final_view(service, spec.execution_id).status is ExecutionStatus.complete
+
+
+def test_a_defect_of_the_service_ends_the_execution_with_the_reason_instead_of_leaving_it_for_ever(
+    service: RunningService, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("valohai_dagster.executions.service.prepare", broken)
+    spec = make_spec()
+    service.client.submit(spec)
+    view = final_view(service, spec.execution_id)
+    assert view.status is ExecutionStatus.crashed
+    assert "a defect" in str(view.reason)
