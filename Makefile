@@ -9,7 +9,6 @@ SHELL       := /bin/sh
 PYTHON      ?= python3
 VENV        ?= .venv
 BIN         := $(VENV)/bin
-STATE       := $(if $(VALOHAI_STATE),$(VALOHAI_STATE),$(CURDIR)/.valohai)
 PORT        ?= 3000
 PYTEST_ARGS ?=
 WORKERS     ?= 2
@@ -25,16 +24,8 @@ export DAGSTER_DISABLE_TELEMETRY ?= yes
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-setup: $(RUN_STAMP)  ## Make the virtual environment
-
-setup-dev: $(DEV_STAMP)  ## The same with everything that tests and lint need
-
-demo: $(RUN_STAMP)  ## Run the example project on the embedded default and print a summary
-	@$(BIN)/valohai-dagster demo
-
-up: $(RUN_STAMP) $(STATE)/dagster/dagster.yaml  ## Start the UI with everything behind it (PORT=3000)
-	@echo "The UI comes up on http://127.0.0.1:$(PORT) - Ctrl-C ends it."
-	@DAGSTER_HOME="$(STATE)/dagster" $(BIN)/dagster dev -w workspace.yaml -h 127.0.0.1 -p $(PORT)
+setup: $(RUN_STAMP)  ## Start the UI with everything behind it (PORT=3000)
+	@$(BIN)/valohai-dagster up --port $(PORT)
 
 down: $(RUN_STAMP)  ## Stop the embedded services of this checkout
 	@$(BIN)/valohai-dagster down
@@ -67,9 +58,6 @@ clean:  ## Stop what runs and remove everything that make made
 	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +
 
 # -- environment ----------------------------------------------------------------------------------------------------
-
-$(STATE)/dagster/dagster.yaml: dagster.yaml
-	@mkdir -p "$(@D)" && cp dagster.yaml "$@"
 
 $(BIN)/python:
 	@sh deploy/make-venv.sh create "$(PYTHON)" "$(VENV)"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
@@ -16,6 +16,7 @@ _HERE = "valohai_dagster.cli"
 # Command -> module and attribute: a function for one command, a typer.Typer for a group.
 COMMANDS = {
     "demo": ("demo", "demo"),
+    "up": ("up", "up"),
     "doctor": ("doctor", "doctor"),
     "project": ("project", "app"),
     "outputs": ("outputs", "outputs"),
@@ -28,10 +29,10 @@ COMMANDS = {
 
 
 class LazyGroup(TyperGroup):
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
         module_name, attribute = COMMANDS[cmd_name]

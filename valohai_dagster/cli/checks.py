@@ -19,8 +19,9 @@ from typing import Any, Literal
 import httpx
 
 from valohai_agent.protocol import Keys
+from valohai_agent.redis_url import redact
 from valohai_dagster.errors import ConfigurationError, StoreError, ValohaiError
-from valohai_dagster.settings import GroupSettings, Settings, redacted
+from valohai_dagster.settings import GroupSettings, Settings
 
 Level = Literal["ok", "note", "warn", "fail"]
 
@@ -94,7 +95,7 @@ def check_records(settings: Settings) -> Iterator[Finding]:
 
     records = open_records(settings)
     kind = records.engine.dialect.name
-    text = f"{redacted(settings.records_url)} ({kind}), deployment {records.deployment_id}"
+    text = f"{redact(settings.records_url)} ({kind}), deployment {records.deployment_id}"
     records.close()
     yield Finding(part="records", level="ok", text=text)
 
@@ -112,7 +113,7 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
         offset = now[0] + now[1] / 1e6 - time.time()
     finally:
         client.close()
-    kind = "embedded" if settings.redis_url is None else redacted(broker_url(settings))
+    kind = "embedded" if settings.redis_url is None else redact(broker_url(settings))
     version = server.get("valkey_version") or server.get("redis_version")
     name = server.get("server_name", "redis")
     yield Finding(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -20,9 +19,9 @@ import typer
 from rich.console import Console
 
 from valohai_agent.protocol import utcnow
+from valohai_dagster.cli.checkout import checkout_root, dagster_home
 from valohai_dagster.cli.demo_summary import print_summary, summary_of
 from valohai_dagster.cli.progress import ProgressLines
-from valohai_dagster.errors import ConfigurationError
 from valohai_dagster.executions.client import ExecutionClient
 from valohai_dagster.records import tables as t
 from valohai_dagster.settings import Settings, load_settings
@@ -38,7 +37,7 @@ def demo(
     """Run the example project on this machine and print a summary."""
     console = Console(stderr=as_json, highlight=False)
     settings = load_settings()
-    root = _checkout(settings)
+    root = checkout_root(settings)
     began, clock = utcnow(), time.monotonic()
     console.print(f"State directory: {settings.state_dir}", soft_wrap=True)
     client = ExecutionClient.open(settings)
@@ -54,29 +53,6 @@ def demo(
     if process.returncode != 0 or not summary["ok"]:
         _print_tail(console, log, process.returncode)
         raise typer.Exit(1)
-
-
-def _checkout(settings: Settings) -> Path:
-    """The directory that holds `definitions`: beside valohai.toml, else the current one."""
-    root = settings.config_file.parent if settings.config_file else Path.cwd()
-    if not (root / "definitions").is_dir():
-        raise ConfigurationError(
-            f"the demo runs the package `definitions` of a checkout, and {root} has none; "
-            "clone the repository and run `make demo` there"
-        )
-    return root
-
-
-def dagster_home(root: Path, settings: Settings) -> Path:
-    """$DAGSTER_HOME, or one in the state directory with the checkout's dagster.yaml."""
-    if chosen := os.environ.get("DAGSTER_HOME"):
-        return Path(chosen)
-    home = settings.state_dir / "dagster"
-    home.mkdir(parents=True, exist_ok=True)
-    template = root / "dagster.yaml"
-    if template.is_file():
-        shutil.copyfile(template, home / "dagster.yaml")
-    return home
 
 
 def _materialize(root: Path, settings: Settings, select: str, log: Path) -> subprocess.Popen[bytes]:

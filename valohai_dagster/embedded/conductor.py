@@ -16,11 +16,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from valohai_dagster.errors import ServiceUnavailable
 from valohai_dagster.settings import Settings
 
 START_SECONDS = 30.0  # longest wait for a conductor to serve
+LOCK_SECONDS = 1.0  # how long a starting conductor tries to get its lock
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,33 +40,66 @@ def info_path(settings: Settings) -> Path:
     return settings.state_dir / "conductor.json"
 
 
+def keep_alive_path(settings: Settings) -> Path:
+    return settings.state_dir / "keep-alive.lock"
+
+
 def log_path(settings: Settings) -> Path:
     return settings.state_dir / "conductor.log"
 
 
 @contextlib.contextmanager
 def conductor_lock(settings: Settings) -> Iterator[bool]:
-    """Holds the conductor's lock; yields False when another process has it."""
-    settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with lock_path(settings).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    """Holds the conductor's lock; yields False when another process keeps it.
+
+    Tries for a moment, since a client that looks for the conductor holds a shared lock for an instant.
+    """
+    with _open(settings, lock_path(settings)) as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _lock(file, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                yield False
+                return
+            time.sleep(POLL_SECONDS)
         yield True
+
+
+@contextlib.contextmanager
+def kept_alive(settings: Settings) -> Iterator[None]:
+    """While this lasts, a conductor that was started on demand does not end for idleness."""
+    with _open(settings, keep_alive_path(settings)) as file:
+        _lock(file, fcntl.LOCK_SH)
+        yield
+
+
+def is_kept_alive(settings: Settings) -> bool:
+    with _open(settings, keep_alive_path(settings)) as file:
+        return not _lock(file, fcntl.LOCK_EX)
 
 
 def running_conductor(settings: Settings) -> ConductorInfo | None:
     """The conductor that serves this state directory, or None."""
-    with conductor_lock(settings) as free:
-        if free:
+    with _open(settings, lock_path(settings)) as file:
+        if _lock(file, fcntl.LOCK_SH):
             return None
     try:
         data = json.loads(info_path(settings).read_text())
         return ConductorInfo(pid=data["pid"], url=data["url"])
     except (OSError, ValueError, KeyError):
         return None  # it is starting
+
+
+def _open(settings: Settings, path: Path) -> IO[str]:
+    settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path.open("a+")
+
+
+def _lock(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def ensure_conductor(settings: Settings) -> ConductorInfo | None:
@@ -84,7 +120,7 @@ def ensure_conductor(settings: Settings) -> ConductorInfo | None:
             process = _spawn(settings)
         elif process.poll() not in (None, 0):  # 0: another one was quicker
             break
-        time.sleep(0.05)
+        time.sleep(POLL_SECONDS)
     raise ServiceUnavailable(
         f"the conductor did not come up within {START_SECONDS:.0f} s. Its log, {log_path(settings)}, ends with:\n"
         f"{_tail(log_path(settings))}\nRun `valohai-dagster doctor` to see what is wrong."

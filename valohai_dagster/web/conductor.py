@@ -15,7 +15,7 @@ import uvicorn
 
 from valohai_dagster.broker.connection import broker_url, connect_async
 from valohai_dagster.data.secrets import load_secret_key
-from valohai_dagster.embedded.conductor import conductor_lock, info_path
+from valohai_dagster.embedded.conductor import conductor_lock, info_path, is_kept_alive
 from valohai_dagster.embedded.redis import EmbeddedRedis
 from valohai_dagster.errors import ConfigurationError
 from valohai_dagster.executions.service import ExecutionService
@@ -67,7 +67,7 @@ async def _serve(settings: Settings, on_demand: bool) -> None:
         asyncio.create_task(stop.wait()),
     ]
     if on_demand:
-        tasks.append(asyncio.create_task(_until_idle(service, settings.idle_exit_seconds)))
+        tasks.append(asyncio.create_task(_until_idle(service, settings)))
     _announce(settings)
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     idle = on_demand and tasks[-1] in done
@@ -99,8 +99,9 @@ async def _wind_down(
         raise failed.exception() or RuntimeError("a task of the conductor ended")
 
 
-async def _until_idle(service: ExecutionService, seconds: float) -> None:
-    while service.idle_for() < timedelta(seconds=seconds):
+async def _until_idle(service: ExecutionService, settings: Settings) -> None:
+    patience = timedelta(seconds=settings.idle_exit_seconds)
+    while service.idle_for() < patience or is_kept_alive(settings):
         await asyncio.sleep(IDLE_LOOK_SECONDS)
 
 

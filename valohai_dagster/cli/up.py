@@ -1,0 +1,45 @@
+"""`valohai-dagster up`: the UI with everything behind it, in one terminal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import typer
+
+from valohai_dagster.cli.checkout import checkout_root, dagster_home
+from valohai_dagster.embedded.conductor import ensure_conductor, kept_alive
+from valohai_dagster.settings import load_settings
+
+
+def up(
+    host: str = typer.Option("127.0.0.1", "--host", "-h", help="Address of the UI."),
+    port: int = typer.Option(3000, "--port", "-p", help="Port of the UI."),
+) -> None:
+    """Start the UI, the daemon and the conductor; Ctrl-C ends the UI and the daemon.
+
+    Executions that run at that moment go on, and the conductor ends once it is idle.
+    """
+    settings = load_settings()
+    root = checkout_root(settings)
+    environment = {**os.environ, "DAGSTER_HOME": str(dagster_home(root, settings))}
+    command = [sys.executable, "-m", "dagster", "dev", "-w", str(root / "workspace.yaml")]
+    with kept_alive(settings):
+        ensure_conductor(settings)
+        typer.echo(f"The UI comes up on http://{host}:{port}; Ctrl-C ends it.", err=True)
+        raise typer.Exit(_run([*command, "-h", host, "-p", str(port)], root, environment))
+
+
+def _run(command: list[str], root: Path, environment: dict[str, str]) -> int:
+    """The child gets a terminal's Ctrl-C itself; SIGTERM is passed on. Returns its exit code."""
+    process = subprocess.Popen(command, cwd=root, env=environment)
+    signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+    while True:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            continue
+        return 0 if code < 0 else code
