@@ -40,7 +40,6 @@ PACKAGES = (
 WHEELS = ("valohai-utils==0.8.0",)
 REPOSITORY = "valohai-dagster-test"
 RECIPE_VERSION = "1"  # raise it when the code below changes what is built
-DEFAULT_MIRROR = "http://deb.debian.org/debian"
 _USELESS = (
     "var/cache/apt",
     "var/lib/apt/lists",
@@ -93,9 +92,9 @@ def _build(client: docker.DockerClient, name: str) -> None:
         )
     with tempfile.TemporaryDirectory(prefix="vhimage-") as work:
         root = Path(work) / "root"
-        mirror = os.environ.get("DEBIAN_MIRROR", DEFAULT_MIRROR)
+        mirror = os.environ.get("DEBIAN_MIRROR", "").split()  # without one, debootstrap knows its own
         include = "--include=" + ",".join(PACKAGES)
-        _run("debootstrap", "--variant=minbase", include, SUITE, str(root), mirror)
+        _run("debootstrap", "--variant=minbase", include, SUITE, str(root), *mirror)
         _add_wheels(root)
         _trim(root)
         _import(client, root, name)
