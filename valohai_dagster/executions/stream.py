@@ -67,7 +67,6 @@ class DatumView(View):
     url: str | None = Field(
         None, description="Durable address that opens the file, served by the execution service."
     )
-    store_uri: str | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
 
 
