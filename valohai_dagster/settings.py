@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -125,7 +125,9 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(
         default=None,
         repr=False,
-        description="Redis >= 7 or Valkey, `redis://`, `rediss://` or `unix://`. Default: an embedded server.",
+        description="Redis >= 7 or Valkey, `redis://`, `rediss://` or `unix://`. With `rediss://`, certificates are "
+        "given as `?ssl_ca_certs=/path/ca.crt&ssl_certfile=/path/me.crt&ssl_keyfile=/path/me.key`. "
+        "Default: an embedded server.",
     )
     database_url: str | None = Field(
         default=None,
@@ -342,15 +344,6 @@ def check_name(name: str, what: str) -> str:
     if not re.match(NAME_PATTERN, name):
         raise ValueError(f"{what}: {name!r} is not a name (letters, digits, . _ -, at most 64)")
     return name
-
-
-def redacted(url: str) -> str:
-    """The URL without its password, for messages and logs."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    location = f"{parts.username or ''}:***@{parts.netloc.rpartition('@')[2]}"
-    return urlunsplit(parts._replace(netloc=location))
 
 
 def find_config(start: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path | None:

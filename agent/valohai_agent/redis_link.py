@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -27,6 +27,7 @@ from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissi
 from redis.retry import Retry
 
 from valohai_agent.errors import AgentError
+from valohai_agent.redis_url import redact, scheme_hint, tls_trouble
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +62,6 @@ class RedisRefused(AgentError):
 
 class NoDeployment(AgentError):
     """Which deployment this agent belongs to is not known."""
-
-
-def redact(url: str) -> str:
-    """The URL without its password, for logs."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
 
 
 def has_password(url: str) -> bool:
@@ -117,16 +109,8 @@ class RedisLink:
 
     def __init__(self, url: str) -> None:
         self.url = redact(url)
-        self._client = redis.Redis.from_url(
-            url,
-            socket_timeout=SOCKET_SECONDS,
-            socket_connect_timeout=CONNECT_SECONDS,
-            retry=Retry(
-                NoBackoff(), 0
-            ),  # repeating is decided here, where it is known what may be repeated
-            health_check_interval=0,
-            client_name="valohai-agent",
-        )
+        self._full_url = url
+        self._client = _make_client(url)
         self._closed = threading.Event()
         self._away_since: float | None = None
         self._lock = threading.Lock()
@@ -215,7 +199,7 @@ class RedisLink:
         logger.warning(
             "Redis at %s does not serve us (%s); running commands go on, reports wait here until it is back",
             self.url,
-            error,
+            f"{error}{scheme_hint(error, self._full_url)}",
             extra={"action": "redis-away"},
         )
 
@@ -231,6 +215,24 @@ class RedisLink:
             logger.info("Redis at %s is back after %.1f s", self.url, seconds, extra=extra)
 
 
+def _make_client(url: str) -> redis.Redis:
+    """Connects on first use; raises ValueError for a URL that makes no sense."""
+    try:
+        client = redis.Redis.from_url(
+            url,
+            socket_timeout=SOCKET_SECONDS,
+            socket_connect_timeout=CONNECT_SECONDS,
+            # Repeating is decided in `persist`, where it is known what may be repeated.
+            retry=Retry(NoBackoff(), 0),
+            health_check_interval=0,
+            client_name="valohai-agent",
+        )
+        client.connection_pool.make_connection()  # does not connect; refuses unknown options
+    except (ValueError, TypeError) as exc:
+        raise ValueError(f"{redact(url)} (VALOHAI_AGENT_REDIS) is not a Redis URL: {exc}") from exc
+    return client
+
+
 def connect(url: str, *, stop: threading.Event | None = None) -> RedisLink:
     """Opens the link, waiting for a server that is not up yet; a supervisor may start us before it.
 
@@ -244,6 +246,10 @@ def connect(url: str, *, stop: threading.Event | None = None) -> RedisLink:
                 link.measure_clock()
             return link
         except (redis.RedisError, OSError) as exc:
+            if trouble := tls_trouble(exc, url):
+                raise RedisRefused(
+                    f"Redis at {link.url} cannot be used: {trouble}. The URL is in VALOHAI_AGENT_REDIS."
+                ) from exc
             if is_refusal(exc):
                 raise RedisRefused(
                     f"Redis at {link.url} refuses this agent: {exc}. Check user and password of the URL "

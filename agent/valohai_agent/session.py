@@ -30,7 +30,7 @@ from valohai_agent.protocol import (
     Worker,
     WorkerState,
 )
-from valohai_agent.redis_link import BLOCK_SECONDS, RedisLink
+from valohai_agent.redis_link import BLOCK_SECONDS, RedisLink, RedisRefused
 from valohai_agent.reporter import Reporter
 from valohai_agent.version import __version__
 
@@ -98,12 +98,15 @@ class Session:
 
     # -- the name -------------------------------------------------------------------------------------------------
     def register(self, *, stop: threading.Event | None = None) -> None:
-        """Takes the name. An entry left by a process that died is waited out; a living holder raises NameTaken."""
+        """Takes the name. An entry left by a process that died is waited out; a living holder raises NameTaken.
+
+        Raises RedisRefused when the user of the URL has no rights on this group.
+        """
         cancelled = stop or threading.Event()
         last_seen: bytes | None = None
         deadline = time.monotonic() + self._lease_seconds + 10
         while not cancelled.is_set():
-            if self.link.persist(self.beat, give_up=cancelled.is_set, wake=cancelled):
+            if self.link.persist(self._first_beat, give_up=cancelled.is_set, wake=cancelled):
                 self._thread.start()
                 return
             holder = self._holder()
@@ -119,6 +122,17 @@ class Session:
         key = self.keys.worker(self.identity.group, self.name)
         ttl_ms = int(self._lease_seconds * 1000)
         return bool(self.link.fcall("vh1_heartbeat", [key], self.incarnation, ttl_ms, *fields))
+
+    def _first_beat(self) -> bool:
+        """Missing rights are waited out later (an operator can repair them), not at the start: it may be a mistake."""
+        try:
+            return self.beat()
+        except redis.exceptions.NoPermissionError as exc:
+            raise RedisRefused(
+                f"Redis at {self.link.url} does not let this user work for the group {self.identity.group!r} of "
+                f"deployment {self.identity.deployment}: {exc}. Check --queue and --deployment, and that the user "
+                "was made for this group (`valohai-dagster agents acl`)."
+            ) from exc
 
     def changed(self) -> None:
         """State or occupation changed: the heartbeat comes at once."""

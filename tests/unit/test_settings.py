@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from valohai_agent.redis_url import redact
 from valohai_dagster.errors import ConfigurationError, RefusedError
-from valohai_dagster.settings import Settings, load_settings, redacted
+from valohai_dagster.settings import Settings, load_settings
 
 
 @pytest.fixture
@@ -167,7 +168,7 @@ def test_direct_construction_reads_no_environment(
     ],
 )
 def test_redacted_urls_keep_everything_but_the_password(url: str, shown: str) -> None:
-    assert redacted(url) == shown
+    assert redact(url) == shown
 
 
 def test_the_address_for_browsers_is_never_a_wildcard(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""ACL rules for the agents of one worker group.
+"""ACL rules: for the agents of one worker group, and for the control plane.
 
 An agent's user reaches the keys of its own group only, and of those only what its part of the protocol needs.
 Functions run with the caller's rights, so the commands inside `functions.lua` are listed too. Each selector (in
@@ -8,6 +8,8 @@ for secrets: those are sealed to the one agent that holds the lease.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import redis
 
@@ -19,14 +21,17 @@ _ANYWHERE = (
     "+hello",
     "+auth",
     "+select",
-    "+client|setinfo",
     "+client|setname",
     "+client|id",
 )
+_SINCE_7_2 = ("+client|setinfo",)
 
 
-def agent_rules(keys: Keys, group: str) -> list[str]:
-    """Arguments of ACL SETUSER that describe one group's agents, without the password."""
+def agent_rules(keys: Keys, group: str, *, version: tuple[int, ...] = (7, 2)) -> list[str]:
+    """Arguments of ACL SETUSER that describe one group's agents, without the password.
+
+    An older server (`version`) refuses rules about commands that it does not know.
+    """
     every = keys.group_prefix(group) + "*"
     job, lease, worker = keys.job(group, "*"), keys.lease(group, "*"), keys.worker(group, "*")
     ready, bell, reports = (
@@ -39,9 +44,11 @@ def agent_rules(keys: Keys, group: str) -> list[str]:
     return [
         *("reset", "on", "-@all", "resetchannels"),
         *_ANYWHERE,
+        *(_SINCE_7_2 if version >= (7, 2) else ()),
         f"(+fcall ~{every})",
         f"(+hget +hmget %R~{job})",
         f"(+hget +hmget +hset +pexpire +exists ~{lease} ~{worker})",
+        f"(+sadd ~{keys.roster(group)})",
         f"(+zrange +zrem ~{ready})",
         f"(+blpop ~{bell})",
         f"(+xread +xrange %R~{command} %R~{grant})",
@@ -51,8 +58,26 @@ def agent_rules(keys: Keys, group: str) -> list[str]:
     ]
 
 
+def control_plane_rules() -> list[str]:
+    """Arguments of ACL SETUSER that describe the control plane's user, without the password.
+
+    It owns every deployment on the server (keys `vh:*`) and nothing else of it: no channels, no administration.
+    """
+    return ["reset", "on", "resetchannels", "~vh:*", "+@all", "-@admin", "-@dangerous", "+info"]
+
+
 def set_agent_user(
     client: redis.Redis, keys: Keys, group: str, *, username: str, password: str
 ) -> None:
-    """Creates or replaces the user; the password replaces every older one."""
-    client.execute_command("ACL", "SETUSER", username, *agent_rules(keys, group), f">{password}")
+    """Creates or replaces the user; the password replaces every older one.
+
+    Users live in the server's ACL file if it has one, else only until it restarts.
+    """
+    rules = agent_rules(keys, group, version=server_version(client))
+    client.execute_command("ACL", "SETUSER", username, *rules, f">{password}")
+
+
+def server_version(client: redis.Redis) -> tuple[int, ...]:
+    """The Redis version that the server is, or (Valkey) claims to be."""
+    info: Any = client.info("server")
+    return tuple(int(part) for part in str(info["redis_version"]).split(".")[:2])

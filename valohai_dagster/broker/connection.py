@@ -14,9 +14,11 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
+from valohai_agent.redis_url import redact, scheme_hint, tls_trouble
+from valohai_dagster.broker.access import control_plane_rules
 from valohai_dagster.embedded.redis import EmbeddedRedis
 from valohai_dagster.errors import BrokerUnavailable, ConfigurationError
-from valohai_dagster.settings import Settings, redacted
+from valohai_dagster.settings import Settings
 
 LIBRARY = "valohai_v1"
 CONNECT_SECONDS = 5.0
@@ -62,12 +64,14 @@ def broker_url(settings: Settings) -> str:
 def make_client(url: str) -> redis.Redis:
     """A client with this package's options; connects on first use."""
     try:
-        return redis.Redis.from_url(url, **_options(), retry=Retry(_backoff(), _RETRIES))
-    except (ValueError, redis.RedisError) as error:
+        client = redis.Redis.from_url(url, **_options(), retry=Retry(_backoff(), _RETRIES))
+        client.connection_pool.make_connection()  # does not connect; refuses unknown options
+    except (ValueError, TypeError, redis.RedisError) as error:
         raise ConfigurationError(
-            f"redis_url: {redacted(url)} is not a Redis URL ({error}); expected redis://user:password@host:6379/0, "
+            f"redis_url: {redact(url)} is not a Redis URL ({error}); expected redis://user:password@host:6379/0, "
             "rediss://... or unix:///path/to/socket"
         ) from error
+    return client
 
 
 def load_functions(client: redis.Redis) -> None:
@@ -84,7 +88,7 @@ def library_source() -> str:
 
 def explain(error: redis.RedisError, url: str) -> BrokerUnavailable | ConfigurationError:
     """What a client error means for the operator, without the password."""
-    shown = redacted(url)
+    shown = redact(url)
     text = str(error)
     if isinstance(error, redis.AuthenticationError) or text.startswith(("NOAUTH", "WRONGPASS")):
         return ConfigurationError(
@@ -92,14 +96,19 @@ def explain(error: redis.RedisError, url: str) -> BrokerUnavailable | Configurat
         )
     if isinstance(error, NoPermissionError):
         return ConfigurationError(
-            f"Redis at {shown} does not let this user work: {text}; the control plane needs all commands on keys vh:* "
-            f"(`ACL SETUSER ... ~vh:* +@all`). {_HINT}"
+            f"Redis at {shown} does not let this user work: {text}; the control plane needs "
+            f"`ACL SETUSER ... {' '.join(control_plane_rules())}`. {_HINT}"
         )
     if isinstance(error, redis.ResponseError) and "unknown command" in text.lower():
         return ConfigurationError(
             f"the server at {shown} is too old or not Redis ({text}); Redis 7 or newer, or Valkey, is needed. {_HINT}"
         )
+    if trouble := tls_trouble(error, url):
+        return ConfigurationError(
+            f"Redis at {shown} cannot be used: {trouble}; check redis_url. {_HINT}"
+        )
     if isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
+        text += scheme_hint(error, url)
         return BrokerUnavailable(
             f"Redis at {shown} cannot be reached: {text}; check redis_url (VALOHAI_REDIS_URL), that the server is up "
             f"and that no firewall is between. Nothing was lost; try again when it is back. {_HINT}"

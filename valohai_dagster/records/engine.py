@@ -20,11 +20,12 @@ import sqlalchemy as sa
 from sqlalchemy import event, exc
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
+from valohai_agent.redis_url import redact
 from valohai_dagster.errors import ConfigurationError, RecordsUnavailable
 from valohai_dagster.records.schema import migrate
 from valohai_dagster.records.store import get_fact, insert_ignore
 from valohai_dagster.records.tables import facts
-from valohai_dagster.settings import Settings, redacted
+from valohai_dagster.settings import Settings
 
 SQLITE_BUSY_SECONDS = 30.0
 POSTGRES_CONNECT_SECONDS = 10
@@ -175,6 +176,6 @@ def _unavailable(settings: Settings, error: exc.DBAPIError) -> str:
             "is yours and has space, or set state_dir (VALOHAI_STATE). `valohai-dagster doctor` checks it"
         )
     return (
-        f"the records at {redacted(settings.database_url)} cannot be used: {cause}; check database_url "
+        f"the records at {redact(settings.database_url)} cannot be used: {cause}; check database_url "
         "(VALOHAI_DATABASE_URL) and that the server is up. `valohai-dagster doctor` checks it"
     )
