@@ -77,6 +77,10 @@ class Keys:
     def worker(self, group: str, worker: str) -> str:
         return self.group_prefix(group) + f"worker:{worker}"
 
+    def roster(self, group: str) -> str:
+        """Set of the names of workers that checked in; names whose entry has expired are removed on reading."""
+        return self.group_prefix(group) + "roster"
+
     def reports(self, group: str, shard: int = 0) -> str:
         return self.group_prefix(group) + f"reports:{shard}"
 

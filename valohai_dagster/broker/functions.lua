@@ -7,9 +7,9 @@ local function now_ms()
   return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
 end
 
--- KEYS: worker entry, roster of the group. ARGS: incarnation, ttl_ms, field, value, ...
+-- KEYS: worker entry. ARGS: incarnation, ttl_ms, field, value, ...
 -- Returns 1 when the entry belongs to the caller, 0 when another live process holds the name.
--- The roster names every worker that ever checked in, so that nobody has to scan the keyspace for them.
+-- The group's roster (same hash tag) names who checked in, so that nobody has to scan the keyspace for workers.
 local function heartbeat(keys, args)
   local holder = redis.call('HGET', keys[1], 'incarnation')
   if holder and holder ~= args[1] then return 0 end
@@ -17,7 +17,8 @@ local function heartbeat(keys, args)
   for i = 3, #args do fields[#fields + 1] = args[i] end
   redis.call('HSET', keys[1], unpack(fields))
   redis.call('PEXPIRE', keys[1], tonumber(args[2]))
-  redis.call('SADD', keys[2], keys[1])
+  local prefix, name = string.match(keys[1], '^(.-}:)worker:(.*)$')
+  redis.call('SADD', prefix .. 'roster', name)
   return 1
 end
 

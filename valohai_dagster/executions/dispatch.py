@@ -129,19 +129,18 @@ class Dispatch:
 
     async def workers(self, group: str) -> dict[str, Worker]:
         """Workers of the group that have checked in and not fallen silent."""
-        found: dict[str, Worker] = {}
-        async for key in self.redis.scan_iter(
-            match=self.keys.worker(_escaped(group), "*"), count=500
-        ):
-            fields: Any = await self.redis.hgetall(key)
-            worker = _worker(fields, group)
-            if worker:
-                found[worker.name] = worker
-        return found
-
-
-def _escaped(group: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[]" else c for c in group)
+        roster = self.keys.roster(group)
+        known: Any = await self.redis.smembers(roster)
+        names = sorted(known)
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hgetall(self.keys.worker(group, name))
+            entries = await pipe.execute() if names else []
+        gone = [name for name, fields in zip(names, entries, strict=True) if not fields]
+        if gone:
+            await self.redis.srem(roster, *gone)
+        found = [worker for fields in entries if (worker := _worker(fields, group))]
+        return {worker.name: worker for worker in found}
 
 
 def _worker(fields: Mapping[str, Any], group: str) -> Worker | None:
