@@ -23,6 +23,7 @@ COMMANDS = {
     "metrics": ("metrics", "metrics"),
     "data": ("data", "app"),
     "secrets": ("secrets", "app"),
+    "agents": ("agents", "app"),
     "conductor": ("conductor", "conductor"),
     "down": ("conductor", "down"),
 }
