@@ -18,6 +18,7 @@ from valohai_agent.protocol import Job, RegistryLogin
 from valohai_agent.runtimes.base import OnOutput, PullProgress, RunSpec
 from valohai_agent.runtimes.docker_options import container_options, plan_limits
 from valohai_agent.runtimes.docker_running import DockerRunning
+from valohai_agent.runtimes.pulling import LayerProgress, pull_error
 from valohai_agent.runtimes.script import build_script
 from valohai_agent.trees import first_unreadable, open_tree, remove_tree
 from valohai_agent.workspace import Workspace
@@ -93,15 +94,12 @@ class DockerRuntime:
         if present and not force:
             return
         try:
-            self._pull(image, login, progress or (lambda *_: None), cancelled)
-        except ImageError:
-            raise
+            refusal = self._pull(image, login, progress or (lambda *_: None), cancelled)
         except docker_errors() as error:
-            raise ImageError(
-                f"The image {image!r} cannot be pulled: {_words(error)}. Tried: images on this "
-                f"worker{' (present, but a fresh pull was asked for)' if present else ''}, then its "
-                "registry. Check its name and tag, and the registry's credentials."
-            ) from error
+            words = pull_error(image, _words(error), login, present=present)
+            raise ImageError(words) from error
+        if refusal is not None:
+            raise ImageError(pull_error(image, refusal, login, present=present))
 
     def _has(self, image: str) -> bool:
         from docker.errors import ImageNotFound, NotFound
@@ -122,27 +120,27 @@ class DockerRuntime:
         login: RegistryLogin | None,
         progress: PullProgress,
         cancelled: threading.Event | None,
-    ) -> None:
+    ) -> str | None:
+        """The words with which the daemon gave up, None when the image is here."""
         from docker.utils import parse_repository_tag
 
         repository, tag = parse_repository_tag(image)
         auth = {"username": login.username, "password": login.password} if login else None
-        layers: dict[str, tuple[int, int]] = {}
-        told = 0.0
+        seen = LayerProgress()
+        last_told = 0.0
         for event in self.client.api.pull(
             repository, tag=tag or "latest", stream=True, decode=True, auth_config=auth
         ):
             if cancelled is not None and cancelled.is_set():
                 raise ImageError(f"The pull of {image!r} was cancelled.")
             if "error" in event:
-                raise ImageError(
-                    f"The image {image!r} cannot be pulled: {event['error']}. "
-                    "Check its name and tag, and the registry's credentials."
-                )
-            _note_layer(event, layers)
-            if layers and time.monotonic() - told >= 1.0:
-                told = time.monotonic()
-                progress(*_pull_words(layers))
+                return str(event["error"]).strip().rstrip(".")
+            seen.note(event)
+            told = seen.told()
+            if told and time.monotonic() - last_told >= 1.0:
+                last_told = time.monotonic()
+                progress(*told)
+        return None
 
     def clean(self) -> str:
         """Removes all images that no container uses (VH_CLEAN, K-22)."""
@@ -334,21 +332,6 @@ def _words(error: BaseException) -> str:
     explanation = getattr(error, "explanation", None)
     text = explanation.decode() if isinstance(explanation, bytes) else explanation
     return str(text or error).strip().rstrip(".")
-
-
-def _note_layer(event: Mapping[str, Any], layers: dict[str, tuple[int, int]]) -> None:
-    detail = event.get("progressDetail") or {}
-    if event.get("status") == "Downloading" and detail.get("total"):
-        layers[event["id"]] = (detail.get("current", 0), detail["total"])
-    elif event.get("status") in ("Download complete", "Pull complete") and event["id"] in layers:
-        size = layers[event["id"]][1]
-        layers[event["id"]] = (size, size)
-
-
-def _pull_words(layers: Mapping[str, tuple[int, int]]) -> tuple[str, int, int]:
-    done = sum(current for current, _ in layers.values())
-    total = sum(size for _, size in layers.values())
-    return f"pulling {100 * done // max(total, 1)} %", done, total
 
 
 def _has_gpus(facts: Mapping[str, Any]) -> bool:
