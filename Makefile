@@ -24,7 +24,14 @@ export DAGSTER_DISABLE_TELEMETRY ?= yes
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-setup: $(RUN_STAMP)  ## Start the UI with everything behind it (PORT=3000)
+setup: $(RUN_STAMP)  ## Make the virtual environment
+
+setup-dev: $(DEV_STAMP)  ## The same with everything that tests and lint need
+
+demo: $(RUN_STAMP)  ## Run the example project on the embedded default and print a summary
+	@$(BIN)/valohai-dagster demo
+
+up: $(RUN_STAMP)  ## Start the UI with everything behind it (PORT=3000)
 	@$(BIN)/valohai-dagster up --port $(PORT)
 
 down: $(RUN_STAMP)  ## Stop the embedded services of this checkout
