@@ -41,11 +41,8 @@ def config_schema(step: StepDefinition, *, fed: frozenset[tuple[str, str]] = fro
 
 
 def _group(fields: dict[str, Field], description: str) -> Field:
-    return Field(
-        Shape(fields),
-        description=description,
-        is_required=any(f.is_required for f in fields.values()),
-    )
+    """Without `is_required`, so that Dagster derives it and the Launchpad writes out the defaults to change."""
+    return Field(Shape(fields), description=description)
 
 
 def _common_fields(step: StepDefinition) -> dict[str, Field]:
@@ -90,14 +87,18 @@ def _variable_text(variable: Any) -> str:
 def parameter_field(
     step: StepDefinition, parameter: Parameter, *, fed: frozenset[tuple[str, str]] = frozenset()
 ) -> Field:
-    """One parameter; null leaves it out of the command (Y-39)."""
-    default = _valid_default(parameter)
+    """One parameter; null leaves it out of the command (Y-39).
+
+    A fed one has no default here: the Launchpad would write it out, and what is written wins over the upstream.
+    """
+    is_fed = ("parameter", parameter.name) in fed
+    default = _MISSING if is_fed else _valid_default(parameter)
     inner: Any = _choices(step, parameter) or _TYPES.get(parameter.type, String)
     if parameter.multiple:
         inner = Array(inner)
     optional = parameter.optional or parameter.type == "flag" or parameter.default is not None
-    required = not optional and ("parameter", parameter.name) not in fed
-    description = _parameter_text(parameter, fed=("parameter", parameter.name) in fed)
+    required = not optional and not is_fed
+    description = _parameter_text(parameter, fed=is_fed)
     if required:
         return Field(inner, is_required=True, description=description)
     if default is _MISSING:
@@ -161,7 +162,7 @@ def _sentences(parts: list[str]) -> str:
 
 
 def input_field(item: Input, *, fed: frozenset[tuple[str, str]] = frozenset()) -> Field:
-    """One input: a list of URIs, which replaces the default list entirely (Y-41)."""
+    """One input: a list of URIs, which replaces the default list entirely (Y-41). For fed ones see `parameter_field`."""
     defaults = default_uris(item)
     is_fed = ("input", item.name) in fed
     parts = [item.description.strip() if item.description else ""]
@@ -169,8 +170,10 @@ def input_field(item: Input, *, fed: frozenset[tuple[str, str]] = frozenset()) -
         parts.append("Files come from an upstream asset unless URIs are given here")
     if item.optional:
         parts.append("Optional")
+    if is_fed and defaults:
+        parts.append("Default: " + ", ".join(defaults))
     description = _sentences(parts) or None
-    if defaults:
+    if defaults and not is_fed:
         return Field(
             Array(String), is_required=False, default_value=defaults, description=description
         )

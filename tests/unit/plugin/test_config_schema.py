@@ -123,6 +123,28 @@ def test_a_default_is_not_a_choice(step: StepDefinition) -> None:
     assert step_config(step, resolved, given).parameters == {"rows": 100, "seed": 1}
 
 
+def test_the_launchpad_writes_out_defaults_but_none_that_an_upstream_may_replace() -> None:
+    step = project_of(
+        """
+- step:
+    name: train
+    image: python:3.11
+    command: python train.py {parameters}
+    parameters:
+      - {name: rows, type: integer, default: 100}
+      - {name: colour, type: string, default: red, choices: [red, green]}
+      - {name: rate, type: float, default: 0.5}
+    inputs:
+      - {name: data, default: "https://example.com/a.csv"}
+      - {name: model, default: "https://example.com/m"}
+"""
+    ).steps["train"]
+    fed = frozenset({("input", "model"), ("parameter", "rate")})
+    written: Any = dg.Field(config_schema(step, fed=fed)).default_value
+    assert written["parameters"] == {"rows": 100, "colour": "red"}
+    assert written["inputs"] == {"data": ["https://example.com/a.csv"]}
+
+
 def test_names_with_spaces_and_dots_are_fine() -> None:
     step = project_of(
         """
