@@ -34,7 +34,7 @@ class Rig:
         self.requests: list[GrantRequest] = []
         self.refuse: dict[str, str] = {}
         self.grants = 0
-        self.seconds = 10**10  # later than any file's time
+        self.seconds = 1e10  # later than any file's time
         self.lock = threading.Lock()
         self.collector = self.new_collector()
 

@@ -15,7 +15,7 @@ POLICY = GroupPolicy(max_agents=3, slots=2, grace=timedelta(seconds=60))
 
 def agent(name: str = "a", **changes: object) -> AgentSeen:
     values = {"name": name, "launched_at": NOW, "checked_in": True, "slots": 2, **changes}
-    return AgentSeen(**values)  # type: ignore[arg-type]
+    return AgentSeen(**values)
 
 
 def test_work_without_agents_starts_enough_of_them():

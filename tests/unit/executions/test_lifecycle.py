@@ -107,7 +107,7 @@ def test_an_end_without_a_stop_is_what_the_agent_says():
 
 def loss(**changes: object) -> Loss:
     base = Loss(suspected_at=None, death_confirmed=False, stop_requested=False, attempt=1)
-    return replace(base, **changes)  # type: ignore[arg-type]
+    return replace(base, **changes)
 
 
 def test_a_silent_worker_is_first_only_suspected():
