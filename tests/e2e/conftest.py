@@ -1,7 +1,7 @@
-"""One deployment for the whole session: webserver, daemon, service, agents, on the checkout's own code location.
+"""One deployment for the whole session: webserver, daemon, service, agents, and everything reached by its doors.
 
-Its state directory and DAGSTER_HOME are temporary; valohai.toml is the checkout's (process runtime). Steps get their
-packages from this interpreter's environment where possible, so that no test depends on a package index.
+Its state directory and DAGSTER_HOME are temporary. valohai.toml and `definitions` are the checkout's (process
+runtime); added are a worker group `docker` and the project `probe`, whose steps need no packages.
 """
 
 from __future__ import annotations
@@ -14,13 +14,26 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.dagster_app import DagsterApp
+from tests.support.dagster_app import REPOSITORY, DagsterApp
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND_SECONDS = 170.0
+ARTIFACTS = ROOT / ".test-artifacts"  # screenshots of the last run
+LOCATION = "valohai"
+_WORKSPACE = """
+load_from:
+  - python_module:
+      {{module_name: tests.e2e.probe.definitions, working_directory: {root}, location_name: valohai}}
+"""
+_START_SCHEDULE = """
+mutation Start($selector: ScheduleSelector!) {
+  startSchedule(scheduleSelector: $selector) { __typename ... on PythonError { message } }
+}
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +87,11 @@ def make_deployment(state: Path, *, cwd: Path = ROOT, **variables: str) -> Deplo
 @pytest.fixture(scope="session")
 def deployment() -> Iterator[Deployment]:
     state = Path(tempfile.mkdtemp(prefix="vte-", dir="/tmp"))
-    made = make_deployment(state)
+    made = make_deployment(state, VALOHAI_GROUPS__docker__RUNTIME="docker")
+    nux = made.home / ".nux"  # Dagster's community dialog would cover the page
+    nux.mkdir()
+    (nux / "nux.yaml").write_text("seen: 1\n")
+    (state / "workspace.yaml").write_text(_WORKSPACE.format(root=ROOT))
     try:
         yield made
     finally:
@@ -84,15 +101,52 @@ def deployment() -> Iterator[Deployment]:
 
 @pytest.fixture(scope="session")
 def app(deployment: Deployment) -> Iterator[DagsterApp]:
-    """The checkout's workspace in a webserver and a daemon."""
+    """`dagster dev` with all of it. The probe's schedule is on from the start, so that no test waits a minute for it."""
+    workspace = deployment.state / "workspace.yaml"
     with DagsterApp(
-        deployment.home, ROOT / "workspace.yaml", environment=deployment.environment, cwd=ROOT
+        deployment.home, workspace, environment=deployment.environment, cwd=ROOT, dev=True
     ) as running:
+        selector = {
+            "repositoryLocationName": LOCATION,
+            "repositoryName": REPOSITORY,
+            "scheduleName": "every_minute",
+        }
+        answer = running.graphql(_START_SCHEDULE, selector=selector)["startSchedule"]
+        assert answer["__typename"] == "ScheduleStateResult", answer
         yield running
 
 
-@pytest.fixture
-def project_dir(tmp_path: Path) -> Path:
-    directory = tmp_path / "project"
-    directory.mkdir()
-    return directory
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Launches steps of the probe project through GraphQL.
+
+    They run in the run's own process, which starts sooner; the launches of digits use Dagster's default executor.
+    """
+
+    app: DagsterApp
+
+    def launch(self, step: str, **config: Any) -> str:
+        name = step.replace("-", "_")
+        run_config = {
+            "ops": {f"probe__{name}": {"config": config}},
+            "execution": {"config": {"in_process": {}}},
+        }
+        return self.app.launch(LOCATION, [["probe", name]], config=run_config)
+
+    def run(self, step: str, **config: Any) -> str:
+        """The id of a run that has succeeded."""
+        run_id = self.launch(step, **config)
+        state = self.app.finished(run_id)
+        assert state.status == "SUCCESS", self.app.messages(run_id)[-10:]
+        return run_id
+
+
+@pytest.fixture(scope="session")
+def probe(app: DagsterApp) -> Probe:
+    return Probe(app=app)
+
+
+@pytest.fixture(scope="session")
+def artifacts() -> Path:
+    ARTIFACTS.mkdir(exist_ok=True)
+    return ARTIFACTS

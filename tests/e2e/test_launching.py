@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from tests.e2e.conftest import Deployment
+from tests.e2e.conftest import LOCATION, Deployment, Probe
 from tests.support.dagster_app import DagsterApp
 from tests.support.ports import wait_for
 
-LOCATION = "valohai"
-FAST = {"ops": {"digits__train": {"config": {"parameters": {"epochs": 3}}}}}
 _SCHEDULE = """
 mutation Tick($selector: ScheduleSelector!) {
   scheduleDryRun(selectorData: $selector, timestamp: 1767240000) {
@@ -25,13 +24,6 @@ _START_SENSOR = """
 mutation Start($selector: SensorSelector!) {
   startSensor(sensorSelector: $selector) {
     __typename ... on PythonError { message } ... on SensorNotFoundError { message }
-  }
-}
-"""
-_START_SCHEDULE = """
-mutation Start($selector: ScheduleSelector!) {
-  startSchedule(scheduleSelector: $selector) {
-    __typename ... on PythonError { message }
   }
 }
 """
@@ -66,14 +58,30 @@ def test_the_demo_materializes_all_three_assets_from_the_command_line(demo_summa
 
 
 @pytest.mark.slow
-def test_graphql_launches_the_training_with_parameters_of_its_own(
-    app: DagsterApp, demo_summary: dict
-) -> None:
-    run_id = app.launch(LOCATION, [["digits", "train"]], config=FAST)
-    assert app.finished(run_id).status == "SUCCESS"
-    metadata = app.metadata(run_id, "train")
-    assert metadata["metrics/epoch"] == 3
+def test_graphql_launches_a_step_with_parameters_of_its_own(app: DagsterApp, probe: Probe) -> None:
+    metadata = app.metadata(probe.run("draw", parameters={"size": 5}), "draw")
+    assert metadata["metrics/area"] == 25
     assert metadata["commit"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("home", ["with DAGSTER_HOME", "without DAGSTER_HOME"])
+def test_dagster_asset_materialize_runs_a_step(
+    home: str, deployment: Deployment, probe: Probe
+) -> None:
+    """The same records, Redis and service serve a command that knows nothing of the instance."""
+    environment = dict(deployment.environment)
+    if home.startswith("without"):
+        del environment["DAGSTER_HOME"]
+    size = len(home)
+    config = {"ops": {"probe__draw": {"config": {"parameters": {"size": size}}}}}
+    done = replace(deployment, environment=environment).run(
+        *("dagster", "asset", "materialize", "--select", "key:probe/draw"),
+        *("-m", "tests.e2e.probe.definitions", "--config-json", json.dumps(config)),
+    )
+    assert "RUN_SUCCESS" in done.stderr
+    (line,) = deployment.cli("metrics", "latest", "--json").stdout.splitlines()
+    assert json.loads(line)["values"]["area"] == size**2
 
 
 @pytest.mark.slow
@@ -103,7 +111,19 @@ def test_the_sensor_trains_once_for_each_request_file(
 
 
 @pytest.mark.slow
-def test_the_schedule_launches_the_whole_project(app: DagsterApp) -> None:
+def test_a_schedule_fires(app: DagsterApp) -> None:
+    """It is switched on with the app (conftest); its run key lets one run come of all its ticks."""
+
+    def runs() -> list[dict]:
+        return app.graphql(_RUNS, tag="probe", value="schedule")["runsOrError"]["results"]
+
+    (run,) = wait_for(runs, seconds=75, every=0.5, what="the schedule's run")
+    assert app.finished(run["runId"]).status == "SUCCESS"
+    assert app.metadata(run["runId"], "draw")["metrics/area"] == 400
+
+
+@pytest.mark.slow
+def test_the_nightly_schedule_asks_for_the_whole_project(app: DagsterApp) -> None:
     selector = {
         "repositoryLocationName": LOCATION,
         "repositoryName": "__repository__",

@@ -52,6 +52,8 @@ query Events($id: ID!) {
       events {
         __typename
         ... on MessageEvent { message stepKey timestamp eventType }
+        ... on LogsCapturedEvent { fileKey stepKeys }
+        ... on ExecutionStepFailureEvent { error { message causes { message } } failureMetadata { description } }
         ... on MaterializationEvent {
           assetKey { path }
           metadataEntries {
@@ -73,11 +75,24 @@ _LOCATIONS = """
 { workspaceOrError { ... on Workspace { locationEntries {
   name loadStatus locationOrLoadError { __typename ... on PythonError { message } } } } } }
 """
+_LOG = """
+query Log($key: [String!]!, $cursor: String, $limit: Int) {
+  capturedLogs(logKey: $key, cursor: $cursor, limit: $limit) { stdout stderr cursor }
+}
+"""
 FINAL = ("SUCCESS", "FAILURE", "CANCELED")
 
 
 class GraphQLError(AssertionError):
     """The server answered, and not with what was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedLog:
+    """What the stdout and stderr tabs of a step show."""
+
+    stdout: str
+    stderr: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +113,27 @@ class DagsterApp:
         *,
         environment: Mapping[str, str],
         daemon: bool = True,
+        dev: bool = False,
         cwd: Path | None = None,
     ) -> None:
+        """With `dev` both come from `dagster dev`, where they share one code server."""
         self.home = home
         self.url = f"http://127.0.0.1:{free_port()}"
         self._workspace = workspace
-        self._daemon = daemon
+        self._daemon, self._dev = daemon, dev
         self._cwd = cwd or workspace.parent
         self._environment = {**os.environ, **environment, "DAGSTER_HOME": str(home)}
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> DagsterApp:
         try:
-            self._start("dagster_webserver", "-h", "127.0.0.1", "-p", self.url.rsplit(":", 1)[1])
-            if self._daemon:
+            self._make_storages()
+            address = ("-h", "127.0.0.1", "-p", self.url.rsplit(":", 1)[1])
+            if self._dev:
+                self._start("dagster", "dev", *address)
+            else:
+                self._start("dagster_webserver", *address)
+            if self._daemon and not self._dev:
                 self._start("dagster._daemon", "run")
             wait_for(self._loaded, seconds=START_SECONDS, every=0.2, what="the code locations")
         except BaseException:
@@ -130,8 +152,18 @@ class DagsterApp:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def _start(self, module: str, *arguments: str) -> None:
+    def _make_storages(self) -> None:
+        """Webserver and daemon would both create Dagster's SQLite files, and one of them fail."""
         self.home.mkdir(parents=True, exist_ok=True)
+        code = (
+            "import dagster; i = dagster.DagsterInstance.get(); "
+            "i.run_storage, i.event_log_storage, i.schedule_storage"
+        )
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], env=self._environment, check=True
+        )
+
+    def _start(self, module: str, *arguments: str) -> None:
         with (self.home / f"{module}.log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments, "-w", str(self._workspace)],
@@ -235,6 +267,32 @@ class DagsterApp:
             ):
                 return dict(_entries(event["metadataEntries"]))
         raise AssertionError(f"run {run_id} did not materialize {asset}")
+
+    def messages(self, run_id: str) -> list[str]:
+        """All messages of the run's event log, in order."""
+        return [str(event.get("message") or "") for event in self.events(run_id)]
+
+    def failure(self, run_id: str) -> str:
+        """Why the run's step failed, as the UI shows it."""
+        for event in self.events(run_id):
+            if event["__typename"] == "ExecutionStepFailureEvent":
+                return str(event["failureMetadata"]["description"] or event["error"])
+        raise AssertionError(f"no step of run {run_id} failed: {self.messages(run_id)[-10:]}")
+
+    def log_key(self, run_id: str) -> list[str] | None:
+        """Where the log of the run's step is, None before the step starts."""
+        for event in self.events(run_id):
+            if event["__typename"] == "LogsCapturedEvent":
+                return [run_id, "compute_logs", str(event["fileKey"])]
+        return None
+
+    def log(self, run_id: str) -> CapturedLog:
+        """The whole log of a run with one step, as far as it is there."""
+        key = self.log_key(run_id)
+        if key is None:
+            return CapturedLog(stdout="", stderr="")
+        found = self.graphql(_LOG, key=key)["capturedLogs"]
+        return CapturedLog(stdout=found["stdout"] or "", stderr=found["stderr"] or "")
 
 
 def _entries(entries: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:

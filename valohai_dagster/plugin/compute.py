@@ -16,6 +16,7 @@ from dagster import AssetExecutionContext, DagsterEventType
 from valohai_dagster.errors import (
     ProblemsError,
     RefusedError,
+    SpecError,
     ValohaiError,
 )
 from valohai_dagster.executions.spec import LaunchIds, build_spec
@@ -142,7 +143,10 @@ def failure_of(error: ValohaiError) -> dg.Failure:
             "\n".join(f"- {problem}" for problem in error.problems)
         )
     permanent = isinstance(error, (ProblemsError, RefusedError))
-    return dg.Failure(description=str(error), metadata=metadata, allow_retries=not permanent)
+    text = str(error)
+    if isinstance(error, SpecError):
+        text += "\nNext: correct this in the Launchpad or in valohai.yaml and launch again; nothing was started."
+    return dg.Failure(description=text, metadata=metadata, allow_retries=not permanent)
 
 
 def failed(view: ExecutionView, stderr: Sequence[str] = ()) -> dg.Failure:
