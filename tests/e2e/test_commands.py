@@ -18,7 +18,7 @@ from tests.support.ports import wait_for
 
 pytestmark = pytest.mark.slow
 
-SECRET = "tok-8c1f-plain-to-see"  # noqa: S105 - printed by the step on purpose
+SECRET = "tok-8c1f-plain-to-see"
 
 
 @pytest.fixture(scope="module")

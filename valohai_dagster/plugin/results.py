@@ -21,9 +21,8 @@ from valohai_dagster.executions.stream import DatumView, ExecutionView
 MAX_ROWS = 200  # of a table in metadata; the whole list is in the records
 MAX_LINKS = 20  # output files with a link of their own
 MAX_PICTURES = 4
-MAX_PICTURE_BYTES = (
-    96 * 1024
-)  # inlined as base64 into the event, which the UI loads again and again
+MAX_PICTURE_BYTES = 8 * 1024 * 1024  # the browser fetches it from the service
+SHOWN_MARKDOWN = 1_000  # from this many characters on the UI hides markdown behind "Show Markdown"
 MAX_METRICS = 200
 MAX_TEXT = 2_000  # characters of one table cell or text
 EXECUTION_ID_KEY = "valohai/execution_id"
@@ -210,11 +209,11 @@ def _pictures(
         if len(out) == MAX_PICTURES:
             break
         kind = picture_type(datum.name)
-        if kind is None or read_small is None or not 0 < datum.size <= MAX_PICTURE_BYTES:
+        if kind is None or not 0 < datum.size <= MAX_PICTURE_BYTES:
             continue
-        content = read_small(datum)
-        if content:
-            out[f"picture/{datum.name}"] = MetadataValue.md(_picture(datum, kind, content))
+        text = _embedded(datum, kind, read_small) or _linked(datum)
+        if text:
+            out[f"picture/{datum.name}"] = MetadataValue.md(text)
     return out
 
 
@@ -224,11 +223,29 @@ def picture_type(name: str) -> str | None:
     )
 
 
-def _picture(datum: DatumView, kind: str, content: bytes) -> str:
-    """The Dagster UI lets `data:` pictures pass, so it shows even when the service is not running."""
-    label = "".join(c if c.isalnum() or c in " ._-/" else "_" for c in datum.name)
-    image = f"![{label}](data:{kind};base64,{base64.b64encode(content).decode()})"
-    return f"{image}\n\n[{label}]({datum.url})" if datum.url else image
+def _embedded(datum: DatumView, kind: str, read_small: ReadSmall | None) -> str | None:
+    """A tiny picture as part of the text, so that it shows even when the service is not running."""
+    if read_small is None or datum.size >= SHOWN_MARKDOWN:
+        return None
+    content = read_small(datum)
+    if not content:
+        return None
+    label = _label(datum)
+    text = f"![{label}](data:{kind};base64,{base64.b64encode(content).decode()})"
+    text += f"\n\n[{label}]({datum.url})" if datum.url else ""
+    return text if len(text) < SHOWN_MARKDOWN else None
+
+
+def _linked(datum: DatumView) -> str | None:
+    """The picture at its durable address; the UI's content security policy lets other origins' images pass."""
+    if not datum.url:
+        return None
+    text = f"[![{_label(datum)}]({datum.url})]({datum.url})"
+    return text if len(text) < SHOWN_MARKDOWN else None
+
+
+def _label(datum: DatumView) -> str:
+    return "".join(c if c.isalnum() or c in " ._-/" else "_" for c in datum.name)
 
 
 def _durations(view: ExecutionView) -> dict[str, MetadataValue[Any]]:

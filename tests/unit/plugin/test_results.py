@@ -66,7 +66,7 @@ def test_m15_numbers_and_numeric_texts_chart_and_nothing_else_does() -> None:
 
 def test_small_pictures_are_inline_with_a_durable_link() -> None:
     picture = datum_of("plots/matrix (1).png", b"\x89PNG")
-    big = datum_of("big.png", b"x" * (MAX_PICTURE_BYTES + 1))
+    big = datum_of("big.png", b"x").model_copy(update={"size": MAX_PICTURE_BYTES + 1})
     metadata = metadata_of(view(outputs=[picture, big]), read_small=lambda datum: b"\x89PNG")
     text = str(metadata["picture/plots/matrix (1).png"].value)
     assert text.startswith("![plots/matrix _1_.png](data:image/png;base64,iVBORw==)")
@@ -75,9 +75,17 @@ def test_small_pictures_are_inline_with_a_durable_link() -> None:
     assert metadata["file/big.png"].value == big.url
 
 
-def test_an_unreadable_picture_is_left_out() -> None:
+def test_a_picture_that_would_make_the_markdown_too_long_to_be_shown_is_linked() -> None:
+    """The UI hides markdown of 1,000 characters and more behind a click."""
+    picture = datum_of("matrix.png", b"x" * 900)
+    metadata = metadata_of(view(outputs=[picture]), read_small=lambda datum: b"x" * 900)
+    text = str(metadata["picture/matrix.png"].value)
+    assert text == f"[![matrix.png]({picture.url})]({picture.url})"
+
+
+def test_an_unreadable_picture_is_linked() -> None:
     metadata = metadata_of(view(outputs=[datum_of("a.png", b"x")]), read_small=lambda datum: None)
-    assert not [name for name in metadata if name.startswith("picture/")]
+    assert "data:" not in str(metadata["picture/a.png"].value)
 
 
 def test_phases_and_waiting_are_seconds() -> None:
