@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -156,6 +156,9 @@ class FakeBackend:
 
     def submit(self, spec: ExecutionSpec) -> None:
         self.submitted.append(spec)
+
+    def rejoinable(self, spec: ExecutionSpec, parent_run_ids: Sequence[str]) -> str | None:
+        return None
 
     def follow(self, execution_id: str) -> Iterator[FollowEvent | None]:
         spec = next(s for s in self.submitted if s.execution_id == execution_id)

@@ -17,7 +17,7 @@ from valohai_dagster.executions.spec_model import ExecutionSpec
 
 def seal_credentials(spec: ExecutionSpec, key: Callable[[], SecretKey]) -> ExecutionSpec:
     """The same spec with URLs that may be shown; `key` is asked for only when there is something to seal."""
-    shown = [_with_uris(item, [_shown(uri) for uri in item.uris]) for item in spec.inputs]
+    shown = shown_inputs(spec)
     secret = {
         f"{before.name}/{position}": uri
         for before, after in zip(spec.inputs, shown, strict=True)
@@ -29,6 +29,11 @@ def seal_credentials(spec: ExecutionSpec, key: Callable[[], SecretKey]) -> Execu
     box = key()
     sealed = {k: base64.b64encode(box.encrypt(v.encode())).decode() for k, v in secret.items()}
     return spec.model_copy(update={"inputs": shown, "sealed_uris": sealed})
+
+
+def shown_inputs(spec: ExecutionSpec) -> list[InputSpec]:
+    """The inputs with URLs that may be shown."""
+    return [_with_uris(item, [_shown(uri) for uri in item.uris]) for item in spec.inputs]
 
 
 def open_credentials(spec: ExecutionSpec, key: SecretKey) -> list[InputSpec]:

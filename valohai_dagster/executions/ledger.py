@@ -123,6 +123,17 @@ def update_attempt(conn: sa.Connection, execution_id: str, number: int, **values
     conn.execute(t.attempts.update().where(where).values(**values))
 
 
+def rejoined(conn: sa.Connection, spec: ExecutionSpec) -> None:
+    """Another try of the step goes on with this execution: from now on it belongs, and its log, to that try."""
+    update(
+        conn,
+        spec.execution_id,
+        run_id=spec.run_id,
+        retry_number=spec.retry_number,
+        log_key="/".join(spec.log_key) if spec.log_key else None,
+    )
+
+
 def record_job(conn: sa.Connection, job: Job, sources: bytes, now: datetime) -> None:
     """The resolved job, its input files, and the move to `queued`."""
     values = {"job": job.model_dump(mode="json"), "sources": sources}

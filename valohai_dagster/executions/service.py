@@ -192,6 +192,8 @@ class ExecutionService(ServiceCore):
                     conn, spec, group=self.settings.default_group, now=self.clock()
                 )
             )
+        elif spec.run_id != row.run_id or spec.retry_number != row.retry_number:
+            await self.write(lambda conn: ledger.rejoined(conn, spec))
         if row is None or row.status == ExecutionStatus.created.value:
             await self._prepare_and_queue(spec.execution_id)
         await self.snapshot(spec.execution_id)

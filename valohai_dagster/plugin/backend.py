@@ -5,7 +5,7 @@ One small object, so that tests of the Dagster face run without Redis, database 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from valohai_dagster.errors import StoreError, ValohaiError
@@ -24,6 +24,10 @@ class Backend(Protocol):
     """Everything raises errors of `valohai_dagster.errors` only."""
 
     def submit(self, spec: ExecutionSpec) -> None: ...
+
+    def rejoinable(self, spec: ExecutionSpec, parent_run_ids: Sequence[str]) -> str | None:
+        """The execution that a dead process of the same step has left behind, see `executions.rejoin`."""
+        ...
 
     def follow(self, execution_id: str) -> Iterator[FollowEvent | None]: ...
 
@@ -63,6 +67,12 @@ class ServiceBackend:
 
     def submit(self, spec: ExecutionSpec) -> None:
         self._client.submit(spec)
+
+    def rejoinable(self, spec: ExecutionSpec, parent_run_ids: Sequence[str]) -> str | None:
+        from valohai_dagster.executions.rejoin import execution_to_rejoin
+
+        with self._client.records.read() as connection:
+            return execution_to_rejoin(connection, spec, parent_run_ids)
 
     def follow(self, execution_id: str) -> Iterator[FollowEvent | None]:
         return self._client.follow(execution_id)

@@ -62,6 +62,7 @@ def run_step(
     try:
         backend = deployed.open_backend()
         project, spec = prepare(context, deployed, backend)
+        spec = rejoin(context, backend, spec)
         context.log.info(
             f"execution {spec.execution_id} of step {spec.step!r}: image {spec.image}, commit {spec.commit.identifier}"
         )
@@ -100,6 +101,18 @@ def prepare(
     if archive_warnings:
         spec = spec.model_copy(update={"warnings": [*spec.warnings, *archive_warnings]})
     return project, spec
+
+
+def rejoin(context: AssetExecutionContext, backend: Backend, spec: ExecutionSpec) -> ExecutionSpec:
+    """The same spec, for the execution that an earlier, dead process of this step has left behind if there is one."""
+    parent = context.run.parent_run_id
+    left_behind = backend.rejoinable(spec, [parent] if parent else [])
+    if left_behind is None:
+        return spec
+    context.log.info(
+        f"going on with execution {left_behind}, which an earlier process of this step has started"
+    )
+    return spec.model_copy(update={"execution_id": left_behind})
 
 
 def launch_ids(context: AssetExecutionContext) -> LaunchIds:
