@@ -77,10 +77,15 @@ class Deployment:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for client in self._clients:
-            client.records.close()
+        self.disconnect()
         for process in reversed(self._started):
             process.stop()
+
+    def disconnect(self) -> None:
+        """Closes every client that was handed out."""
+        for client in self._clients:
+            client.close()
+        self._clients.clear()
 
     @property
     def settings(self) -> Settings:
@@ -94,6 +99,19 @@ class Deployment:
         process = Background(command, self.root / f"{name}.log", values)
         self._started.append(process)
         return process
+
+    def done(
+        self, *arguments: str, environment: Mapping[str, str] | None = None, seconds: float = 120.0
+    ) -> str:
+        """Runs a command to its good end; its output."""
+        process = self.run(*arguments, environment=environment)
+        code = process.wait(seconds)
+        assert code == 0, f"{' '.join(arguments)} ended with {code}:\n{process.log}"
+        return process.log
+
+    def down(self) -> None:
+        """Ends what was started on demand."""
+        self.done("valohai_dagster", "down")
 
     def start_conductor(self) -> ConductorInfo:
         process = self.run("valohai_dagster", "conductor")

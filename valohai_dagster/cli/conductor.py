@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from pathlib import Path
 
 import typer
 
@@ -58,6 +59,17 @@ def _end(pid: int, what: str) -> None:
         while time.monotonic() < deadline:
             time.sleep(0.05)
             os.kill(pid, 0)
+            if _is_zombie(pid):
+                break
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
-        typer.echo(f"stopped {what} {pid}")
+        pass
+    typer.echo(f"stopped {what} {pid}")
+
+
+def _is_zombie(pid: int) -> bool:
+    """Ended, but nobody has collected it, as happens in a container without an init process. Linux only."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):
+        return False

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,7 +119,11 @@ def ensure_conductor(settings: Settings) -> ConductorInfo | None:
             return info
         if process is None:
             process = _spawn(settings)
-        elif process.poll() not in (None, 0):  # 0: another one was quicker
+        elif (
+            process.poll() == 0
+        ):  # another one had the lock: it starts as well, or it is about to end
+            process = None
+        elif process.poll() is not None:
             break
         time.sleep(POLL_SECONDS)
     raise ServiceUnavailable(
@@ -134,7 +139,7 @@ def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
         environment["VALOHAI_CONFIG"] = str(settings.config_file)
     command = [sys.executable, "-m", "valohai_dagster", "conductor", "--on-demand"]
     with log_path(settings).open("ab") as out:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=out,
@@ -142,6 +147,9 @@ def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
             env=environment,
             start_new_session=True,  # Ctrl-C in the user's terminal is not meant for it
         )
+    # Collected when it ends, also by a webserver that lives for months; a zombie looks like a conductor to `down`.
+    threading.Thread(target=process.wait, name="wait-conductor", daemon=True).start()
+    return process
 
 
 def _tail(path: Path, lines: int = 12) -> str:

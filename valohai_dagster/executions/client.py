@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FOLLOW_BLOCK_MS = 1_000  # how long one read of the stream waits
+LOOK_SECONDS = (
+    3.0  # silence after which we look whether there is a conductor; costs two file accesses
+)
 RESUBMIT_SECONDS = 30.0  # silence after which the execution is asked for again
 
 
@@ -56,8 +59,14 @@ class ExecutionClient:
         ensure_conductor(settings)
         return cls(settings, connect(settings), records, Keys(records.deployment_id))
 
+    def close(self) -> None:
+        """Lets go of Redis and the records; executions go on."""
+        self._redis.close()
+        self.records.close()
+
     def submit(self, spec: ExecutionSpec) -> None:
         """Hands the execution over; doing it twice is the same as once."""
+        ensure_conductor(self.settings)  # the one that `open` met may have ended idle since
         spec = seal_credentials(spec, lambda: load_secret_key(self.settings))
         self._specs[spec.execution_id] = spec
         self._send(Submission(kind="execute", execution_id=spec.execution_id, spec=spec))
@@ -81,6 +90,8 @@ class ExecutionClient:
             batch = self._read(stream, last)
             if not batch:
                 silent += FOLLOW_BLOCK_MS / 1000
+                if silent % LOOK_SECONDS == 0:
+                    self._revive_conductor()
                 if silent >= RESUBMIT_SECONDS:
                     silent = 0.0
                     last = self._ask_again(execution_id, last)
@@ -94,6 +105,13 @@ class ExecutionClient:
                 if event.kind is EventKind.final:
                     return
 
+    def _revive_conductor(self) -> None:
+        """One that was killed is replaced; the new one goes on from the records."""
+        try:
+            ensure_conductor(self.settings)
+        except ServiceUnavailable as error:
+            log.warning("the execution service does not answer, waiting: %s", error)
+
     def _read(self, stream: str, last: str) -> list[tuple[str, dict[str, str]]]:
         reply: Any = self._patiently(
             lambda: self._redis.xread({stream: last}, count=200, block=FOLLOW_BLOCK_MS)
@@ -103,7 +121,6 @@ class ExecutionClient:
     def _ask_again(self, execution_id: str, last: str) -> str:
         """After a long silence: is the service still there, and did it miss us? A fresh snapshot tells."""
         try:
-            ensure_conductor(self.settings)
             spec = self._specs.get(execution_id)
             if spec is not None:
                 self.submit(spec)

@@ -63,7 +63,7 @@ def run_step(deployment: Deployment, redis_server: RedisServer, image: str, proj
 
 def everything_in_redis(redis_server: RedisServer) -> bytes:
     with redis_server.client() as client:
-        return b"".join(client.dump(key) or b"" for key in client.keys())
+        return b"".join(client.dump(key) or b"" for key in client.scan_iter())
 
 
 def test_a_private_image_is_pulled_with_progress(
