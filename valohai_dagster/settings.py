@@ -83,6 +83,12 @@ class GroupSettings(Section):
         default=False,
         description="Let steps mount directories of the worker machine (`mounts` of valohai.yaml).",
     )
+    fail_fast: bool = Field(
+        False, description="End a step at its first failing command instead of its last (C-22)."
+    )
+    respect_image_user: bool = Field(
+        False, description="Run containers as the user that the image names instead of root (K-51)."
+    )
     file_inputs: list[Path] = Field(
         default_factory=list,
         description="Directories below which `file:///...` inputs may be read. Needs a group on this host.",
@@ -121,6 +127,9 @@ class Settings(BaseSettings):
         default_factory=lambda: Path.cwd() / STATE_NAME,
         description="Directory of everything embedded: records, Redis data, local store, secret key. "
         "Also `VALOHAI_STATE`. Default: `.valohai` beside valohai.toml, or in the current directory.",
+    )
+    owner: str = Field(
+        "local", description="Who owns the projects, as user code reads it: `owner/project`."
     )
     redis_url: str | None = Field(
         default=None,

@@ -19,7 +19,12 @@ app = typer.Typer(
     help="Environment variables of executions, in groups that a step names in `environment-variable-groups`.",
 )
 
-Group = Annotated[str, typer.Argument(help="Name of the group, as written in valohai.yaml.")]
+Group = Annotated[
+    str,
+    typer.Argument(
+        help="Name of the group, as written in valohai.yaml, or project:NAME for every step of a project."
+    ),
+]
 Name = Annotated[str, typer.Argument(help="Name of the environment variable.")]
 
 

@@ -78,6 +78,11 @@ class Variable:
     mtime: datetime
 
 
+def project_group(project: str) -> str:
+    """The group whose variables every execution of that project gets (K-71)."""
+    return f"project:{project}"
+
+
 def load_secret_key(settings: Settings) -> SecretKey:
     """The key from `secret_key`, else from the key file, which is made when missing (mode 0600)."""
     if settings.secret_key is not None:

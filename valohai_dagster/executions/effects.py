@@ -263,11 +263,12 @@ def _(body: p.Preempted, cause: Cause) -> list[FollowEvent]:
 def _(body: p.Finished, cause: Cause) -> list[FollowEvent]:
     active, report = cause.active, cause.report
     status = status_after_finish(body.outcome, stop_requested=active.stop_requested > 0)
+    asked = ledger.row_of(cause.conn, active.id).reason if active.stop_requested else None
     ledger.update(
         cause.conn,
         active.id,
         status=status.value,
-        reason=body.reason,
+        reason=asked or body.reason,
         exit_code=body.exit_code,
         phases=[_on_our_clock(span, report) for span in body.phases],
         usage=body.usage.model_dump(mode="json"),

@@ -18,7 +18,9 @@ from valohai_agent.protocol import GrantRequest, Grants, Job, Transfer, UploadGr
 from valohai_dagster.data.resolve import Source
 from valohai_dagster.data.secrets import SecretKey, variables_of_groups
 from valohai_dagster.errors import StoreError
+from valohai_dagster.executions.preparation import variable_groups
 from valohai_dagster.executions.registries import login_for
+from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.records import tables as t
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import Stores
@@ -127,7 +129,7 @@ class GrantMinter:
 
     def _secrets(self, conn: sa.Connection, row: Any) -> dict[str, str]:
         wanted = set(row.job["secret_names"])
-        groups = row.spec["environment_variable_groups"]
+        groups = variable_groups(ExecutionSpec.model_validate(row.spec))
         variables = variables_of_groups(conn, groups, self._secret_key) if wanted else []
         return {v.name: v.value for v in variables if v.name in wanted}
 

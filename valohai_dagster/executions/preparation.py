@@ -6,6 +6,7 @@ anything is queued, and said in one refusal.
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,12 @@ import sqlalchemy as sa
 
 from valohai_agent.protocol import Job
 from valohai_dagster.data.resolve import Source, resolve_inputs
-from valohai_dagster.data.secrets import SecretKey, unknown_groups, variables_of_groups
+from valohai_dagster.data.secrets import (
+    SecretKey,
+    project_group,
+    unknown_groups,
+    variables_of_groups,
+)
 from valohai_dagster.errors import RefusedError, SpecError
 from valohai_dagster.executions.credentials import open_credentials
 from valohai_dagster.executions.spec_model import ExecutionSpec
@@ -82,10 +88,13 @@ def prepare(
         inputs=list(resolved.inputs),
         environment_variables=variables,
         secret_names=sorted(secret_names),
-        execution_config=execution_config(spec, row, group),
+        execution_config=execution_config(
+            spec, row, environment_of(spec, group, settings), settings.owner
+        ),
         mounts=spec.mounts,
         mounts_allowed=policy.mounts_allowed,
-        fail_fast=spec.fail_fast,
+        fail_fast=spec.fail_fast or policy.fail_fast,
+        respect_image_user=policy.respect_image_user,
         time_limit_seconds=spec.time_limit_seconds or settings.time_limit_seconds,
         no_output_timeout_seconds=spec.no_output_timeout_seconds
         or settings.no_output_timeout_seconds,
@@ -99,13 +108,18 @@ def prepare(
     return Prepared(job=job, sources=dict(resolved.sources))
 
 
+def variable_groups(spec: ExecutionSpec) -> list[str]:
+    """Weakest first: the groups that the step names, then the project's own variables (K-70, K-73)."""
+    return [*spec.environment_variable_groups, project_group(spec.project.name)]
+
+
 def _variables(
     conn: sa.Connection, spec: ExecutionSpec, secret_key: SecretKey
 ) -> tuple[dict[str, str], set[str]]:
-    """K-73: groups below the step's and the launch's values. Secret ones travel only with the grants."""
+    """K-73: groups, then the project's, then the step's and the launch's. Secret ones travel only with the grants."""
     plain: dict[str, str] = {}
     secret_names: set[str] = set()
-    for variable in variables_of_groups(conn, spec.environment_variable_groups, secret_key):
+    for variable in variables_of_groups(conn, variable_groups(spec), secret_key):
         if variable.secret:
             secret_names.add(variable.name)
             plain.pop(variable.name, None)
@@ -128,16 +142,22 @@ def _variables(
     return plain, secret_names
 
 
-def execution_config(spec: ExecutionSpec, row: Any, group: str) -> dict[str, Any]:
+def environment_of(spec: ExecutionSpec, group: str, settings: Settings) -> str:
+    """The environment it really runs in: the one asked for if it is known here, else the group."""
+    known = spec.environment in settings.environments or spec.environment in settings.groups
+    return spec.environment if spec.environment and known else group
+
+
+def execution_config(spec: ExecutionSpec, row: Any, environment: str, owner: str) -> dict[str, Any]:
     """Content of execution.json, flat keys (K-36)."""
     return {
         "valohai.commit-identifier": spec.commit.identifier,
         "valohai.creator-email": "",
         "valohai.creator-id": 0,
         "valohai.creator-name": spec.creator,
-        "valohai.environment-id": group,
-        "valohai.environment-name": spec.environment or group,
-        "valohai.environment-slug": spec.environment or group,
+        "valohai.environment-id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"environment:{environment}")),
+        "valohai.environment-name": environment,
+        "valohai.environment-slug": environment,
         "valohai.execution-counter": row.counter,
         "valohai.execution-ctime": row.ctime.isoformat(),
         "valohai.execution-duration": None,
@@ -149,5 +169,5 @@ def execution_config(spec: ExecutionSpec, row: Any, group: str) -> dict[str, Any
         "valohai.execution-tags": spec.tags,
         "valohai.execution-title": spec.title,
         "valohai.project-id": row.project_id,
-        "valohai.project-name": spec.project.name,
+        "valohai.project-name": f"{owner}/{spec.project.name}",
     }

@@ -35,7 +35,7 @@ from valohai_dagster.executions.local_groups import LocalGroups
 from valohai_dagster.executions.preparation import choose_group, prepare
 from valohai_dagster.executions.seat import Seat
 from valohai_dagster.executions.spec_model import ExecutionSpec
-from valohai_dagster.executions.stream import ExecutionStatus, FollowEvent
+from valohai_dagster.executions.stream import EventKind, ExecutionStatus, FollowEvent
 from valohai_dagster.executions.submissions import Submission, parse_report, parse_submission
 from valohai_dagster.executions.watch import LeaseWatch
 from valohai_dagster.records.engine import Records
@@ -77,6 +77,7 @@ class ExecutionService(ServiceCore):
         self.last_work = clock()
         self._broker_url = broker_url
         self._failures: Counter[str] = Counter()
+        self._warned: set[tuple[str, str]] = set()
 
     # -- life of the service ---------------------------------------------------------------------------------
 
@@ -278,7 +279,11 @@ class ExecutionService(ServiceCore):
             return
         await self.write(
             lambda conn: ledger.update(
-                conn, execution_id, status=status.value, stop_requested=level
+                conn,
+                execution_id,
+                status=status.value,
+                stop_requested=level,
+                reason=reason or None,
             )
         )
         await self.remember(execution_id)
@@ -298,7 +303,10 @@ class ExecutionService(ServiceCore):
         ):
             return
         kind = "stop-hard" if active.stop_requested > 1 else "stop"
-        command = p.Command(kind=kind, execution_id=execution_id, token=active.token)
+        row = await self.read(lambda conn: ledger.row_of(conn, execution_id))
+        command = p.Command(
+            kind=kind, execution_id=execution_id, token=active.token, reason=row.reason or ""
+        )
         await self.dispatch.command(active.group, active.worker, command)
         self.watch.expect_acknowledgement(execution_id)
         await self.tell(execution_id, f"{kind} sent to worker {active.worker}")
@@ -391,12 +399,17 @@ class ExecutionService(ServiceCore):
                 for event in events
             )
         except ConditionError as error:
-            log.info("%s: stop-condition: %s", execution_id, error, extra={"action": "condition"})
+            await self._tell_once(execution_id, f"stop-condition {active.condition!r}: {error}")
             return
         if met:
             await self.stop(
                 execution_id, hard=False, reason=f"stop-condition met: {active.condition}"
             )
+
+    async def _tell_once(self, execution_id: str, text: str) -> None:
+        if (execution_id, text) not in self._warned:
+            self._warned.add((execution_id, text))
+            await self.tell(execution_id, text, kind=EventKind.warning)
 
     async def _grant(self, report: p.Report, requests: list[p.GrantRequest] | None) -> None:
         active = self.active.get(report.execution_id)
@@ -438,6 +451,7 @@ class ExecutionService(ServiceCore):
     async def _ended(self, execution_id: str) -> None:
         row = await self.read(lambda conn: ledger.row_of(conn, execution_id))
         self.active.pop(execution_id, None)
+        self._warned = {item for item in self._warned if item[0] != execution_id}
         self.watch.acknowledged(execution_id)
         await self.snapshot(execution_id)
         await self.dispatch.forget(row.group_name, execution_id, row.attempt, LIVE_LOG_SECONDS)

@@ -21,12 +21,14 @@ from valohai_dagster.executions.lifecycle import (
 )
 from valohai_dagster.executions.salvage import from_files, from_live, store_salvaged
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus
+from valohai_dagster.executions.waiting import why_it_waits
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import Stores
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+LONG_WAIT = timedelta(seconds=15)  # in the queue, before the reason is told
 MISSING_TICKS = 3  # looks in a row that found an execution neither queued nor leased
 
 
@@ -75,6 +77,7 @@ class LeaseWatch:
         self._service = service
         self._stops: dict[str, datetime] = {}  # forwarded, not acknowledged yet
         self._missing: dict[str, int] = {}
+        self._waiting: dict[str, tuple[datetime, str | None]] = {}  # since when, and what was said
 
     def expect_acknowledgement(self, execution_id: str) -> None:
         self._stops.setdefault(execution_id, self._service.clock())
@@ -86,6 +89,7 @@ class LeaseWatch:
         await self._look_for_emptied_redis()
         await self._look_at_leases()
         await self._look_at_stops()
+        await self._look_at_waiting()
 
     async def worker_gone(self, worker: str, what: str) -> None:
         for active in list(self._service.active.values()):
@@ -206,6 +210,25 @@ class LeaseWatch:
             seconds = STOP_ACKNOWLEDGEMENT.total_seconds()
             text = f"the worker has not confirmed the stop within {seconds:.0f} s; it may be out of reach"
             await self._service.tell(execution_id, text, kind=EventKind.warning)
+
+    async def _look_at_waiting(self) -> None:
+        """Who waits for long is told why, and again when the reason changes."""
+        service = self._service
+        now = service.clock()
+        queued = [a for a in service.active.values() if a.status is ExecutionStatus.queued]
+        self._waiting = {a.id: self._waiting.get(a.id, (now, None)) for a in queued}
+        for active in queued:
+            since, said = self._waiting[active.id]
+            if now - since < LONG_WAIT:
+                continue
+            workers = await service.dispatch.workers(active.group)
+            ahead = await service.dispatch.position(active.group, active.id) or 0
+            local = active.group in service.groups
+            reason = why_it_waits(active.group, workers.values(), local=local, ahead=0)
+            if reason != said:
+                text = why_it_waits(active.group, workers.values(), local=local, ahead=ahead)
+                await service.tell(active.id, text, kind=EventKind.warning)
+                self._waiting[active.id] = (since, reason)
 
     async def _look_for_emptied_redis(self) -> None:
         """Redis came back without its data: what waited is queued again; what ran is claimed by its agents."""

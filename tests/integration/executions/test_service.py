@@ -17,7 +17,7 @@ from valohai_dagster.data.secrets import load_secret_key, set_variable
 from valohai_dagster.executions.spec_model import InputSpec
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, ExecutionView
 from valohai_dagster.records import tables as t
-from valohai_dagster.settings import Settings
+from valohai_dagster.settings import GroupSettings, Settings
 
 
 @pytest.fixture
@@ -286,8 +286,87 @@ def test_m40_a_metadata_event_that_meets_the_stop_condition_stops_the_execution(
     lease.report(p.MetadataEvents(events=[{"accuracy": 0.95}, {"accuracy": 0.6}]))
     service.events(spec.execution_id, lambda e: "stop sent to worker" in e.message)
     assert [c.kind for c in agent.commands()] == ["stop"]
-    lease.finish(p.Outcome.stopped)
-    assert final_view(service, spec.execution_id).status is ExecutionStatus.stopped
+    assert agent.commands()[0].reason == f"stop-condition met: {spec.stop_condition}"
+    lease.finish(p.Outcome.stopped, reason="stopped on request")
+    view = final_view(service, spec.execution_id)
+    assert view.status is ExecutionStatus.stopped
+    assert view.reason == f"stop-condition met: {spec.stop_condition}"
+
+
+def test_m53_a_stop_condition_that_cannot_be_evaluated_is_false_and_said_once(
+    service: RunningService, redis_server: RedisServer
+):
+    spec = make_spec(stop_condition="metadata.nothing > 1")
+    service.client.submit(spec)
+    lease = service.agent(redis_server).take()
+    lease.leased()
+    lease.wait_grants()
+    for step in range(3):
+        lease.report(p.MetadataEvents(events=[{"step": step}]))
+    lease.finish()
+    events = service.events(spec.execution_id, lambda e: e.kind is EventKind.final)
+    assert sum("stop-condition" in e.message for e in events) == 1
+    assert final_view(service, spec.execution_id).status is ExecutionStatus.complete
+
+
+def test_k73_project_variables_stand_between_groups_and_the_step(
+    service: RunningService, redis_server: RedisServer
+):
+    key = load_secret_key(service.settings)
+    now = datetime.now(timezone.utc)
+    with service.records.write() as conn:
+        for group, name in (
+            ("g", "A"),
+            ("g", "B"),
+            ("g", "C"),
+            ("project:digits", "B"),
+            ("project:digits", "C"),
+        ):
+            value = f"{name} of {group}"
+            set_variable(conn, key, group=group, name=name, value=value, secret=False, now=now)
+        secret = "project-secret-1"
+        set_variable(conn, key, group="project:digits", name="S", value=secret, now=now)
+    values = {"C": "C of the step"}
+    service.client.submit(
+        make_spec(environment_variable_groups=["g"], environment_variables=values)
+    )
+    lease = service.agent(redis_server).take()
+    assert lease.job.environment_variables == {
+        "A": "A of g",
+        "B": "B of project:digits",
+        "C": "C of the step",
+    }
+    lease.leased()
+    assert lease.wait_grants().secrets == {"S": secret}
+
+
+def test_k36_execution_json_names_the_environment_that_it_really_runs_in(
+    service: RunningService, redis_server: RedisServer
+):
+    service.client.submit(make_spec(environment="no-such-place"))
+    config = service.agent(redis_server).take().job.execution_config
+    assert config["valohai.environment-slug"] == "local"
+    assert config["valohai.project-name"] == "local/digits"
+
+
+def test_c22_k51_a_group_can_choose_fail_fast_and_the_images_own_user(
+    settings: Settings, redis_server: RedisServer
+):
+    group = GroupSettings(kind="static", fail_fast=True, respect_image_user=True)
+    with running_service(static_settings(settings, groups={"local": group})) as service:
+        service.client.submit(make_spec())
+        job = service.agent(redis_server).take().job
+    assert (job.fail_fast, job.respect_image_user) == (True, True)
+
+
+def test_who_waits_in_a_group_without_workers_is_told_how_to_start_one(
+    service: RunningService, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("valohai_dagster.executions.watch.LONG_WAIT", timedelta(0))
+    spec = make_spec()
+    service.client.submit(spec)
+    events = service.events(spec.execution_id, lambda e: e.kind is EventKind.warning)
+    assert "valohai-agent run --queue local" in events[-1].message
 
 
 def test_a_worker_whose_clock_is_an_hour_off_leaves_true_times_in_the_records(
