@@ -12,7 +12,7 @@ from valohai_agent.stopping import Cause, Limits, format_duration
 
 _SHELL_CODES = {
     126: "the command was found but cannot be executed (permission, or not a program for this machine)",
-    127: "command not found: check its name, and that the image has it",
+    127: "command not found: check its name, and that it is installed where the command runs",
 }
 
 
@@ -79,6 +79,8 @@ def exit_words(exit_status: ExitStatus | None) -> list[str]:
     if exit_status is None or exit_status.code == 0:
         return []
     code = exit_status.code
+    if not exit_status.started:
+        return [exit_status.message or "the command could not be started"]
     meaning = exit_status.message or _SHELL_CODES.get(code) or _signal_words(code)
     if exit_status.oom_killed and not exit_status.message:
         meaning = "killed because the memory ran out; use a larger worker or less memory"

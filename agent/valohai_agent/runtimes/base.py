@@ -42,9 +42,13 @@ class RunSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ExitStatus:
-    """How the command ended. `code` is 128+n for a signal (C-29); `message` explains an unusual end in words."""
+    """How the command ended. `code` is 128+n for a signal (C-29); `message` explains an unusual end in words.
+
+    `started` is False when what prepares the command failed, so that no line of it ran.
+    """
 
     code: int
+    started: bool = True
     oom_killed: bool = False
     message: str | None = None
 

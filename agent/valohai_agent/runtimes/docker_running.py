@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAMPLE_SECONDS = 5.0
+SETTLE_SECONDS = 2.0
 DAEMON_LOST_SECONDS = 300.0  # the daemon may be restarted under a running container
 
 
@@ -130,17 +131,23 @@ class DockerRunning:
             _close(stream)
 
     def _final_state(self) -> dict[str, Any]:
-        """Waits until the container has ended; attaches again if only the connection had broken."""
+        """Waits until the container has ended; attaches again if only the connection had broken.
+
+        Output ends a moment before the container does. To attach in that moment makes Podman hang or report an error
+        on stderr, so the end is waited for first.
+        """
         from docker.errors import NotFound
 
         lost_since: float | None = None
         while True:
             try:
+                self._settle()
                 state = self._client.api.inspect_container(self._container.id)["State"]
                 lost_since = None
                 if state["Status"] in ("exited", "dead", "removing"):
                     return state
-                self._read(self._attach())
+                if state.get("Running"):
+                    self._read(self._attach())
             except NotFound:
                 return {"ExitCode": 137}
             except Exception as error:
@@ -149,6 +156,13 @@ class DockerRunning:
                     raise
                 log.warning("docker: %s", error, extra={"action": "inspect"})
             self._ended.wait(0.1 if lost_since is None else 2.0)
+
+    def _settle(self) -> None:
+        """Waits a little for the container's end, if it is near."""
+        from requests.exceptions import ConnectionError, ReadTimeout
+
+        with contextlib.suppress(ConnectionError, ReadTimeout):  # it runs on
+            self._client.api.wait(self._container.id, timeout=SETTLE_SECONDS)
 
     def _sample(self) -> None:
         """Remembers the largest memory use seen, and the CPU time."""

@@ -99,6 +99,14 @@ def job_binds(
     ]
 
 
+def not_started(reason: str) -> str:
+    """What to say when the namespace could not be made although it worked when the agent started."""
+    return (
+        f"The command was not started, since its directories could not be put in place: {reason}. "
+        "Check the step's mounts and the free space on this worker, or use a worker with Docker."
+    )
+
+
 def remove_root(run: Path) -> None:
     """The new root is empty outside of its namespace."""
     shutil.rmtree(run / "root", ignore_errors=True)

@@ -35,7 +35,7 @@ def main(spec_file: str) -> None:
         enter_namespace()
         build_root(spec["root"])
         for bind in spec["binds"]:
-            add_bind(spec["root"], **bind)
+            add_bind_or_name_it(spec["root"], bind)
         change_root(spec["root"])
         os.chdir(spec["cwd"])
     except OSError as error:
@@ -81,6 +81,14 @@ def build_root(root: str) -> None:
             except OSError:
                 if name in ("usr", "bin", "lib", "lib64", "etc", "proc", "dev", "tmp"):
                     raise
+
+
+def add_bind_or_name_it(root: str, bind: dict) -> None:
+    try:
+        add_bind(root, **bind)
+    except OSError as error:
+        words = f"{bind['source']} could not be bound to {bind['target']}: {error.strerror}"
+        raise OSError(words) from error
 
 
 def add_bind(root: str, source: str, target: str, readonly: bool) -> None:

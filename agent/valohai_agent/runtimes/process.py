@@ -13,6 +13,7 @@ from valohai_agent.processes import kill_attempt
 from valohai_agent.protocol import Job, RegistryLogin
 from valohai_agent.runtimes import namespace
 from valohai_agent.runtimes.base import OnOutput, PullProgress, RunSpec
+from valohai_agent.runtimes.mount_checks import first_problem
 from valohai_agent.runtimes.process_running import ProcessRunning
 from valohai_agent.runtimes.script import build_script, names_valohai
 from valohai_agent.runtimes.venvs import Venvs
@@ -88,7 +89,7 @@ class ProcessRuntime:
 
     def refuse(self, job: Job) -> str | None:
         if self._no_namespace is None:
-            return None
+            return first_problem(job.mounts) if job.mounts_allowed else None
         item = names_valohai(job.commands)
         if item is None:
             return None

@@ -16,7 +16,7 @@ from valohai_agent.processes import kill_attempt
 from valohai_agent.protocol import Usage
 from valohai_agent.runtimes import namespace
 from valohai_agent.runtimes.base import ExitStatus, OnOutput, SignalName
-from valohai_agent.runtimes.exits import explain
+from valohai_agent.runtimes.exits import ON_WORKER, explain
 from valohai_agent.runtimes.namespace_entry import FAILED
 from valohai_agent.workspace import Workspace
 
@@ -128,11 +128,11 @@ class ProcessRunning:
     def _explain(self, code: int) -> ExitStatus:
         reason = namespace.failure(self._workspace.run)
         if code == FAILED and reason is not None:
-            return ExitStatus(code=code, message=f"/valohai could not be bound: {reason}")
+            return ExitStatus(code=code, started=False, message=namespace.not_started(reason))
         oom = code == 137 and not self._killed and oom_kills() > self._oom_before
         if oom:
             self._usage = self._usage.model_copy(update={"oom_killed": True})
-        return explain(code, oom=oom, signalled=self._signalled)
+        return explain(code, oom=oom, signalled=self._signalled, programs=ON_WORKER)
 
     def _kill_rest(self) -> None:
         kill_attempt(self._workspace.execution_id, self._workspace.attempt)

@@ -189,10 +189,12 @@ def test_no_byte_of_fast_output_is_lost(rig: Rig) -> None:
     assert rig.outputs["stderr"] == b"no newline"
 
 
-def test_command_not_found_is_said(rig: Rig) -> None:
+def test_command_not_found_is_said_and_where_to_look(rig: Rig) -> None:
     status = rig.run("nosuchcommand --now")
     assert status.code == 127
     assert "not found" in (status.message or "")
+    advises_image = "that the image has it" in (status.message or "")
+    assert advises_image is rig.runtime.uses_images
     assert b"nosuchcommand" in rig.outputs["stderr"]
 
 

@@ -36,6 +36,11 @@ def test_c29_other_codes_are_errors_with_an_explanation(status: ExitStatus, word
     assert verdict.exit_code == status.code
 
 
+def test_a_command_that_never_began_has_no_exit_code_in_its_reason() -> None:
+    status = ExitStatus(code=125, started=False, message="its directories could not be made")
+    assert judge(Observed(exit=status)).reason == "its directories could not be made"
+
+
 def test_l03_a_command_that_ended_well_while_being_stopped_counts_as_stopped() -> None:
     verdict = judge(Observed(exit=ExitStatus(code=0), stop_requested=True))
     assert verdict.outcome is Outcome.stopped
