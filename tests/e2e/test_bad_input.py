@@ -33,7 +33,7 @@ FAILING = {
     "a command that is not there": (
         "no-such-command",
         {},
-        ("exit code 127", "no-such-program", "Check its name, and that the image has it"),
+        ("exit code 127", "no-such-program", "Check its name, and that"),
     ),
     "an exit code": (
         "exit-three",
