@@ -11,6 +11,7 @@ import definitions
 from valohai_dagster import load_valohai_project
 from valohai_dagster.settings import load_settings
 
+PROJECT = Path(__file__).parent / "project"
 ONCE = "probe-once"  # a run key: however often the schedule is due, one run comes of it
 
 draw_job = dg.define_asset_job("draw_job", selection=dg.AssetSelection.assets(["probe", "draw"]))
@@ -35,6 +36,7 @@ def on_request(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest]:
 
 defs = dg.Definitions.merge(
     definitions.defs,
-    load_valohai_project(Path(__file__).parent / "project", name="probe"),
+    load_valohai_project(PROJECT, name="probe"),
+    load_valohai_project(PROJECT, name="stubborn", retry_policy=dg.RetryPolicy(max_retries=1)),
     dg.Definitions(jobs=[draw_job], schedules=[every_minute], sensors=[on_request]),
 )
