@@ -6,10 +6,12 @@ import contextlib
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from valohai_agent.protocol import Usage
-from valohai_agent.runtimes.base import ExitStatus, OnOutput, SignalName
+from valohai_agent.runtimes.base import Elsewhere, ExitStatus, OnOutput, SignalName
+from valohai_agent.runtimes.docker_files import copy_out
 from valohai_agent.runtimes.exits import explain
 
 if TYPE_CHECKING:
@@ -75,7 +77,8 @@ class DockerRunning:
                 kill = ["/bin/sh", "-c", f"kill -s {name.removeprefix('SIG')} -- -1"]
                 self._container.exec_run(kill, user="0:0")
         except APIError as error:
-            if error.status_code not in (404, 409):  # gone, or not running any more
+            gone = error.status_code in (404, 409) or "state improper" in str(error)  # Podman: 500
+            if not gone:
                 raise
 
     def usage(self) -> Usage:
@@ -84,6 +87,9 @@ class DockerRunning:
             cpu_seconds=self._cpu_seconds,
             oom_killed=self._status.oom_killed if self._status else False,
         )
+
+    def copy_out(self, path: str, target: Path) -> Elsewhere | str | None:
+        return copy_out(self._client.api, self._container.id, path, target)
 
     def remove(self) -> None:
         from docker.errors import NotFound
@@ -159,9 +165,9 @@ class DockerRunning:
 
     def _settle(self) -> None:
         """Waits a little for the container's end, if it is near."""
-        from requests.exceptions import ConnectionError, ReadTimeout
+        from requests import exceptions
 
-        with contextlib.suppress(ConnectionError, ReadTimeout):  # it runs on
+        with contextlib.suppress(exceptions.ConnectionError, exceptions.ReadTimeout):  # it runs on
             self._client.api.wait(self._container.id, timeout=SETTLE_SECONDS)
 
     def _sample(self) -> None:
