@@ -9,6 +9,10 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from valohai_agent.config_files import HostFacts
+from valohai_agent.protocol import Leased
+from valohai_agent.version import __version__
+
 _MACHINE_ID_FILES = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 
 
@@ -32,6 +36,31 @@ def observe_host() -> Host:
         local_ips=_local_ips(),
         public_ip=os.environ.get("VALOHAI_AGENT_PUBLIC_IP", ""),
         gpus=_gpus(),
+    )
+
+
+def leased_report(host: Host, runtime: str) -> Leased:
+    """The first report of an attempt, which alone carries the host's facts."""
+    return Leased(
+        runtime=runtime,
+        host=host.hostname,
+        machine_id=host.machine_id,
+        agent_version=__version__,
+        local_ips=host.local_ips,
+        gpus=host.gpus,
+    )
+
+
+def host_facts(host: Host, *, worker: str, runtime: str) -> HostFacts:
+    """What the command gets to know about its worker (K-11, K-37)."""
+    return HostFacts(
+        hostname=host.hostname,
+        worker=worker,
+        agent_version=__version__,
+        runtime=runtime,
+        local_ip=host.local_ips[0] if host.local_ips else "",
+        public_ip=host.public_ip,
+        machine_id=host.machine_id,
     )
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from valohai_agent.archive import unpack_archive
 from valohai_agent.cache import InputCache
 from valohai_agent.clock import Clock, SystemClock
-from valohai_agent.config_files import HostFacts, build_environment, switch, write_config_files
+from valohai_agent.config_files import build_environment, switch, write_config_files
 from valohai_agent.console import Console
 from valohai_agent.errors import AgentError
-from valohai_agent.host import Host
+from valohai_agent.host import Host, host_facts, leased_report
 from valohai_agent.inputs import InputFetcher
 from valohai_agent.lease import Lease
 from valohai_agent.local_api import LocalApi
@@ -29,7 +29,6 @@ from valohai_agent.protocol import (
     PROTOCOL_VERSION,
     Finished,
     Grants,
-    Leased,
     LogStored,
     Phase,
     PhaseChanged,
@@ -139,7 +138,10 @@ class JobRun:
     # -- the attempt ----------------------------------------------------------------------------------------------
     def run(self) -> None:
         """Blocks until the attempt is over and its last report delivered (or its lease lost)."""
-        self.lease.start(self._leased(), aborted=self._waiting_is_pointless)
+        self.lease.start(
+            leased_report(self._around.host, self._around.runtime.name),
+            aborted=self._waiting_is_pointless,
+        )
         try:
             self._run_in_workspace()
         except Exception as exc:
@@ -179,6 +181,7 @@ class JobRun:
             with contextlib.ExitStack() as stack:
                 running = self._prepare(stack)
                 self._exit = self._watch(running)
+                self._keep_linked(running)
         except Ended:
             pass
         except AgentError as exc:
@@ -204,7 +207,8 @@ class JobRun:
         self._grants = self.lease.grants()
         self._console.add_secrets(self._secret_values())
         self._go_on()
-        facts = self._facts()
+        around = self._around
+        facts = host_facts(around.host, worker=around.worker, runtime=around.runtime.name)
         valohai_dir = self._around.runtime.valohai_dir(self._workspace)
         environment = build_environment(
             self.job, secrets=self._grants.secrets, valohai_dir=valohai_dir, facts=facts
@@ -353,12 +357,22 @@ class JobRun:
             valohai_dir=valohai_dir,
         )
 
+    def _keep_linked(self, running: Running) -> None:
+        """O-16: what links in the outputs lead to goes with the container, so it is copied before."""
+        self._collecting.set()
+        if self._collector is None or self.lease.lost.is_set():
+            return
+        self._phases.enter(Phase.uploading)
+        self._around.runtime.make_readable(self._workspace.outputs)
+        self._collector.keep_linked(running.copy_out)
+
     def _collect_outputs(self) -> OutputSummary:
         """Also after a crash or a stop (O-01); a failure is a problem, never an exception."""
         self._collecting.set()
         if self._collector is None or self.lease.lost.is_set():
             return OutputSummary()
-        self._phases.enter(Phase.uploading)
+        if self._phases.current is not Phase.uploading:
+            self._phases.enter(Phase.uploading)
         try:
             self._around.runtime.make_readable(self._workspace.outputs)
             return self._collector.finish()
@@ -415,29 +429,6 @@ class JobRun:
             return []
 
     # -- small ones ---------------------------------------------------------------------------------------------------
-    def _leased(self) -> Leased:
-        host = self._around.host
-        return Leased(
-            runtime=self._around.runtime.name,
-            host=host.hostname,
-            machine_id=host.machine_id,
-            agent_version=__version__,
-            local_ips=host.local_ips,
-            gpus=host.gpus,
-        )
-
-    def _facts(self) -> HostFacts:
-        host = self._around.host
-        return HostFacts(
-            hostname=host.hostname,
-            worker=self._around.worker,
-            agent_version=__version__,
-            runtime=self._around.runtime.name,
-            local_ip=host.local_ips[0] if host.local_ips else "",
-            public_ip=host.public_ip,
-            machine_id=host.machine_id,
-        )
-
     def _go_on(self) -> None:
         if self._cancel_preparing.is_set() or self.lease.lost.is_set():
             raise Ended

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,23 +39,49 @@ def regular_files(root: Path) -> Iterator[TreeFile]:
             yield _file(relative, root / relative, status)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unresolved:
+    """A link that is no file of the four directories: the absolute path it leads to, and what is wrong with that.
+
+    `outside` when the path lies elsewhere in what the command saw, where the runtime may still have it.
+    """
+
+    path: str
+    reason: str
+    outside: bool = False
+
+
+def outside_links(workspace: Workspace, valohai_dir: str) -> Iterator[tuple[str, str]]:
+    """Outputs that are links out of the job's directories, each with the path that it leads to."""
+    for relative, status in _walk(workspace.outputs, "", lambda message: None):
+        if stat.S_ISLNK(status.st_mode):
+            target = resolve_link(workspace, valohai_dir, relative)
+            if isinstance(target, Unresolved) and target.outside:
+                yield relative, target.path
+
+
 def uploadable_files(
-    workspace: Workspace, valohai_dir: str, warn: Callable[[str], None]
+    workspace: Workspace,
+    valohai_dir: str,
+    warn: Callable[[str], None],
+    linked: Mapping[str, Path | Unresolved] | None = None,
 ) -> list[TreeFile]:
     """All that O-01 and O-16 upload: regular files, and links to regular files of this job.
 
-    Links out of `/valohai`, to directories or to nothing, FIFOs, sockets and devices are skipped with a
-    warning each.
+    `linked` holds what became of links out of the four directories: a copy of the file, or why there is none.
+    Links to anything else, FIFOs, sockets and devices are skipped with a warning each.
     """
+    linked = linked or {}
     found = []
     for relative, status in _walk(workspace.outputs, "", warn):
         path = workspace.outputs / relative
         if stat.S_ISREG(status.st_mode):
             found.append(_file(relative, path, status))
         elif stat.S_ISLNK(status.st_mode):
-            target = resolve_link(workspace, valohai_dir, relative)
-            if isinstance(target, str):
-                warn(f"Output {relative!r} is a link {target}; it is not uploaded.")
+            target = linked.get(relative) or resolve_link(workspace, valohai_dir, relative)
+            if isinstance(target, Unresolved):
+                words = f"a link to {target.path!r}, {target.reason}"
+                warn(f"Output {relative!r} is {words}; it is not uploaded.")
             else:
                 found.append(_file(relative, target, target.stat()))
         else:
@@ -64,14 +90,19 @@ def uploadable_files(
     return found
 
 
-def resolve_link(workspace: Workspace, valohai_dir: str, relative: str) -> Path | str:
-    """Follows a link of the outputs as the command would have seen it; the reason as text if it cannot.
+def resolve_link(workspace: Workspace, valohai_dir: str, relative: str) -> Path | Unresolved:
+    """Follows a link of the outputs as the command would have seen it; see `resolve`."""
+    return resolve(workspace, valohai_dir, f"{valohai_dir}/outputs/{relative}")
+
+
+def resolve(workspace: Workspace, valohai_dir: str, path: str) -> Path | Unresolved:
+    """The regular file at a path as the command would have seen it.
 
     Each step is resolved by hand below the four directories of the job, so that no link reaches a
     file of the worker.
     """
     base = valohai_dir.strip("/").split("/")
-    todo = [*base, "outputs", *relative.split("/")]
+    todo = path.split("/")
     current: list[str] = []
     links = 0
     while todo:
@@ -83,27 +114,28 @@ def resolve_link(workspace: Workspace, valohai_dir: str, relative: str) -> Path 
             continue
         real = _real(workspace, base, [*current, part])
         if real is None and base[: len(current) + 1] != [*current, part]:
-            return f"to {'/' + '/'.join([*current, part])}, outside the job's directories"
+            whole = posixpath.normpath("/" + "/".join([*current, part, *todo]))
+            return Unresolved(path=whole, reason="outside the job's directories", outside=True)
         if real is not None and real.is_symlink():
             links += 1
             if links > MAX_LINKS:
-                return "that leads to itself"
+                return Unresolved(path=path, reason="which leads back to itself")
             target = os.readlink(real)
             current = [] if target.startswith("/") else current
             todo = [*target.split("/"), *todo]
             continue
         current.append(part)
-    return _regular(_real(workspace, base, current))
+    return _regular(_real(workspace, base, current), "/" + "/".join(current))
 
 
-def _regular(path: Path | None) -> Path | str:
-    if path is None or path.is_dir():
-        return "to a directory"
+def _regular(real: Path | None, shown: str) -> Path | Unresolved:
+    if real is None or real.is_dir():
+        return Unresolved(path=shown, reason="a directory")
     try:
-        mode = path.lstat().st_mode
+        mode = real.lstat().st_mode
     except OSError:
-        return "to nothing"
-    return path if stat.S_ISREG(mode) else "to something that is no regular file"
+        return Unresolved(path=shown, reason="which does not exist")
+    return real if stat.S_ISREG(mode) else Unresolved(path=shown, reason="which is no regular file")
 
 
 def _real(workspace: Workspace, base: list[str], parts: list[str]) -> Path | None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from valohai_agent.checksums import decimal_size
 from valohai_agent.errors import AgentError, Conflict, Denied, OutputError
+from valohai_agent.linked import CopyOut, LinkedFiles
 from valohai_agent.output_tree import TreeFile, regular_files, uploadable_files
 from valohai_agent.protocol import (
     MAX_GRANT_REQUESTS,
@@ -96,6 +97,7 @@ class OutputCollector:
         self._progress = progress
         self._make_readable = make_readable
         self._valohai_dir = valohai_dir
+        self._linked = LinkedFiles(workspace, valohai_dir)
         self._parallel = parallel
         self._now = now
         self._lock = threading.Lock()
@@ -125,6 +127,10 @@ class OutputCollector:
                 return 0
             return len(self._waiting) - len(self._upload_waiting())
 
+    def keep_linked(self, copy_out: CopyOut) -> None:
+        """Copies what links lead to outside of the job's directories; before the container is removed."""
+        self._linked.keep(copy_out, self._status)
+
     def finish(self) -> OutputSummary:
         """Ends the live thread and uploads everything that is left, however the command ended."""
         self._stop.set()
@@ -133,7 +139,7 @@ class OutputCollector:
         with self._scan_lock:
             self._open_tree()
             live, self._waiting = self._waiting, []
-            problems = self._upload([*live, *self._remaining()])
+            problems = [*self._linked.problems, *self._upload([*live, *self._remaining()])]
             self._late_metadata()
         if self._stored:
             self._status(f"uploaded {self._stored} outputs, {decimal_size(self._bytes)}")
@@ -223,7 +229,7 @@ class OutputCollector:
             self._warn(f"Some outputs may be unreadable: {error}")
 
     def _remaining(self) -> list[_Output]:
-        files = uploadable_files(self._workspace, self._valohai_dir, self._warn)
+        files = uploadable_files(self._workspace, self._valohai_dir, self._warn, self._linked.found)
         collection = read_collection(self._workspace.outputs / COLLECTION, self._warn)
         consumed: set[str] = {COLLECTION} if collection.valid else set()
         metadata: dict[str, dict[str, Any]] = {}

@@ -53,6 +53,13 @@ class ExitStatus:
     message: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """A path is a link that leads to `path`, absolute as the command saw it."""
+
+    path: str
+
+
 class Running(Protocol):
     """A started command. All output has been delivered when `wait` gives the status."""
 
@@ -70,6 +77,15 @@ class Running(Protocol):
         ...
 
     def usage(self) -> Usage: ...
+
+    def copy_out(self, path: str, target: Path) -> Elsewhere | str | None:
+        """Copies the regular file that the command left at `path`, an absolute path outside of /valohai (O-16).
+
+        For after the end and before `remove`. None when `target` holds the content, where the path leads if it is a
+        link, else why it is not copied, as the end of `... is a link to <path>, `. A file of the worker that is not
+        the job's own is never copied. Raises OutputError when the content cannot be kept here.
+        """
+        ...
 
     def remove(self) -> None:
         """Kills what is left and forgets it. Idempotent, never raises."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAMPLE_SECONDS = 5.0
-SETTLE_SECONDS = 2.0
+SETTLE_SECONDS = 2
 DAEMON_LOST_SECONDS = 300.0  # the daemon may be restarted under a running container
 
 

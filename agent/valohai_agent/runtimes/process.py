@@ -148,7 +148,9 @@ class ProcessRuntime:
         except (OSError, ValueError) as error:
             self._venvs.drop(venv)
             raise StartError(f"The command cannot be started: {error}.") from error
-        running = ProcessRunning(process, workspace, on_output, lambda: self._venvs.drop(venv))
+        running = ProcessRunning(
+            process, workspace, on_output, lambda: self._venvs.drop(venv), venv=venv
+        )
         running.start()
         self._venvs.warm_up()
         return running

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -12,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from valohai_agent.errors import OutputError
 from valohai_agent.processes import kill_attempt
 from valohai_agent.protocol import Usage
 from valohai_agent.runtimes import namespace
-from valohai_agent.runtimes.base import ExitStatus, OnOutput, SignalName
+from valohai_agent.runtimes.base import Elsewhere, ExitStatus, OnOutput, SignalName
 from valohai_agent.runtimes.exits import ON_WORKER, explain
 from valohai_agent.runtimes.namespace_entry import FAILED
 from valohai_agent.workspace import Workspace
@@ -39,11 +41,14 @@ class ProcessRunning:
         workspace: Workspace,
         on_output: OnOutput,
         on_removed: Callable[[], None],
+        *,
+        venv: Path,
     ) -> None:
         self._process = process
         self._workspace = workspace
         self._on_output = on_output
         self._on_removed = on_removed
+        self._venv = venv
         self._signalled = False
         self._killed = False
         self._status: ExitStatus | None = None
@@ -81,6 +86,22 @@ class ProcessRunning:
 
     def usage(self) -> Usage:
         return self._usage
+
+    def copy_out(self, path: str, target: Path) -> Elsewhere | str | None:
+        """Takes files of the job's private virtual environment only: all else here is the worker's own."""
+        real = Path(os.path.realpath(path))
+        if not real.is_relative_to(os.path.realpath(self._venv)):
+            return (
+                "outside the job's directories and its virtual environment, which are all that a worker without "
+                "containers uploads from; copy the file into the outputs directory"
+            )
+        if not real.is_file():
+            return "which does not exist" if not real.exists() else "which is no regular file"
+        try:
+            shutil.copy2(real, target, follow_symlinks=False)
+        except OSError as error:
+            raise OutputError(f"{path} could not be copied to {target.parent}: {error}") from error
+        return None
 
     def remove(self) -> None:
         self.signal("SIGKILL")

@@ -13,7 +13,7 @@ from tests.support.agent_conductor import Conductor
 from tests.support.agent_process import AgentProcess
 from tests.support.ports import wait_for
 from tests.support.redis_server import RedisServer
-from valohai_agent.protocol import Outcome, OutputStored, StopAcknowledged
+from valohai_agent.protocol import Outcome, OutputStored, StopAcknowledged, Warned
 
 if TYPE_CHECKING:
     import docker
@@ -72,6 +72,46 @@ def test_a_container_runs_the_job_and_leaves_nothing(
     wait_for(
         lambda: not (agent.work_dir / execution_id / "1" / "outputs").exists(), what="clean-up"
     )
+
+
+def test_o16_links_into_the_containers_own_layer_are_stored_with_their_content(
+    conductor: Conductor,
+    start_agent: StartAgent,
+    docker_client: docker.DockerClient,
+    docker_image: str,
+) -> None:
+    """Never a file of the host: the same path there has another content."""
+    agent = start_agent()
+    host_file = agent.work_dir / "host-file"
+    host_file.write_text("of the host")
+    execution_id = conductor.submit(
+        "mkdir -p /opt/m; echo weights > /opt/m/w.bin; ln -s m /opt/current; ln -s current/w.bin /opt/latest",
+        "cd /valohai/outputs; ln -s /opt/m/w.bin w.bin; ln -s /opt/current/w.bin through; ln -s /opt/latest l",
+        "ln -s /valohai/repository/hello.txt own; ln -s /opt/none broken; ln -s /dev/null device; ln -s /opt dir",
+        "ln -s /opt/loop /opt/loop; ln -s /opt/loop loop; mkfifo /opt/pipe; ln -s /opt/pipe pipe",
+        f"ln -s {host_file} host; ln -s /proc/1/environ process",
+        "head -c 300000000 /dev/zero > /opt/big; ln -s /opt/big big",
+        image=docker_image,
+    )
+    finished = conductor.finished(execution_id, seconds=90)
+    assert (finished.outcome, finished.reason) == (Outcome.complete, None)
+    stored = conductor.applied(execution_id).bodies(OutputStored)
+    small = {b.name: (conductor.store / b.upload_id).read_bytes() for b in stored if b.size < 1000}
+    weights = dict.fromkeys(("w.bin", "through", "l"), b"weights\n")
+    assert small == {**weights, "own": b"hello\n"}
+    assert {b.name: b.size for b in stored if b.size > 1000} == {"big": 300_000_000}
+    warnings = {body.message for body in conductor.applied(execution_id).bodies(Warned)}
+    for name, target in {
+        "broken": "/opt/none",
+        "device": "/dev/null",
+        "dir": "/opt",
+        "loop": "/opt/loop",
+        "pipe": "/opt/pipe",
+        "host": str(host_file),
+        "process": "/proc/1/environ",
+    }.items():
+        assert any(f"Output {name!r} is a link to {target!r}, " in w for w in warnings), warnings
+    assert containers(docker_client, execution_id) == []
 
 
 def test_k54_a_stop_interrupts_the_command_in_its_container(

@@ -90,6 +90,25 @@ def children_of_commands() -> list[int]:
 # -- the plain course of things ---------------------------------------------------------------------------------------
 
 
+def test_o16_links_lead_to_the_jobs_own_files_or_are_named_whole(
+    conductor: Conductor, agent: AgentProcess
+) -> None:
+    """Of a worker without containers only the job's directories and its private environment are uploaded."""
+    (agent.work_dir / "of-the-worker").write_text("private")
+    execution_id = conductor.submit(
+        'echo lib > "$VIRTUAL_ENV/lib.txt"; cd /valohai/outputs; ln -s "$VIRTUAL_ENV/lib.txt" lib',
+        "ln -s /valohai/repository/hello.txt own; ln -s /etc/hostname host",
+        f'ln -s {agent.work_dir}/of-the-worker w; ln -s {agent.work_dir}/of-the-worker "$VIRTUAL_ENV/x"',
+        'ln -s "$VIRTUAL_ENV/x" through',
+    )
+    assert conductor.finished(execution_id).outcome is Outcome.complete
+    assert outputs(conductor, execution_id) == {"lib": b"lib\n", "own": b"hello\n"}
+    warnings = {body.message for body in conductor.applied(execution_id).bodies(Warned)}
+    assert len(warnings) == 3
+    assert any("'host' is a link to '/etc/hostname', outside the job's" in w for w in warnings)
+    assert any(f"'w' is a link to '{agent.work_dir}/of-the-worker', outside" in w for w in warnings)
+
+
 def test_a_job_from_lease_to_finished(conductor: Conductor, agent: AgentProcess) -> None:
     conductor.secrets = {"TOKEN": "hunter2-secret"}
     execution_id = conductor.submit(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from valohai_agent.errors import OutputError
 from valohai_agent.outputs import OutputCollector, OutputSummary, upload_logs
 from valohai_agent.protocol import (
     Checksums,
@@ -19,6 +20,7 @@ from valohai_agent.protocol import (
     Transfer,
     UploadGrant,
 )
+from valohai_agent.runtimes.base import Elsewhere
 from valohai_agent.transfer import Transferer
 from valohai_agent.workspace import Workspace
 
@@ -165,22 +167,69 @@ def test_o16_links_within_the_job_are_followed(rig: Rig) -> None:
     }
 
 
+def test_o16_what_links_lead_to_in_the_container_is_kept_once_under_each_name(rig: Rig) -> None:
+    files: dict[str, bytes | Elsewhere | str] = {"/opt/m/w.bin": b"weights"}
+    files["/opt/final"] = Elsewhere(path="/valohai/repository/r")
+    asked: list[str] = []
+
+    def copy_out(path: str, target: Path) -> Elsewhere | str | None:
+        asked.append(path)
+        found = files.get(path, "which does not exist in the container")
+        if not isinstance(found, bytes):
+            return found
+        target.write_bytes(found)
+        return None
+
+    files["/opt/link"] = Elsewhere(path="/opt/m/w.bin")
+    (rig.workspace.repository / "r").write_bytes(b"from the repository")
+    (rig.outputs / "sub").mkdir()
+    (rig.outputs / "w.bin").symlink_to("/opt/m/w.bin")
+    (rig.outputs / "sub/again").symlink_to("../../../opt/m/w.bin")
+    (rig.outputs / "chain").symlink_to("/opt/link")
+    (rig.outputs / "back").symlink_to("/opt/final")
+    (rig.outputs / "broken").symlink_to("/opt/none")
+    rig.collector.keep_linked(copy_out)
+    assert rig.finish().problems == []
+    assert {report.name: rig.stored(report) for report in rig.reports} == {
+        "w.bin": b"weights",
+        "sub/again": b"weights",
+        "chain": b"weights",
+        "back": b"from the repository",
+    }
+    assert asked.count("/opt/m/w.bin") == 2  # directly, and through /opt/link
+    [warning] = rig.warnings
+    assert "'broken' is a link to '/opt/none', which does not exist in the container" in warning
+
+
+def test_o18_a_linked_file_that_cannot_be_kept_is_a_problem_and_the_rest_is_stored(
+    rig: Rig,
+) -> None:
+    def copy_out(path: str, target: Path) -> Elsewhere | str | None:
+        raise OutputError("no space left on device")
+
+    rig.write("good")
+    (rig.outputs / "w.bin").symlink_to("/opt/m/w.bin")
+    rig.collector.keep_linked(copy_out)
+    assert rig.finish().problems == ["Output 'w.bin' could not be stored: no space left on device."]
+    assert rig.names() == ["good"]
+
+
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
-        ("/etc/passwd", "to /etc, outside the job's directories"),
-        ("../../../../../../../../../etc/passwd", "outside"),
-        ("/valohai/../etc/passwd", "outside"),
-        ("/valohai/run/command", "outside"),
+        ("/etc/passwd", "'/etc/passwd', outside the job's directories"),
+        ("../../../../../../../../../etc/passwd", "'/etc/passwd', outside"),
+        ("/valohai/../etc/passwd", "'/etc/passwd', outside"),
+        ("/valohai/run/command", "'/valohai/run/command', outside"),
         ("../run/command", "outside"),
-        ("/valohai/outputs/../../etc/hosts", "outside"),
-        ("nothing", "to nothing"),
-        ("/valohai/outputs", "to a directory"),
-        ("/valohai", "to a directory"),
-        (".", "to a directory"),
-        ("loop", "leads to itself"),
-        ("directory-link/passwd", "outside"),
-        ("pipe", "to something that is no regular file"),
+        ("/valohai/outputs/../../etc/hosts", "'/etc/hosts', outside"),
+        ("nothing", "'/valohai/outputs/nothing', which does not exist"),
+        ("/valohai/outputs", "'/valohai/outputs', a directory"),
+        ("/valohai", "a directory"),
+        (".", "a directory"),
+        ("loop", "which leads back to itself"),
+        ("directory-link/passwd", "'/etc/passwd', outside"),
+        ("pipe", "'/valohai/outputs/pipe', which is no regular file"),
     ],
 )
 def test_o16_links_out_of_the_tree_are_skipped_with_a_warning(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from tests.support.clock import FakeClock
 from valohai_agent.protocol import Usage
-from valohai_agent.runtimes.base import ExitStatus, SignalName
+from valohai_agent.runtimes.base import Elsewhere, ExitStatus, SignalName
 from valohai_agent.stopping import Cause, Limits, Patience
 from valohai_agent.supervise import Supervisor
 
@@ -46,6 +47,9 @@ class FakeRunning:
 
     def usage(self) -> Usage:
         return Usage()
+
+    def copy_out(self, path: str, target: Path) -> Elsewhere | str | None:
+        return "which does not exist"
 
     def remove(self) -> None:
         self.removed = True
