@@ -127,7 +127,11 @@ def build_spec(
         title=config.title,
         tags=list(dict.fromkeys(config.tags)),
         priority=config.priority,
-        warnings=[*definition.unsupported, *_defaults_in_use(config, upstream)],
+        warnings=[
+            *definition.unsupported,
+            *definition.notes,
+            *_defaults_in_use(config, upstream),
+        ],
     )
 
 

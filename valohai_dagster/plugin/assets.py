@@ -203,16 +203,23 @@ def description_of(project: Project, step: StepDefinition) -> str:
     """The step's own words, then what of it has no effect here (nothing is ignored silently)."""
     parts = [step.step.description.strip()] if step.step.description else []
     parts.append(f"Step `{step.name}` of project `{project.name}`, image `{step.step.image}`.")
-    if step.unsupported:
-        parts.append(
-            "**Not supported here:**\n" + "\n".join(f"- {item}" for item in step.unsupported)
+    outputs = [_output_line(output) for output in step.step.outputs]
+    parts += [
+        f"**{title}:**\n" + "\n".join(f"- {line}" for line in lines)
+        for title, lines in (
+            ("Outputs", outputs),
+            ("Not supported here", step.unsupported),
+            ("Notes on the project's YAML", step.notes),
         )
-    notes = [str(problem) for problem in project.problems if step.name in problem.message]
-    if notes:
-        parts.append(
-            "**Notes on the project's YAML:**\n" + "\n".join(f"- {note}" for note in notes)
-        )
+        if lines
+    ]
     return "\n\n".join(parts)
+
+
+def _output_line(output: Mapping[str, Any]) -> str:
+    """Declared outputs are informational: every file in the outputs directory is collected (Y-13)."""
+    description = output.get("description")
+    return f"`{output.get('name')}`" + (f": {description}" if description else "")
 
 
 def definition_metadata(project: Project, step: StepDefinition) -> dict[str, Any]:

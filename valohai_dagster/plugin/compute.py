@@ -99,7 +99,8 @@ def prepare(
         upstream=resolve_upstream(step, edges_into(project, step.name), results),
     )
     if archive_warnings:
-        spec = spec.model_copy(update={"warnings": [*spec.warnings, *archive_warnings]})
+        warnings = dict.fromkeys([*spec.warnings, *archive_warnings])  # both may tell of one file
+        spec = spec.model_copy(update={"warnings": list(warnings)})
     return project, spec
 
 

@@ -61,7 +61,7 @@ def derive_edges(
     """
     graph = _Graph()
     for pipeline in pipelines.values():
-        _warn_of_node_cycle(pipeline, graph)
+        _warn_of_node_cycle(pipeline, graph, task_steps or {})
         for found in _edges_of(pipeline, steps, task_steps or {}):
             if isinstance(found, Problem):
                 graph.problems.append(found)
@@ -119,7 +119,8 @@ class _Graph:
         self, edge: StepEdge, why: str, *, level: Literal["warning", "note"] = "note"
     ) -> None:
         message = f"pipeline `{edge.pipeline}`: the edge {edge.source} -> {edge.target} adds nothing to the asset graph: {why}"
-        self.problems.append(Problem(level=level, message=message))
+        concerned = tuple(dict.fromkeys((edge.source_step, edge.target_step)))
+        self.problems.append(Problem(level=level, message=message, steps=concerned))
 
 
 def _edges_of(
@@ -157,7 +158,8 @@ def _edge(
     reason = _unusable(edge, nodes, steps[source_step], steps[target_step])
     if reason:
         message = f"pipeline `{pipeline.name}`: the edge {edge.source} -> {edge.target} is ignored: {reason}"
-        return Problem(level="warning", message=message)
+        concerned = tuple(dict.fromkeys((source_step, target_step)))
+        return Problem(level="warning", message=message, steps=concerned)
     ordering = "dependency" in (edge.source_type, edge.target_type)
     target_node = nodes[edge.target_node]
     mode = getattr(target_node, "edge_merge_mode", None)
@@ -194,12 +196,14 @@ def _unusable(edge: Edge, nodes: Mapping[str, Node], source: Step, target: Step)
     return None
 
 
-def _warn_of_node_cycle(pipeline: Pipeline, graph: _Graph) -> None:
+def _warn_of_node_cycle(pipeline: Pipeline, graph: _Graph, task_steps: Mapping[str, str]) -> None:
     cycle = node_cycle(pipeline)
     if cycle:
         message = f"pipeline `{pipeline.name}` is cyclic ({' -> '.join(cycle)}) and could never run (Y-105)"
         hint = "remove one of these edges; until then the asset graph leaves out the edge that closes the cycle"
-        graph.problems.append(Problem(level="warning", message=message, hint=hint))
+        found = [_step_of(pipeline.node_map[name], task_steps) for name in cycle]
+        steps = tuple(dict.fromkeys(step for step in found if step))
+        graph.problems.append(Problem(level="warning", message=message, hint=hint, steps=steps))
 
 
 def node_cycle(pipeline: Pipeline) -> list[str]:

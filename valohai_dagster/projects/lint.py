@@ -7,8 +7,8 @@ can make the check itself fail (Y-06, Y-106).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,22 +16,24 @@ from valohai_yaml.lint import LintResult
 from valohai_yaml.objs import Config, Pipeline
 
 from valohai_dagster.projects import yaml_text
+from valohai_dagster.projects.items import KINDS, Path, items_of, kind_of, steps_at, value_at
 from valohai_dagster.projects.normalise import normalised
 from valohai_dagster.projects.problems import Level, Problem, errors_of
 from valohai_dagster.projects.schema_check import schema_problems
+from valohai_dagster.projects.unsupported import unsupported_keys
 from valohai_dagster.projects.yaml_text import YamlText, child_of
 
-KINDS = ("step", "task", "endpoint", "pipeline", "blueprint", "deployment")  # order of Y-04
 _PARSE_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError)
-Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedConfig:
-    """`config` is None when a problem of level error was found."""
+    """`config` is None when a problem of level error was found; `unsupported` are those of the problems that tell
+    which keys have no effect here."""
 
     config: Config | None
     problems: tuple[Problem, ...] = ()
+    unsupported: tuple[Problem, ...] = ()
     step_lines: dict[str, int | None] = field(default_factory=dict)
 
 
@@ -51,11 +53,18 @@ def check_config(content: bytes | str) -> CheckedConfig:
     problems.extend(more)
     if config is not None:
         problems.extend(_semantic_problems(config, data, text))
+    without_effect = _with_steps(unsupported_keys(data, text), data)
     return CheckedConfig(
         config=None if errors_of(problems) else config,
-        problems=_sorted(problems),
-        step_lines={name: text.line(path, key=True) for name, path in _items(data, "step")},
+        problems=_sorted([*_with_steps(problems, data), *without_effect]),
+        unsupported=_sorted(without_effect),
+        step_lines={name: text.line(path, key=True) for name, path in items_of(data, "step")},
     )
+
+
+def _with_steps(problems: Iterable[Problem], data: list[Any]) -> list[Problem]:
+    """Each problem tied to the steps that its place concerns."""
+    return [replace(problem, steps=steps_at(data, problem.path)) for problem in problems]
 
 
 def _sorted(problems: Sequence[Problem]) -> tuple[Problem, ...]:
@@ -110,7 +119,7 @@ def _parsed(data: list[Any], text: YamlText) -> tuple[Config | None, list[Proble
         try:
             Config.parse([item])
         except _PARSE_ERRORS as error:
-            kind = next((kind for kind in KINDS if kind in item), "")
+            kind = kind_of(item) or ""
             name = child_of(child_of(item, kind), "name")
             message = f"{kind} `{name}` cannot be read: {_error_words(error)}"
             problems.append(
@@ -132,22 +141,14 @@ def _duplicates(data: list[Any], text: YamlText) -> list[Problem]:
     """Y-05: the last definition wins."""
     problems, seen = [], set[tuple[str, str]]()
     for kind in KINDS:
-        for name, path in _items(data, kind):
+        for name, path in items_of(data, kind):
             shared = "pipeline" if kind == "blueprint" else kind
             if (shared, name) in seen:
                 message = f"{kind} `{name}` is defined again; the last definition counts (Y-05)"
-                problems.append(
-                    Problem(level="warning", message=message, line=text.line(path, key=True))
-                )
+                line = text.line(path, key=True)
+                problems.append(Problem(level="warning", message=message, line=line, path=path))
             seen.add((shared, name))
     return problems
-
-
-def _items(data: list[Any], kind: str) -> Iterator[tuple[str, Path]]:
-    """Names of all items that are read as `kind`, with their paths, in file order."""
-    for index, item in enumerate(data):
-        if next((k for k in KINDS if k in item), None) == kind and isinstance(item[kind], dict):
-            yield str(item[kind].get("name")), (index, kind)
 
 
 # -- semantics ---------------------------------------------------------------------------------------------------
@@ -163,15 +164,33 @@ def _semantic_problems(config: Config, data: list[Any], text: YamlText) -> Itera
         (("deployment",), config.deployments),
     )
     for kinds, objects in groups:
-        paths = {name: path for kind in kinds for name, path in _items(data, kind)}
+        paths = dict(items_of(data, *kinds))
         for name, obj in objects.items():
             result = LintResult()
             try:
                 obj.lint(result, {"config": config})
             except _PARSE_ERRORS as error:
                 _add_crash(result, obj, error)
+            if isinstance(obj, Pipeline):
+                yield from _action_warnings(obj, text, paths.get(name, ()))
             for found in result.messages:
-                yield _placed(found, data, text, paths.get(name, ()))
+                if not _ACTION_WARNING.match(found["message"]):
+                    yield _placed(found, data, text, paths.get(name, ()))
+
+
+def _action_warnings(pipeline: Pipeline, text: YamlText, path: Path) -> Iterator[Problem]:
+    """The library's warnings about actions (Y-100) do not name the node: asked for one by one they have a place."""
+    for number, node in enumerate(pipeline.nodes):
+        for index, action in enumerate(node.actions):
+            result = LintResult()
+            action.lint(result, {})
+            place = (*path, "nodes", number, "actions", index)
+            for found in result.messages:
+                message = (
+                    f"pipeline `{pipeline.name}`, node `{node.name}`: {found['message'].strip()}"
+                )
+                line = text.line(place)
+                yield Problem(level="warning", message=message, line=line, path=place)
 
 
 def _add_crash(result: LintResult, obj: Any, error: Exception) -> None:
@@ -180,6 +199,7 @@ def _add_crash(result: LintResult, obj: Any, error: Exception) -> None:
         result.add_error(f"`{obj.name}` cannot be checked: {type(error).__name__}: {error}")
 
 
+_ACTION_WARNING = re.compile(r'"(when|then)" value ')
 _SEMANTIC = (  # pattern of the library's message -> where to look below the item, hint
     (r"Step .*, parameter (?P<name>.+?): default", "parameters/{name}/default", "change the default or the rule; a launch without its own value is refused"),
     (r"Step .*, parameter (?P<name>.+?): ", "parameters/{name}", None),
@@ -198,21 +218,24 @@ _SEMANTIC = (  # pattern of the library's message -> where to look below the ite
 
 def _placed(found: Any, data: list[Any], text: YamlText, path: Path) -> Problem:
     level: Level = "error" if found["type"] == "error" else "warning"
+    place, hint = _place_and_hint(found["message"])
+    path = _located(data, path, place) if place else path
+    line = text.line(path, key=isinstance(path[-1], str) if path else False)
+    return Problem(level=level, message=found["message"].strip(), line=line, hint=hint, path=path)
+
+
+def _place_and_hint(message: str) -> tuple[str, str | None]:
     for pattern, place, hint in _SEMANTIC:
-        match = re.search(pattern, found["message"], re.DOTALL)
+        match = re.search(pattern, message, re.DOTALL)
         if match:
             groups = {key: value.replace("/", "\0") for key, value in match.groupdict().items()}
-            path = _located(data, path, place.format(**groups))
-            line = text.line(path, key=isinstance(path[-1], str) if path else False)
-            return Problem(level=level, message=found["message"].strip(), line=line, hint=hint)
-    return Problem(level=level, message=found["message"].strip(), line=text.line(path, key=True))
+            return place.format(**groups), hint
+    return "", None
 
 
 def _located(data: list[Any], path: Path, place: str) -> Path:
     """Follow `key/name` and `edges/side:prefix` as far as they lead."""
-    value: Any = data
-    for part in path:
-        value = child_of(value, part)
+    value = value_at(data, path)
     for step in place.split("/"):
         wanted = step.replace("\0", "/")
         if isinstance(value, dict):

@@ -85,8 +85,9 @@ def _sockets(pipeline: dict[str, Any], text: YamlText, path: tuple[int, str]) ->
             if after != before:
                 edge[key] = after
                 message = f"pipeline `{pipeline.get('name')}`: edge socket `{before}` is read as `{after}` (Y-103)"
-                line = text.line((*path, "edges", number, key))
-                yield Problem(level="warning", message=message, line=line)
+                place = (*path, "edges", number, key)
+                line = text.line(place)
+                yield Problem(level="warning", message=message, line=line, path=place)
 
 
 def _ends(edge: Any) -> list[tuple[Any, Any]]:

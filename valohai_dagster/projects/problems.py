@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Level = Literal["error", "warning", "note"]
@@ -17,11 +17,17 @@ class Problem:
     message: str
     line: int | None = None  # 1-based, in the project's YAML file
     hint: str | None = None
+    steps: tuple[str, ...] = ()  # names of the steps it concerns; none = the project as a whole
+    path: tuple[str | int, ...] = field(default=(), compare=False)  # in the file's data
 
     def __str__(self) -> str:
         place = f"line {self.line}: " if self.line else ""
         hint = f" (hint: {self.hint})" if self.hint else ""
         return f"{place}{self.message}{hint}"
+
+    def concerns(self, step: str) -> bool:
+        """Whether those who look at that step should see it: its own problems and those of the whole project."""
+        return not self.steps or step in self.steps
 
 
 def errors_of(problems: Iterable[Problem]) -> list[Problem]:

@@ -24,7 +24,7 @@ from valohai_dagster.projects.source import (
     open_tree,
     yaml_candidates,
 )
-from valohai_dagster.projects.step import StepDefinition, unsupported_keys
+from valohai_dagster.projects.step import StepDefinition
 
 __all__ = [
     "Commit",
@@ -119,27 +119,42 @@ def _default_cache() -> Path:
 def _load(source: ProjectSource, tree: Tree) -> Project:
     checked = check_config(_read_yaml(source, tree))
     if checked.config is None:
-        count = sum(problem.level == "error" for problem in checked.problems)
-        found = "1 problem" if count == 1 else f"{count} problems"
         commit = tree.commit.identifier[:12]
         raise ProjectError(
-            f"project `{source.name}`: {source.yaml_path} of {commit} has {found}:",
-            [str(problem) for problem in checked.problems if problem.level != "note"],
+            f"project `{source.name}`: {source.yaml_path} of {commit} has {_counted(checked.problems)}:",
+            [_told(problem) for problem in checked.problems if problem.level != "note"],
         )
     return _project(source, tree, checked.config, checked)
+
+
+def _counted(problems: Sequence[Problem]) -> str:
+    """The levels that `_told` lists, each with its number."""
+    counts = {
+        level: sum(problem.level == level for problem in problems) for level in ("error", "warning")
+    }
+    words = [f"{count} {level}{'s' * (count > 1)}" for level, count in counts.items() if count]
+    return " and ".join(words)
+
+
+def _told(problem: Problem) -> str:
+    return str(problem) if problem.level == "error" else f"{problem.level}: {problem}"
 
 
 def _project(source: ProjectSource, tree: Tree, config: Config, checked: CheckedConfig) -> Project:
     task_steps = {name: task.step for name, task in config.tasks.items()}
     edges, notes = derive_edges(config.steps, config.pipelines, task_steps)
     legal = legal_names(config.steps)
+    unsupported = set(checked.unsupported)
+    problems = (*checked.problems, *notes, *_warnings(tree.warnings))
+    others = [problem for problem in problems if problem not in unsupported]
     steps = {
         name: StepDefinition(
             project=source.name,
             step=step,
             asset_name=legal[name],
             line=checked.step_lines.get(name),
-            unsupported=unsupported_keys(step),
+            unsupported=_concerning(name, checked.unsupported),
+            notes=_concerning(name, others),
         )
         for name, step in config.steps.items()
     }
@@ -152,9 +167,13 @@ def _project(source: ProjectSource, tree: Tree, config: Config, checked: Checked
         steps=steps,
         edges=edges,
         pipelines=config.pipelines,
-        problems=(*checked.problems, *notes, *_warnings(tree.warnings)),
+        problems=problems,
         tree=tree,
     )
+
+
+def _concerning(step: str, problems: Sequence[Problem]) -> tuple[str, ...]:
+    return tuple(str(problem) for problem in problems if problem.concerns(step))
 
 
 def _warnings(messages: Sequence[str]) -> list[Problem]:

@@ -15,26 +15,13 @@ from valohai_yaml.objs import Step
 STEP_VERSION = 1
 
 
-def unsupported_keys(step: Step) -> tuple[str, ...]:
-    """Keys of the step without effect here, in words; the one list that descriptions and logs show."""
-    words = {
-        "cache-volumes": (step.cache_volumes, "only Kubernetes workers have cache volumes (Y-14)"),
-        "runtime-config-preset": (
-            step.runtime_config_preset,
-            "runtime presets are not supported yet",
-        ),
-        "resources": (step.resources.get_data(), "only Kubernetes workers have resource requests"),
-        "autorestart": (step.autorestart, "restart after a spot interruption is not supported yet"),
-    }
-    return tuple(f"`{key}` has no effect: {why}" for key, (value, why) in words.items() if value)
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepDefinition:
     """One step of one commit.
 
-    `unsupported` lists, in words, the keys of the step that have no effect in this deployment; it is shown in the
-    asset's description and in the log of each execution, so that nothing is ignored silently.
+    `unsupported` lists, in words, the keys of the file that concern the step and have no effect in this deployment;
+    `notes` what else the check of the file has to say about it. Both are shown in the asset's description and in the
+    log of each execution, so that nothing is ignored silently.
     """
 
     project: str
@@ -42,6 +29,7 @@ class StepDefinition:
     asset_name: str = ""  # legal Dagster name, told apart from the project's other steps
     line: int | None = None  # of its `step:` item in the YAML file
     unsupported: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -56,6 +44,7 @@ class StepDefinition:
             "asset_name": self.asset_name,
             "line": self.line,
             "unsupported": list(self.unsupported),
+            "notes": list(self.notes),
             "step": self.step.serialize(),
         }
         return json.loads(json.dumps(data, default=str))
@@ -72,6 +61,7 @@ class StepDefinition:
             asset_name=data["asset_name"],
             line=data.get("line"),
             unsupported=tuple(data.get("unsupported") or ()),
+            notes=tuple(data.get("notes") or ()),
             step=Step.parse(data["step"]),
         )
 

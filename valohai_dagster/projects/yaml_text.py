@@ -131,11 +131,20 @@ def _children(node: Node) -> Iterator[Node]:
             yield value
 
 
+def _places(node: Node) -> Iterator[tuple[str | int, Node]]:
+    """The values below a node, each with the part of the path that leads to it."""
+    if isinstance(node, SequenceNode):
+        yield from enumerate(node.value)
+    elif isinstance(node, MappingNode):
+        yield from ((str(key.value), value) for key, value in node.value)
+
+
 def _duplicate_keys(root: Node | None) -> Iterator[Problem]:
     """One warning per repeated key, each node visited once however often it is aliased."""
-    todo, seen = [root] if root else [], set[int]()
+    todo: list[tuple[tuple[str | int, ...], Node]] = [((), root)] if root else []
+    seen = set[int]()
     while todo:
-        node = todo.pop()
+        path, node = todo.pop()
         if id(node) in seen:
             continue
         seen.add(id(node))
@@ -143,9 +152,10 @@ def _duplicate_keys(root: Node | None) -> Iterator[Problem]:
         for key, _ in node.value if isinstance(node, MappingNode) else ():
             if isinstance(key, ScalarNode) and key.value in names and key.value != "<<":
                 message = f"key `{key.value}` is given twice; the last one counts"
-                yield Problem(level="warning", message=message, line=_line(key))
+                place = (*path, key.value)
+                yield Problem(level="warning", message=message, line=_line(key), path=place)
             names.add(str(key.value))
-        todo.extend(reversed(list(_children(node))))
+        todo.extend(((*path, part), child) for part, child in reversed(list(_places(node))))
 
 
 def _child(node: Node | None, part: str | int) -> tuple[Node | None, Node | None]:

@@ -11,7 +11,14 @@ import httpx
 import pytest
 from dagster import AssetKey, DagsterInstance
 
-from valohai_dagster import ProjectError, ValohaiProjectComponent, load_valohai_project
+from tests.support.dagster_face import FakeBackend
+from valohai_dagster import (
+    ProjectError,
+    ValohaiProjectComponent,
+    load_project,
+    load_valohai_project,
+    project_assets,
+)
 from valohai_dagster.errors import RefusedError, ServiceUnavailable
 from valohai_dagster.plugin.git_sensor import build_git_sensor
 from valohai_dagster.plugin.reload import reload_code_location
@@ -49,11 +56,67 @@ def specs(defs: dg.Definitions) -> dict[AssetKey, dg.AssetSpec]:
     return {spec.key: spec for spec in defs.resolve_all_asset_specs()}
 
 
-def test_an_unsupported_key_is_said_in_the_description(project: Path, tmp_path: Path) -> None:
-    found = specs(load_valohai_project(project, cache_dir=tmp_path / "cache"))
-    description = found[AssetKey(["digits", "train"])].description or ""
-    assert "Not supported here" in description
-    assert "resources" in description
+MANY = """
+- step:
+    name: train
+    image: python:3.11
+    command: python train.py
+    resources: {cpu: {min: 1}}
+    outputs:
+      - {name: model, description: the weights}
+- step: {name: train more, image: i, command: c}
+- task: {name: sweep, step: train, parameters: [{name: p, style: multiple, rules: {items: [1]}}]}
+- endpoint: {name: predict, image: i, port: 8000, server-command: serve}
+- pipeline:
+    name: all
+    nodes:
+      - {name: one, type: execution, step: train, on-error: continue}
+      - {name: two, type: execution, step: train more}
+    edges: []
+"""
+
+
+def test_what_has_no_effect_is_in_the_description_and_in_the_log_of_the_steps_it_concerns(
+    project: Path, tmp_path: Path
+) -> None:
+    (project / "valohai.yaml").write_text(MANY)
+    commit(project)
+    backend = FakeBackend()
+    loaded = load_project(project, cache_dir=tmp_path / "cache")
+    assets = project_assets(loaded, open_backend=lambda: backend)
+    found = {
+        key: spec.description or "" for asset in assets for key, spec in asset.specs_by_key.items()
+    }
+    with dg.instance_for_test() as instance:
+        assert dg.materialize(assets, instance=instance).success
+    logs = {spec.step: "\n".join(spec.warnings) for spec in backend.submitted}
+    for step, asset in (("train", "train"), ("train more", "train_more")):
+        for text in (found[AssetKey(["digits", asset])], logs[step]):
+            own = step == "train"
+            assert "endpoint `predict` has no effect" in text
+            assert ("`resources` has no effect" in text) == own
+            assert ("task `sweep` of step `train` has no effect" in text) == own
+            assert ("`on-error: continue` has no effect" in text) == own
+    assert "- `model`: the weights" in found[AssetKey(["digits", "train"])]
+
+
+def test_a_projects_own_notes_are_on_every_asset_and_in_every_log(
+    project: Path, tmp_path: Path
+) -> None:
+    (project / "valohai.yaml").write_text("- definitions: {x: 1}\n" + MANY)
+    loaded = load_project(project, cache_dir=tmp_path / "cache")
+    for step in loaded.steps.values():
+        assert any("`definitions`" in note for note in step.notes)
+
+
+def test_a_broken_project_counts_what_it_lists(project: Path, tmp_path: Path) -> None:
+    (project / "valohai.yaml").write_text(
+        "- step:\n    name: x\n    image: y\n    image: z\n- stp: {}\n"
+    )
+    with pytest.raises(ProjectError, match="has 1 error and 2 warnings:") as caught:
+        load_valohai_project(project, cache_dir=tmp_path / "cache", strict=True)
+    assert len(caught.value.problems) == 3
+    assert sum(problem.startswith("warning: line") for problem in caught.value.problems) == 2
 
 
 def test_a_broken_project_tells_line_and_hint_and_others_still_load(

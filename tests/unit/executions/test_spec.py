@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from valohai_yaml.objs import Step
 from valohai_dagster.errors import SpecError
 from valohai_dagster.executions.spec import LaunchIds, StepConfig, build_spec
 from valohai_dagster.executions.spec_model import CommitRef, ExecutionSpec
-from valohai_dagster.projects.step import StepDefinition, unsupported_keys
+from valohai_dagster.projects.step import StepDefinition
 from valohai_dagster.projects.upstream import InputFeed, UpstreamValues
 
 COMMIT = CommitRef(
@@ -23,9 +24,7 @@ IDS = LaunchIds(
 
 def define(**more: Any) -> StepDefinition:
     step = Step.parse({"name": "s", "image": "python:3.11", "command": "run {parameters}", **more})
-    return StepDefinition(
-        project="p", step=step, asset_name="s", unsupported=unsupported_keys(step)
-    )
+    return StepDefinition(project="p", step=step, asset_name="s")
 
 
 def build(
@@ -247,21 +246,11 @@ def test_p19_edges_fill_variables_below_launch_values() -> None:
     assert spec.environment_variables == {"A": "edge", "B": "me"}
 
 
-def test_keys_without_effect_are_in_the_warnings() -> None:
-    definition = define(
-        environment="e",
-        autorestart=True,
-        resources={"cpu": {"min": 1}},
-        **{"cache-volumes": ["v"], "runtime-config-preset": "p"},
-    )
-    for key in (
-        "autorestart",
-        "resources",
-        "cache-volumes",
-        "runtime-config-preset",
-    ):
-        assert any(f"`{key}` has no effect" in warning for warning in build(definition).warnings)
-    assert build(define(autorestart=False)).warnings == []
+def test_keys_without_effect_and_notes_on_the_file_are_in_the_warnings() -> None:
+    definition = replace(define(), unsupported=("`icon` has no effect",), notes=("line 3: odd",))
+    assert build(definition).warnings == ["`icon` has no effect", "line 3: odd"]
+    back = StepDefinition.from_json(definition.to_json())
+    assert (back.unsupported, back.notes) == (definition.unsupported, definition.notes)
 
 
 def test_a_step_definition_travels_as_json() -> None:
