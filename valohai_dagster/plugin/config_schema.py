@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dagster import Any as Any_
 from dagster import Array, Bool, Enum, EnumValue, Field, Float, Int, Map, Noneable, Shape, String
 from valohai_yaml.objs.input import Input
 from valohai_yaml.objs.parameter import Parameter
@@ -48,6 +49,7 @@ def _group(fields: dict[str, Field], description: str) -> Field:
 def _common_fields(step: StepDefinition) -> dict[str, Field]:
     raw = step.step
     variables = "; ".join(_variable_text(v) for v in raw.environment_variables.values())
+    groups = raw.environment_variable_groups
     return {
         "image": _optional(String, f"Docker image. Default: {raw.image}"),
         "environment": _optional(
@@ -60,6 +62,14 @@ def _common_fields(step: StepDefinition) -> dict[str, Field]:
             description="Environment variables of the command, beside the step's own"
             + (f" ({variables})" if variables else ""),
         ),
+        "environment_variable_groups": Field(
+            Noneable(Array(String)),
+            is_required=False,
+            description="Groups of secrets for the command, instead of the step's own"
+            + (f" ({', '.join(groups)})" if groups else " (none)")
+            + "; see `valohai-dagster secrets`.",
+        ),
+        **_running_fields(raw),
         "tags": Field(Array(String), is_required=False, description="Tags of the execution."),
         "title": _optional(String, "Title of the execution."),
         "commit": _optional(
@@ -75,13 +85,43 @@ def _common_fields(step: StepDefinition) -> dict[str, Field]:
     }
 
 
+def _running_fields(raw: Any) -> dict[str, Field]:
+    """How the command is run. Durations are checked when the execution is built (Y-19)."""
+    durations = {
+        "time_limit": ("Stops the command after this time", raw.time_limit),
+        "no_output_timeout": (
+            "Stops the command after this time without output",
+            raw.no_output_timeout,
+        ),
+    }
+    return {
+        **{
+            name: _optional(
+                Any_, f"{words}: seconds, or text such as `1h 30m`. Default: {default or 'none'}."
+            )
+            for name, (words, default) in durations.items()
+        },
+        "priority": Field(
+            Int,
+            is_required=False,
+            description="Place in the queue: higher runs before lower. Default: 0.",
+        ),
+        "fail_fast": Field(
+            Bool,
+            is_required=False,
+            description="End at the first command that fails instead of running all (C-22). Default: false.",
+        ),
+    }
+
+
 def _optional(inner: Any, description: str) -> Field:
     return Field(Noneable(inner), is_required=False, description=description)
 
 
 def _variable_text(variable: Any) -> str:
     default = f"={variable.default}" if variable.default is not None else ""
-    return f"{variable.name}{default}" + ("" if variable.optional else ", required")
+    description = f", {variable.description.strip()}" if variable.description else ""
+    return f"{variable.name}{default}{description}" + ("" if variable.optional else ", required")
 
 
 def parameter_field(
@@ -146,6 +186,8 @@ def _parameter_text(parameter: Parameter, *, fed: bool) -> str:
     parts.append(", ".join(bounds).capitalize())
     if parameter.choices:
         parts.append("One of: " + ", ".join(str(c) for c in parameter.choices))
+    if parameter.category:
+        parts.append(f"Category: {parameter.category}")
     if parameter.multiple:
         parts.append(f"Several values ({parameter.multiple.value})")
     if fed:
@@ -216,6 +258,11 @@ def step_config(
         image=config.get("image"),
         environment=config.get("environment"),
         environment_variables={k: v for k, v in variables.items() if v is not None},
+        environment_variable_groups=config.get("environment_variable_groups"),
+        time_limit=config.get("time_limit"),
+        no_output_timeout=config.get("no_output_timeout"),
+        priority=config.get("priority") or 0,
+        fail_fast=bool(config.get("fail_fast")),
         tags=tuple(config.get("tags") or ()),
         title=config.get("title"),
         commit=config.get("commit"),

@@ -200,3 +200,32 @@ def test_every_project_of_one_location_may_have_the_same_step_names() -> None:
     one, two = (s.fields["parameters"].config_type.fields["optimizer"] for s in schemas)
     assert one.config_type.key != two.config_type.key
     assert isinstance(config_schema(first), dg.Shape)
+
+
+def test_k72_groups_limits_priority_and_fail_fast_are_set_at_launch(step: StepDefinition) -> None:
+    given = valid(
+        {
+            "environment_variable_groups": ["prod"],
+            "time_limit": "1h 30m",
+            "no_output_timeout": 90,
+            "priority": 5,
+            "fail_fast": True,
+        }
+    )
+    result = resolve(config_schema(step), given)
+    assert result.success, result.errors
+    config = step_config(step, result.value, given)
+    assert config.environment_variable_groups == ["prod"]
+    assert (config.time_limit, config.no_output_timeout) == ("1h 30m", 90)
+    assert (config.priority, config.fail_fast) == (5, True)
+
+
+def test_k72_groups_that_are_not_given_are_the_steps_and_an_empty_list_is_none_of_them(
+    step: StepDefinition,
+) -> None:
+    for given, expected in (({}, None), ({"environment_variable_groups": []}, [])):
+        resolved = resolve(config_schema(step), valid(given)).value
+        config = step_config(step, resolved, given)
+        assert config.environment_variable_groups == expected
+        assert (config.time_limit, config.no_output_timeout) == (None, None)
+        assert (config.priority, config.fail_fast) == (0, False)
