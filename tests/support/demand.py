@@ -12,7 +12,7 @@ from typing import NoReturn
 import pytest
 
 VARIABLE = "VALOHAI_TEST_REQUIRE"
-KNOWN = ("docker", "chromium", "redis", "redis_tls", "postgres", "namespace")
+KNOWN = ("docker", "chromium", "redis", "redis_tls", "postgres", "namespace", "podman")
 
 
 def required() -> set[str]:

@@ -37,7 +37,7 @@ def acl(
 ) -> None:
     """Tells the Redis user that lets agents of one group do their part and nothing else.
 
-    Prints the Redis command, or with --apply runs it (the control plane's own user then needs `+acl`) and prints
+    Prints the Redis command, or with --apply runs it (the control plane's own user then needs `+acl|setuser`) and prints
     what the machines of the group must be given. Without an ACL file Redis forgets users when it restarts.
     """
     settings = load_settings()
