@@ -42,6 +42,7 @@ from valohai_agent.runtimes.base import ExitStatus, Running, RunSpec, Runtime
 from valohai_agent.stopping import Cause, Limits, Patience, SignalName
 from valohai_agent.supervise import Supervisor
 from valohai_agent.transfer import Transferer
+from valohai_agent.usage import usage_words
 from valohai_agent.verdict import Observed, judge, limit_words
 from valohai_agent.version import __version__
 from valohai_agent.workspace import Workspace
@@ -341,8 +342,9 @@ class JobRun:
         if status.oom_killed:
             self._usage = self._usage.model_copy(update={"oom_killed": True})
         self._console.status(f"command ended with exit code {status.code}")
-        if status.message:
-            self._console.status(status.message)
+        for words in (status.message, usage_words(self._usage)):
+            if words:
+                self._console.status(words)
         return status
 
     def _new_collector(self, valohai_dir: str) -> OutputCollector:

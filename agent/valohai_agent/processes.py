@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ATTEMPT_VARIABLE = "VALOHAI_ATTEMPT"
@@ -46,6 +47,23 @@ def attempt_processes(execution_id: str, attempt: int | None) -> list[int]:
         if marks <= environ:
             found.append(int(entry.name))
     return found
+
+
+def used_by(pids: Sequence[int]) -> tuple[float, int] | None:
+    """CPU seconds, those of ended children included, and resident bytes of these processes; None if none lives."""
+    ticks, pages, found = 0, 0, False
+    for pid in pids:
+        try:
+            text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        except OSError:
+            continue
+        fields = text.rpartition(")")[2].split()  # the name before may hold anything
+        ticks += sum(int(field) for field in fields[11:15])
+        pages += int(fields[21])
+        found = True
+    if not found:
+        return None
+    return ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _kill(pid: int) -> None:

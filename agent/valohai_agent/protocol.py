@@ -377,6 +377,14 @@ class Usage(Message):
 
     max_memory_bytes: int | None = None
     cpu_seconds: float | None = None
+    cpu_cores_average: float | None = None
+    cpu_cores_peak: float | None = None
+    gpu_memory_bytes_peak: int | None = Field(
+        default=None, description="Of all the job's GPUs together."
+    )
+    gpu_utilization_peak: float | None = Field(
+        default=None, description="Of the busiest GPU, 0 to 100."
+    )
     oom_killed: bool = False
 
 

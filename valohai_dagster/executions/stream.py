@@ -116,6 +116,10 @@ class ExecutionView(View):
     warnings: list[str] = Field(default_factory=list)
     max_memory_bytes: int | None = None
     cpu_seconds: float | None = None
+    cpu_cores_average: float | None = None
+    cpu_cores_peak: float | None = None
+    gpu_memory_bytes_peak: int | None = None
+    gpu_utilization_peak: float | None = Field(None, description="Of the busiest GPU, 0 to 100.")
     ctime: datetime
     qtime: datetime | None = None
     started_at: datetime | None = None

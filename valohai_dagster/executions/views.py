@@ -17,6 +17,14 @@ from valohai_dagster.executions.stream import (
 from valohai_dagster.records import tables as t
 
 DatumUrl = Callable[[str], str]
+USAGE = (  # M-08: what the agent measured of the last attempt
+    "max_memory_bytes",
+    "cpu_seconds",
+    "cpu_cores_average",
+    "cpu_cores_peak",
+    "gpu_memory_bytes_peak",
+    "gpu_utilization_peak",
+)
 
 
 def datum_view(row: Any, datum_url: DatumUrl | None = None) -> DatumView:
@@ -118,8 +126,7 @@ def view_of(
         latest_metadata=row.cumulative_metadata or {},
         phases=row.phases or [],
         warnings=job.get("notices", []),
-        max_memory_bytes=usage.get("max_memory_bytes"),
-        cpu_seconds=usage.get("cpu_seconds"),
+        **{name: usage.get(name) for name in USAGE},
         ctime=row.ctime,
         qtime=row.qtime,
         started_at=row.started_at,

@@ -261,11 +261,25 @@ def _durations(view: ExecutionView) -> dict[str, MetadataValue[Any]]:
         f"seconds/{phase}": MetadataValue.float(round(max(0.0, value), 3))
         for phase, value in seconds.items()
     }
-    if view.max_memory_bytes is not None:
-        out["max_memory_bytes"] = MetadataValue.int(view.max_memory_bytes)
-    if view.cpu_seconds is not None:
-        out["cpu_seconds"] = MetadataValue.float(view.cpu_seconds)
-    return out
+    return {**out, **_usage(view)}
+
+
+def _usage(view: ExecutionView) -> dict[str, MetadataValue[Any]]:
+    """M-08: resources as the agent measured them; what it could not measure is left out."""
+    bytes_ = {
+        "max_memory_bytes": view.max_memory_bytes,
+        "gpu_memory_bytes_peak": view.gpu_memory_bytes_peak,
+    }
+    numbers = {
+        "cpu_seconds": view.cpu_seconds,
+        "cpu_cores_average": view.cpu_cores_average,
+        "cpu_cores_peak": view.cpu_cores_peak,
+        "gpu_utilization_peak": view.gpu_utilization_peak,
+    }
+    return {
+        **{k: MetadataValue.int(v) for k, v in bytes_.items() if v is not None},
+        **{k: MetadataValue.float(v) for k, v in numbers.items() if v is not None},
+    }
 
 
 def failure_metadata(view: ExecutionView) -> dict[str, MetadataValue[Any]]:

@@ -179,7 +179,12 @@ class DockerRuntime:
                 **options,
             )
             running = DockerRunning(
-                self.client, container, on_output, limits.memory, signal_group=not self._is_podman()
+                self.client,
+                container,
+                on_output,
+                limits.memory,
+                signal_group=not self._is_podman(),
+                gpus=spec.gpus if _has_gpus(facts) else "none",
             )
             running.start()
             return running

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,13 @@ from valohai_agent.protocol import Usage
 from valohai_agent.runtimes.base import Elsewhere, ExitStatus, OnOutput, SignalName
 from valohai_agent.runtimes.docker_files import copy_out
 from valohai_agent.runtimes.exits import explain
+from valohai_agent.usage import Sample, UsageMeter
 
 if TYPE_CHECKING:
     from docker import DockerClient
 
 log = logging.getLogger(__name__)
 
-SAMPLE_SECONDS = 5.0
 SETTLE_SECONDS = 2
 DAEMON_LOST_SECONDS = 300.0  # the daemon may be restarted under a running container
 
@@ -35,6 +36,7 @@ class DockerRunning:
         memory_limit: int | None,
         *,
         signal_group: bool,
+        gpus: str = "",
     ) -> None:
         self._client = client
         self._container = container
@@ -44,8 +46,7 @@ class DockerRunning:
         self._signalled = False
         self._status: ExitStatus | None = None
         self._ended = threading.Event()
-        self._max_memory: int | None = None
-        self._cpu_seconds: float | None = None
+        self._meter = UsageMeter(self._sample, gpus=gpus)
 
     @property
     def id(self) -> str:
@@ -60,7 +61,7 @@ class DockerRunning:
             _close(stream)
             raise
         threading.Thread(target=self._follow, args=(stream,), name="output", daemon=True).start()
-        threading.Thread(target=self._sample, name="usage", daemon=True).start()
+        self._meter.start()
 
     def wait(self, timeout: float | None = None) -> ExitStatus | None:
         return self._status if self._ended.wait(timeout) else None
@@ -82,11 +83,8 @@ class DockerRunning:
                 raise
 
     def usage(self) -> Usage:
-        return Usage(
-            max_memory_bytes=self._max_memory,
-            cpu_seconds=self._cpu_seconds,
-            oom_killed=self._status.oom_killed if self._status else False,
-        )
+        killed = self._status.oom_killed if self._status else False
+        return self._meter.usage().model_copy(update={"oom_killed": killed})
 
     def copy_out(self, path: str, target: Path) -> Elsewhere | str | None:
         return copy_out(self._client.api, self._container.id, path, target)
@@ -123,6 +121,7 @@ class DockerRunning:
                 code=255, message=f"The Docker daemon lost the container: {error}"
             )
         finally:
+            self._meter.stop()
             self._ended.set()
 
     def _read(self, stream: Any) -> None:
@@ -170,24 +169,20 @@ class DockerRunning:
         with contextlib.suppress(exceptions.ConnectionError, exceptions.ReadTimeout):  # it runs on
             self._client.api.wait(self._container.id, timeout=SETTLE_SECONDS)
 
-    def _sample(self) -> None:
-        """Remembers the largest memory use seen, and the CPU time."""
-        while not self._ended.is_set():
-            try:
-                stats = self._client.api.stats(self._container.id, stream=False, one_shot=True)
-                self._note(stats)
-            except Exception as error:  # noqa: BLE001 - a container that ends while it is asked
-                log.debug("stats of %s: %s", self.id, error)
-            self._ended.wait(SAMPLE_SECONDS)
+    def _sample(self) -> Sample:
+        return sample_of(self._client.api.stats(self._container.id, stream=False, one_shot=True))
 
-    def _note(self, stats: dict[str, Any]) -> None:
-        memory = stats.get("memory_stats") or {}
-        used = max(memory.get("max_usage") or 0, memory.get("usage") or 0)
-        if used:
-            self._max_memory = max(used, self._max_memory or 0)
-        total = ((stats.get("cpu_stats") or {}).get("cpu_usage") or {}).get("total_usage")
-        if total:
-            self._cpu_seconds = total / 10**9
+
+def sample_of(stats: Mapping[str, Any]) -> Sample:
+    """Memory without the page cache that the kernel gives back at need, as Docker's own tool shows it."""
+    memory = stats.get("memory_stats") or {}
+    details = memory.get("stats") or {}
+    cache = details.get("inactive_file") or details.get("total_inactive_file") or 0
+    total = ((stats.get("cpu_stats") or {}).get("cpu_usage") or {}).get("total_usage")
+    return Sample(
+        cpu_seconds=total / 10**9 if total else None,
+        memory_bytes=max(0, memory["usage"] - cache) if memory.get("usage") else None,
+    )
 
 
 def _close(stream: Any) -> None:

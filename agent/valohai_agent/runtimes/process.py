@@ -149,7 +149,7 @@ class ProcessRuntime:
             self._venvs.drop(venv)
             raise StartError(f"The command cannot be started: {error}.") from error
         running = ProcessRunning(
-            process, workspace, on_output, lambda: self._venvs.drop(venv), venv=venv
+            process, workspace, on_output, lambda: self._venvs.drop(venv), venv=venv, gpus=spec.gpus
         )
         running.start()
         self._venvs.warm_up()

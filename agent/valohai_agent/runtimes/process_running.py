@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import IO
 
 from valohai_agent.errors import OutputError
-from valohai_agent.processes import kill_attempt
+from valohai_agent.processes import attempt_processes, kill_attempt, used_by
 from valohai_agent.protocol import Usage
 from valohai_agent.runtimes import namespace
 from valohai_agent.runtimes.base import Elsewhere, ExitStatus, OnOutput, SignalName
 from valohai_agent.runtimes.exits import ON_WORKER, explain
 from valohai_agent.runtimes.namespace_entry import FAILED
+from valohai_agent.usage import Sample, UsageMeter
 from valohai_agent.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class ProcessRunning:
         on_removed: Callable[[], None],
         *,
         venv: Path,
+        gpus: str = "",
     ) -> None:
         self._process = process
         self._workspace = workspace
@@ -56,7 +58,8 @@ class ProcessRunning:
         self._lock = threading.Lock()
         self._reaped = False
         self._oom_before = oom_kills()
-        self._usage = Usage()
+        self._oom_killed = False
+        self._meter = UsageMeter(self._sample, gpus=gpus)
         self._readers: list[threading.Thread] = []
 
     @property
@@ -69,6 +72,7 @@ class ProcessRunning:
             reader = threading.Thread(target=self._read, args=(name, pipe), name=name, daemon=True)
             self._readers.append(reader)
             reader.start()
+        self._meter.start()
         threading.Thread(target=self._follow, name="wait", daemon=True).start()
 
     def wait(self, timeout: float | None = None) -> ExitStatus | None:
@@ -85,7 +89,7 @@ class ProcessRunning:
             self._kill_rest()
 
     def usage(self) -> Usage:
-        return self._usage
+        return self._meter.usage().model_copy(update={"oom_killed": self._oom_killed})
 
     def copy_out(self, path: str, target: Path) -> Elsewhere | str | None:
         """Takes files of the job's private virtual environment only: all else here is the worker's own."""
@@ -140,9 +144,8 @@ class ProcessRunning:
             self._reaped = True
         code = os.waitstatus_to_exitcode(status)
         self._process.returncode = code
-        self._usage = Usage(
-            max_memory_bytes=used.ru_maxrss * 1024,
-            cpu_seconds=used.ru_utime + used.ru_stime,
+        self._meter.stop(
+            Sample(memory_bytes=used.ru_maxrss * 1024, cpu_seconds=used.ru_utime + used.ru_stime)
         )
         return 128 - code if code < 0 else code
 
@@ -151,9 +154,12 @@ class ProcessRunning:
         if code == FAILED and reason is not None:
             return ExitStatus(code=code, started=False, message=namespace.not_started(reason))
         oom = code == 137 and not self._killed and oom_kills() > self._oom_before
-        if oom:
-            self._usage = self._usage.model_copy(update={"oom_killed": True})
+        self._oom_killed = oom
         return explain(code, oom=oom, signalled=self._signalled, programs=ON_WORKER)
+
+    def _sample(self) -> Sample | None:
+        used = used_by(attempt_processes(self._workspace.execution_id, self._workspace.attempt))
+        return Sample(cpu_seconds=used[0], memory_bytes=used[1]) if used else None
 
     def _kill_rest(self) -> None:
         kill_attempt(self._workspace.execution_id, self._workspace.attempt)

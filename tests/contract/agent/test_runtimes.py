@@ -298,8 +298,12 @@ def test_leftovers_of_a_dead_agent_are_ended_and_removed_but_for_the_logs(rig: R
 
 
 def test_usage_is_measured(rig: Rig, runtime_name: str) -> None:
-    running = rig.start("head -c 50000000 /dev/zero | tail | wc -c; sleep 0.5")
+    """M-08"""
+    busy = "import time\nx = bytearray(60_000_000)\nend = time.time() + 2\nwhile time.time() < end: pass"
+    running = rig.start(f"python3 -c '{busy}'")
     assert running.wait(SECONDS) is not None
     usage = running.usage()
-    assert (usage.max_memory_bytes or 0) > 0
+    assert 60_000_000 < (usage.max_memory_bytes or 0) < 500_000_000
+    assert 0.1 < (usage.cpu_seconds or 0) < 10
+    assert 0.05 < (usage.cpu_cores_average or 0) <= (usage.cpu_cores_peak or 0) < 4
     assert usage.oom_killed is False
