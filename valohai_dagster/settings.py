@@ -129,7 +129,8 @@ class Settings(BaseSettings):
         "Also `VALOHAI_STATE`. Default: `.valohai` beside valohai.toml, or in the current directory.",
     )
     owner: str = Field(
-        "local", description="Who owns the projects, as user code reads it: `owner/project`."
+        default="local",
+        description="Who owns the projects, as user code reads it: `owner/project`.",
     )
     redis_url: str | None = Field(
         default=None,
