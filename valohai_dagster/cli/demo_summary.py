@@ -16,12 +16,12 @@ from valohai_dagster.cli.render import (
     in_columns,
     metrics_text,
     phase_seconds,
-    printable,
     seconds_text,
     size_text,
     status_text,
     total_seconds,
 )
+from valohai_dagster.data.printable import printable
 from valohai_dagster.executions.client import ExecutionClient
 from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
 from valohai_dagster.records import tables as t

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from valohai_dagster.cli.download import Target, download_all
 from valohai_dagster.cli.lookup import REFERENCE_HELP, find_executions
-from valohai_dagster.cli.render import in_columns, printable, size_text
+from valohai_dagster.cli.render import in_columns, size_text
+from valohai_dagster.data.printable import printable
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import load_settings

@@ -60,11 +60,6 @@ def metrics_text(values: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value_text(value)}" for name, value in shown.items())
 
 
-def printable(name: str) -> str:
-    """A file name that stays on its line: control characters are shown escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
-
-
 def status_text(status: ExecutionStatus) -> str:
     """With rich's colour tags."""
     style = STYLE.get(status)

@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from valohai_agent import protocol as p
+from valohai_dagster.data.printable import printable
 from valohai_dagster.data.sidecar_effects import apply_sidecar_effects
 from valohai_dagster.executions import ledger
 from valohai_dagster.executions.lifecycle import status_after_finish, status_after_lease
@@ -187,7 +188,7 @@ def _(body: p.OutputStored, cause: Cause) -> list[FollowEvent]:
     events = _sidecar_warnings(cause, body, row.project_id)
     datum = cause.conn.execute(sa.select(t.datums).where(t.datums.c.id == body.upload_id)).one()
     view = datum_view(datum, cause.datum_url).model_dump(mode="json")
-    return [*events, cause.event(EventKind.output, f"stored output {body.name}", **view)]
+    return [*events, cause.event(EventKind.output, f"stored output {printable(body.name)}", **view)]
 
 
 def _sidecar_warnings(cause: Cause, body: p.OutputStored, project_id: str) -> list[FollowEvent]:

@@ -66,7 +66,8 @@ def _steps_of_nodes(data: list[Any], pipeline: Mapping[str, Any]) -> dict[str, A
     tasks = {name: value_at(data, (*path, "step")) for name, path in items_of(data, "task")}
     nodes = [node for node in pipeline.get("nodes") or () if isinstance(node, dict)]
     steps = {
-        str(node.get("name")): node.get("step") or tasks.get(node.get("task")) for node in nodes
+        str(node.get("name")): node.get("step") or tasks.get(str(node.get("task")))
+        for node in nodes
     }
     return {name: step for name, step in steps.items() if step}
 

@@ -197,6 +197,22 @@ def test_an_output_without_a_grant_never_becomes_a_datum(
     assert final_view(service, spec.execution_id).outputs == []
 
 
+def test_an_output_with_a_line_break_in_its_name_is_told_on_one_line(
+    service: RunningService, redis_server: RedisServer
+):
+    spec = make_spec()
+    service.client.submit(spec)
+    lease = service.agent(redis_server).take()
+    lease.leased()
+    lease.wait_grants()
+    lease.store("new\nline", b"x")
+    lease.finish()
+    events = list(service.client.follow(spec.execution_id))
+    told = [e.message for e in events if e is not None and e.kind is EventKind.output]
+    assert told == ["stored output new\\nline"]
+    assert [o.name for o in final_view(service, spec.execution_id).outputs] == ["new\nline"]
+
+
 def test_a_service_that_dies_is_followed_by_one_that_goes_on(
     service: RunningService, redis_server: RedisServer
 ):

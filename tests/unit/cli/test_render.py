@@ -33,10 +33,6 @@ def test_metrics_leave_out_nested_values_and_our_own_time() -> None:
     assert render.metrics_text(values) == "loss=0.12346 epoch=3 who=me"
 
 
-def test_a_name_with_a_line_break_stays_on_its_line() -> None:
-    assert render.printable("a\nb ü.txt") == "a\\nb ü.txt"
-
-
 def test_columns_are_aligned_and_never_cut() -> None:
     rows = [["a", "1 B", "x" * 200], ["bcd", "10 B", "y"]]
     first, second = render.in_columns(rows, right=frozenset({1}))
