@@ -84,10 +84,12 @@ class GroupSettings(Section):
         description="Let steps mount directories of the worker machine (`mounts` of valohai.yaml).",
     )
     fail_fast: bool = Field(
-        False, description="End a step at its first failing command instead of its last (C-22)."
+        default=False,
+        description="End a step at its first failing command instead of its last (C-22).",
     )
     respect_image_user: bool = Field(
-        False, description="Run containers as the user that the image names instead of root (K-51)."
+        default=False,
+        description="Run containers as the user that the image names instead of root (K-51).",
     )
     file_inputs: list[Path] = Field(
         default_factory=list,
