@@ -7,7 +7,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 from tests.support.redis_server import RedisServer
@@ -73,6 +73,16 @@ class RunningService:
     def close(self) -> None:
         self.kill()
         self.records.close()
+
+    def call(self, *parts: Callable[[ExecutionService], Awaitable[None]]) -> None:
+        """Runs these on the service's own loop, all at once."""
+        assert self.service is not None and self._loop is not None
+        service = self.service
+
+        async def together() -> None:
+            await asyncio.gather(*(part(service) for part in parts))
+
+        asyncio.run_coroutine_threadsafe(together(), self._loop).result(10)
 
     def agent(self, redis_server: RedisServer, name: str = "sim-1") -> SimAgent:
         return SimAgent(redis_server.client(), self.keys, name=name)

@@ -77,6 +77,7 @@ class LeaseWatch:
         self._service = service
         self._stops: dict[str, datetime] = {}  # forwarded, not acknowledged yet
         self._missing: dict[str, int] = {}
+        self._losing: set[str] = set()
         self._waiting: dict[str, tuple[datetime, str | None]] = {}  # since when, and what was said
 
     def expect_acknowledgement(self, execution_id: str) -> None:
@@ -92,8 +93,11 @@ class LeaseWatch:
         await self._look_at_waiting()
 
     async def worker_gone(self, worker: str, what: str) -> None:
-        for active in list(self._service.active.values()):
-            if active.worker == worker:
+        for execution_id in list(self._service.active):
+            active = self._service.active.get(
+                execution_id
+            )  # anew: handling the one before took time
+            if active is not None and active.worker == worker:
                 await self._service.dispatch.drop_lease(active.group, active.id)
                 await self._lost(active, death_confirmed=True, what=what)
 
@@ -122,6 +126,19 @@ class LeaseWatch:
         await self._lost(active, death_confirmed=dead, what="it stopped renewing its lease")
 
     async def _lost(self, active: ledger.Active, *, death_confirmed: bool, what: str) -> None:
+        """A loss that is being handled, or was by the time it is told here, is not handled again."""
+        current = self._service.active.get(active.id)
+        if active.id in self._losing or current is None or current.attempt != active.attempt:
+            return
+        self._losing.add(active.id)
+        try:
+            await self._handle_loss(active, death_confirmed=death_confirmed, what=what)
+        finally:
+            self._losing.discard(active.id)
+
+    async def _handle_loss(
+        self, active: ledger.Active, *, death_confirmed: bool, what: str
+    ) -> None:
         service = self._service
         now = service.clock()
         loss = Loss(

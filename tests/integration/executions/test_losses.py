@@ -57,6 +57,24 @@ def test_a_silent_worker_is_suspected_first_and_said_so(
     assert "no sign of life from worker sim-1" in events[-1].message
 
 
+def test_one_death_that_is_told_twice_costs_one_attempt_of_each_execution(
+    service: RunningService, redis_server: RedisServer
+) -> None:
+    agent = service.agent(redis_server, "sim-1")
+    leases = []
+    for _ in range(2):
+        service.client.submit(make_spec())
+        leases.append(lease := agent.take())
+        lease.leased()
+        lease.wait_grants()
+    service.call(*[lambda s: s.worker_gone("sim-1", "killed")] * 2)
+    service.call(lambda s: s.worker_gone("sim-1", "killed"))
+    for lease in leases:
+        view = service.client.view(lease.job.execution_id)
+        assert view is not None
+        assert view.attempt == 2
+
+
 def test_a_worker_that_comes_back_within_the_grace_goes_on(
     settings: Settings, redis_server: RedisServer
 ):

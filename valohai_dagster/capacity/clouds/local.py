@@ -241,6 +241,7 @@ class LocalGroup:
             extra={"action": "agent-ended", "worker": name},
         )
         self._children.discard(name)
+        self._forget(name)  # at the same moment, so that no sweep finds and tells this death again
         if expected:
             log_path.unlink(missing_ok=True)
         elif code != 0:
