@@ -6,26 +6,28 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from dagster import AssetExecutionContext
 
 from valohai_dagster.errors import ProjectError
-from valohai_dagster.plugin.backend import Backend, open_backend
-from valohai_dagster.plugin.compat import (
-    code_location_pin,
-    code_reference,
-    pin_code_location,
+from valohai_dagster.plugin.compat import code_reference
+from valohai_dagster.plugin.loaded import (
+    BROKEN,
+    location_pin,
+    pinned_commit,
+    remember_loaded,
 )
-from valohai_dagster.plugin.compute import DeployedStep, run_step
-from valohai_dagster.plugin.config_schema import config_schema
-from valohai_dagster.plugin.step_tag import STEP_TAG, edges_into, step_tag
-from valohai_dagster.plugin.upstream_results import asset_key_of
-from valohai_dagster.plugin.versions import code_version_of
 from valohai_dagster.projects.names import legal_name
-from valohai_dagster.projects.project import GitAuth, Project, load_project
-from valohai_dagster.projects.step import StepDefinition
+
+if (
+    TYPE_CHECKING
+):  # what reads a project is imported when one is read, so that importing this is cheap
+    from valohai_dagster.plugin.backend import Backend
+    from valohai_dagster.plugin.compute import DeployedStep
+    from valohai_dagster.projects.project import GitAuth, Project
+    from valohai_dagster.projects.step import StepDefinition
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def load_valohai_project(
     tags: Mapping[str, str] | None = None,
     retry_policy: dg.RetryPolicy | None = None,
     strict: bool = False,
-    open_backend: Callable[[], Backend] = open_backend,
+    open_backend: Callable[[], Backend] | None = None,
 ) -> dg.Definitions:
     """Assets `[project, step]` of a local directory, or of a Git URL at a branch, tag or commit.
 
@@ -82,18 +84,22 @@ def _load(
     cache_dir: Path | None,
 ) -> Project:
     """Loads the commit that the code server loaded, so that a run sees the same code as the UI."""
-    pin = f"valohai/commit/{source}/{yaml_path}/{revision or ''}"
-    pinned = code_location_pin(pin)
-    project = load_project(
-        source,
-        revision=pinned or revision,
-        yaml_path=yaml_path,
-        name=name,
-        auth=auth,
-        cache_dir=cache_dir,
-    )
-    if project.source.is_git_url:
-        pin_code_location(pin, project.commit.identifier)
+    from valohai_dagster.projects.project import load_project
+
+    pin = location_pin(source, yaml_path, revision)
+    try:
+        project = load_project(
+            source,
+            revision=pinned_commit(pin) or revision,
+            yaml_path=yaml_path,
+            name=name,
+            auth=auth,
+            cache_dir=cache_dir,
+        )
+    except ProjectError:
+        remember_loaded(pin, BROKEN)
+        raise
+    remember_loaded(pin, project.commit.identifier, for_runs=project.source.is_git_url)
     return project
 
 
@@ -104,16 +110,19 @@ def project_assets(
     owners: Sequence[str] | None = None,
     tags: Mapping[str, str] | None = None,
     retry_policy: dg.RetryPolicy | None = None,
-    open_backend: Callable[[], Backend] = open_backend,
+    open_backend: Callable[[], Backend] | None = None,
 ) -> list[dg.AssetsDefinition]:
     """One asset per step, in the order of the file."""
+    from valohai_dagster.plugin import backend
+    from valohai_dagster.plugin.compute import DeployedStep
+
     return [
         step_asset(
             DeployedStep(
                 project=project,
                 step=step,
                 exported=exported_values(project, step.name),
-                open_backend=open_backend,
+                open_backend=open_backend or backend.open_backend,
             ),
             group_name=group_name
             or legal_name(step.step.category or project.name, fallback="project"),
@@ -134,6 +143,12 @@ def step_asset(
     retry_policy: dg.RetryPolicy | None = None,
 ) -> dg.AssetsDefinition:
     """The asset of one step."""
+    from valohai_dagster.plugin.compute import run_step
+    from valohai_dagster.plugin.config_schema import config_schema
+    from valohai_dagster.plugin.step_tag import STEP_TAG, edges_into, step_tag
+    from valohai_dagster.plugin.upstream_results import asset_key_of
+    from valohai_dagster.plugin.versions import code_version_of
+
     project, step = deployed.project, deployed.step
     edges = edges_into(project, step.name)
     key = asset_key_of(project, step.name)

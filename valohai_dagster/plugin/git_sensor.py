@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from dagster import SensorEvaluationContext, SensorResult, SkipReason
 
 from valohai_dagster.errors import ProjectError, ValohaiError
+from valohai_dagster.plugin.loaded import loaded_commit, location_pin
 from valohai_dagster.plugin.reload import reload_code_location
 from valohai_dagster.projects.names import legal_name
-from valohai_dagster.projects.project import GitAuth, Project, load_project
+
+if TYPE_CHECKING:
+    from valohai_dagster.projects.project import GitAuth, Project
 
 Reload = Callable[[str], None]
 
@@ -40,6 +43,8 @@ def build_git_sensor(
     )
 
     def load() -> Project:
+        from valohai_dagster.projects.project import load_project
+
         return load_project(
             source,
             revision=revision,
@@ -51,7 +56,8 @@ def build_git_sensor(
         )
 
     def evaluate(context: SensorEvaluationContext) -> SensorResult | SkipReason:
-        return look_for_commit(context, load, reload or _reload_at(context, location_name))
+        loaded = loaded_commit(location_pin(source, yaml_path, revision))
+        return look_for_commit(context, load, reload or _reload_at(context, location_name), loaded)
 
     evaluate.__annotations__.clear()  # Dagster does not resolve textual ones
     return dg.SensorDefinition(
@@ -65,9 +71,16 @@ def build_git_sensor(
 
 
 def look_for_commit(
-    context: SensorEvaluationContext, load: Callable[[], Project], reload: Reload
+    context: SensorEvaluationContext,
+    load: Callable[[], Project],
+    reload: Reload,
+    loaded: str | None = None,
 ) -> SensorResult | SkipReason:
-    """One tick. The cursor is the commit that was last reloaded, and moves only once that worked."""
+    """One tick. The cursor is the commit that was last reloaded, and moves only once that worked.
+
+    `loaded` is the commit that the code location serves, None if that is not known: what differs from it is new even
+    at the first tick, and what it serves already needs no reload.
+    """
     try:
         project = load()
     except ProjectError as error:
@@ -75,7 +88,7 @@ def look_for_commit(
     commit = project.commit.identifier
     if commit == context.cursor:
         return SkipReason(f"{project.name} is still at {commit[:13]}")
-    if context.cursor is None:
+    if commit == loaded or (context.cursor is None and loaded is None):
         context.update_cursor(commit)
         return SkipReason(f"{project.name} is at {commit[:13]}; watching from here on")
     try:

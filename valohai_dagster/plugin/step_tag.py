@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from valohai_dagster.projects.edges import StepEdge
-from valohai_dagster.projects.project import Project
 from valohai_dagster.projects.step import StepDefinition
+
+if TYPE_CHECKING:
+    from valohai_dagster.projects.edges import StepEdge
+    from valohai_dagster.projects.project import Project
 
 STEP_TAG = "valohai/step"
 TAG_VERSION = 1

@@ -13,11 +13,13 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-
-from pathspec import GitIgnoreSpec
+from typing import TYPE_CHECKING
 
 from valohai_dagster.errors import ProjectError
 from valohai_dagster.projects.git import Git
+
+if TYPE_CHECKING:
+    from pathspec import GitIgnoreSpec
 
 IGNORE_FILES = (".vhignore", ".valohaiignore")
 MAX_FILES = 10_000
@@ -59,6 +61,12 @@ def ignore_spec(root: Path) -> GitIgnoreSpec:
     lines: list[str] = []
     for name in IGNORE_FILES:
         lines += _lines(root / name)
+    return _spec_of(lines)
+
+
+def _spec_of(lines: Iterable[str]) -> GitIgnoreSpec:
+    from pathspec import GitIgnoreSpec
+
     return GitIgnoreSpec.from_lines(lines)
 
 
@@ -82,7 +90,7 @@ def _walk_below(root: Path, prefix: str, specs: list[tuple[str, GitIgnoreSpec]])
     directory = root / prefix if prefix else root
     lines = _lines(directory / ".gitignore")
     if lines:
-        specs = [*specs, (prefix, GitIgnoreSpec.from_lines(lines))]
+        specs = [*specs, (prefix, _spec_of(lines))]
     for entry in _entries(directory):
         name = f"{prefix}{entry.name}"
         if entry.name.startswith("."):

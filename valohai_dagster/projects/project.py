@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from valohai_yaml.objs import Config, Pipeline
+from typing import TYPE_CHECKING
 
 from valohai_dagster.errors import ProjectError
-from valohai_dagster.projects.edges import StepEdge, derive_edges
 from valohai_dagster.projects.git import GitAuth
-from valohai_dagster.projects.lint import CheckedConfig, check_config
 from valohai_dagster.projects.names import legal_name, legal_names
 from valohai_dagster.projects.problems import Problem
 from valohai_dagster.projects.repository import FetchedRef
@@ -25,6 +22,12 @@ from valohai_dagster.projects.source import (
     yaml_candidates,
 )
 from valohai_dagster.projects.step import StepDefinition
+
+if TYPE_CHECKING:  # the YAML library is imported when a file is read
+    from valohai_yaml.objs import Config, Pipeline
+
+    from valohai_dagster.projects.edges import StepEdge
+    from valohai_dagster.projects.lint import CheckedConfig
 
 __all__ = [
     "Commit",
@@ -117,6 +120,8 @@ def _default_cache() -> Path:
 
 
 def _load(source: ProjectSource, tree: Tree) -> Project:
+    from valohai_dagster.projects.lint import check_config
+
     checked = check_config(_read_yaml(source, tree))
     if checked.config is None:
         commit = tree.commit.identifier[:12]
@@ -141,6 +146,8 @@ def _told(problem: Problem) -> str:
 
 
 def _project(source: ProjectSource, tree: Tree, config: Config, checked: CheckedConfig) -> Project:
+    from valohai_dagster.projects.edges import derive_edges
+
     task_steps = {name: task.step for name, task in config.tasks.items()}
     edges, notes = derive_edges(config.steps, config.pipelines, task_steps)
     legal = legal_names(config.steps)

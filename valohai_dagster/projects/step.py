@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from valohai_yaml.objs import Step
+if TYPE_CHECKING:
+    from valohai_yaml.objs import Step
 
 STEP_VERSION = 1
 
@@ -56,6 +57,8 @@ class StepDefinition:
             raise ValueError(
                 f"step definition has version {data.get('v')!r}, this side reads {STEP_VERSION}"
             )
+        from valohai_yaml.objs import Step
+
         return cls(
             project=data["project"],
             asset_name=data["asset_name"],

@@ -217,6 +217,66 @@ def test_the_sensor_keeps_the_last_good_commit_when_the_newest_is_broken(
     assert reloaded == []
 
 
+def test_a_commit_that_came_between_loading_and_the_first_tick_is_reloaded(
+    project: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    url = f"file://{project}"
+    load_valohai_project(url, name="digits", cache_dir=cache)
+    (project / "train.py").write_text("print(1)")
+    commit(project)
+    reloaded: list[str] = []
+    sensor = build_git_sensor(url, name="digits", cache_dir=cache, reload=reloaded.append)
+    with dg.instance_for_test() as instance:
+        cursor, message = tick(sensor, None, instance)
+        assert "reloaded" in message
+        assert tick(sensor, cursor, instance)[0] == cursor
+    assert reloaded == ["digits"]
+
+
+def test_the_first_tick_reloads_nothing_when_the_loaded_commit_is_the_newest(
+    project: Path, tmp_path: Path
+) -> None:
+    load_valohai_project(project, cache_dir=tmp_path / "cache")
+    reloaded: list[str] = []
+    sensor = build_git_sensor(project, cache_dir=tmp_path / "cache", reload=reloaded.append)
+    with dg.instance_for_test() as instance:
+        assert "watching" in tick(sensor, None, instance)[1]
+    assert reloaded == []
+
+
+def test_a_project_that_was_loaded_broken_is_reloaded_once_it_is_mended(
+    project: Path, tmp_path: Path
+) -> None:
+    (project / "valohai.yaml").write_text("- step: {}\n")
+    commit(project)
+    load_valohai_project(project, cache_dir=tmp_path / "cache")
+    (project / "valohai.yaml").write_text(YAML)
+    commit(project)
+    reloaded: list[str] = []
+    sensor = build_git_sensor(project, cache_dir=tmp_path / "cache", reload=reloaded.append)
+    with dg.instance_for_test() as instance:
+        tick(sensor, None, instance)
+    assert reloaded == ["digits"]
+
+
+def test_a_run_process_knows_the_commit_that_the_code_server_loaded(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newer commit must not slip into a run that was launched from an older graph."""
+    from valohai_dagster.plugin import loaded
+
+    cache, url = tmp_path / "cache", f"file://{project}"
+    first = load_project(url, name="digits", cache_dir=cache).commit.identifier
+    (project / "train.py").write_text("print(2)")
+    commit(project)
+    newest = load_project(url, name="digits", cache_dir=cache, fetch=True).commit.identifier
+    assert newest != first
+    monkeypatch.setattr(loaded, "code_location_pin", lambda pin: first)
+    found = specs(load_valohai_project(url, name="digits", cache_dir=cache))
+    assert found[AssetKey(["digits", "train"])].metadata["commit"] == first
+
+
 def test_a_failed_reload_is_tried_again_at_the_next_tick(project: Path, tmp_path: Path) -> None:
     def refuse(name: str) -> None:
         raise ServiceUnavailable("the webserver is away")
