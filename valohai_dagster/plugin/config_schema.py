@@ -97,7 +97,8 @@ def _running_fields(raw: Any) -> dict[str, Field]:
     return {
         **{
             name: _optional(
-                Any_, f"{words}: seconds, or text such as `1h 30m`. Default: {default or 'none'}."
+                Any_,
+                f"{words}: seconds, or text such as `1h 30m`. Default: {default or 'that of the deployment'}.",
             )
             for name, (words, default) in durations.items()
         },
@@ -109,7 +110,7 @@ def _running_fields(raw: Any) -> dict[str, Field]:
         "fail_fast": Field(
             Bool,
             is_required=False,
-            description="End at the first command that fails instead of running all (C-22). Default: false.",
+            description="End at the first command that fails instead of running all (C-22). Default: that of the worker group.",
         ),
     }
 
