@@ -22,8 +22,6 @@
 A message names the thing, what was tried and the next step.
 """
 
-# ruff: noqa: N818 - the names say what happened
-
 from __future__ import annotations
 
 from collections.abc import Sequence

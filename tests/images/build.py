@@ -92,7 +92,9 @@ def _build(client: docker.DockerClient, name: str) -> None:
         )
     with tempfile.TemporaryDirectory(prefix="vhimage-") as work:
         root = Path(work) / "root"
-        mirror = os.environ.get("DEBIAN_MIRROR", "").split()  # without one, debootstrap knows its own
+        mirror = os.environ.get(
+            "DEBIAN_MIRROR", ""
+        ).split()  # without one, debootstrap knows its own
         include = "--include=" + ",".join(PACKAGES)
         _run("debootstrap", "--variant=minbase", include, SUITE, str(root), *mirror)
         _add_wheels(root)

@@ -27,7 +27,9 @@ def write_project(root: Path, yaml: str, **files: str) -> Path:
 def step_yaml(*commands: str, name: str = "run", image: str = "vt-busybox", extra: str = "") -> str:
     """A valohai.yaml with one step that runs the commands."""
     lines = [f"- step:\n    name: {name}\n    image: {image}\n    command:"]
-    lines += ["      - |\n" + textwrap.indent(textwrap.dedent(c).strip(), " " * 10) for c in commands]
+    lines += [
+        "      - |\n" + textwrap.indent(textwrap.dedent(c).strip(), " " * 10) for c in commands
+    ]
     return "\n".join(lines) + "\n" + textwrap.indent(textwrap.dedent(extra), "    ")
 
 

@@ -108,9 +108,9 @@ def _handler(web: Web) -> type[BaseHTTPRequestHandler]:
             answers = web.answers.get(path, [status(404)])
             (answers.pop(0) if len(answers) > 1 else answers[0])(self)
 
-        do_GET = do_PUT = do_HEAD = _answer  # noqa: N815 - the base class's names
+        do_GET = do_PUT = do_HEAD = _answer
 
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - as above
+        def log_message(self, format: str, *args: Any) -> None:
             """Quiet."""
 
     return Handler

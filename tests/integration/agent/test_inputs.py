@@ -68,7 +68,7 @@ def rig(tmp_path: Path) -> Rig:
     return Rig(tmp_path)
 
 
-def _file(id: str, name: str, **fields: Any) -> JobFile:  # noqa: A002
+def _file(id: str, name: str, **fields: Any) -> JobFile:
     return JobFile(id=id, name=name, uri=fields.pop("uri", f"datum://{id}"), **fields)
 
 
