@@ -28,8 +28,8 @@ class Host:
 
 
 def observe_host() -> Host:
-    """Looks once at start. Cloud bootstraps state identity and address through VALOHAI_AGENT_MACHINE_ID and
-    VALOHAI_AGENT_PUBLIC_IP, since the agent talks to no metadata service."""
+    """Looks once at start. Cloud bootstraps state identity and addresses through VALOHAI_AGENT_MACHINE_ID,
+    VALOHAI_AGENT_LOCAL_IP and VALOHAI_AGENT_PUBLIC_IP, since the agent talks to no metadata service."""
     return Host(
         hostname=socket.gethostname(),
         machine_id=os.environ.get("VALOHAI_AGENT_MACHINE_ID") or _machine_id(),
@@ -81,7 +81,11 @@ def _machine_id() -> str:
 
 
 def _local_ips() -> list[str]:
-    """The address of the interface that the default route uses; a connected UDP socket sends no packet."""
+    """What VALOHAI_AGENT_LOCAL_IP says, for machines with several networks or no default route; else the address of
+    the interface that the default route uses: a connected UDP socket sends no packet."""
+    stated = os.environ.get("VALOHAI_AGENT_LOCAL_IP", "").strip()
+    if stated:
+        return [stated]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.ports import free_port
 from valohai_agent.errors import ImageError, RuntimeUnavailable, StartError
 from valohai_agent.local_api import LocalApi
 from valohai_agent.protocol import Grants
@@ -119,6 +120,21 @@ def test_c29_running_out_of_memory_is_said_with_the_limit(rig: Rig, docker_image
     assert status.oom_killed
     assert "ran out of memory (limit 67.1 MB)" in (status.message or "")
     assert rig.usage.oom_killed
+
+
+def test_k23_k25_cores_shared_memory_and_ports_reach_the_container(
+    rig: Rig, tiny_image: str, docker_client: DockerClient
+) -> None:
+    port = free_port()
+    limits = {"VH_CPU_LIMIT": "1.5", "VH_SHM_SIZE": "32m", "VH_EXPOSE_PORTS": f"{port}:80"}
+    running = rig.runtime.start(rig.spec(tiny_image, "sleep 60", environment=limits), rig._take)
+    try:
+        attributes = docker_client.containers.get(running.id).attrs
+        assert attributes["HostConfig"]["NanoCpus"] == 1_500_000_000
+        assert attributes["HostConfig"]["ShmSize"] == 32 * 2**20
+        assert attributes["NetworkSettings"]["Ports"]["80/tcp"][0]["HostPort"] == str(port)
+    finally:
+        running.remove()
 
 
 def test_an_image_that_cannot_be_pulled_is_named_with_the_next_step(rig: Rig) -> None:

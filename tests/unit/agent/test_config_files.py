@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from valohai_agent.config_files import HostFacts, build_environment, switch, write_config_files
+from valohai_agent.host import host_facts, observe_host
 from valohai_agent.protocol import Job, JobInput
 from valohai_agent.workspace import Workspace
 
@@ -89,6 +91,21 @@ def test_k10_k73_identity_variables_win_and_users_variables_beat_secrets(tmp_pat
     assert environment["VH_PUBLIC_IP"] == environment["VH_LOCAL_IP"] == "10.0.0.1"
     assert "VALOHAI_PORT" not in environment
     assert "VH_TASK_ID" not in environment
+
+
+def test_k11_addresses_are_set_when_known_and_the_private_one_stands_in_for_the_public(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On every kind of machine; stated by the bootstrap, else found by the agent."""
+    monkeypatch.setenv("VALOHAI_AGENT_LOCAL_IP", "10.1.2.3")
+
+    def made() -> dict[str, str]:
+        facts = host_facts(observe_host(), worker="w", runtime="process")
+        return build_environment(_job(), secrets={}, valohai_dir="/v", facts=facts)
+
+    assert (made()["VH_LOCAL_IP"], made()["VH_PUBLIC_IP"]) == ("10.1.2.3", "10.1.2.3")
+    monkeypatch.setenv("VALOHAI_AGENT_PUBLIC_IP", "203.0.113.9")
+    assert (made()["VH_LOCAL_IP"], made()["VH_PUBLIC_IP"]) == ("10.1.2.3", "203.0.113.9")
 
 
 def test_c28_python_is_unbuffered_unless_the_user_says_otherwise() -> None:
