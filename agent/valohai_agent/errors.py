@@ -16,7 +16,8 @@
     `-- RuntimeFailure
         |-- RuntimeUnavailable  no Docker daemon, no rights, unknown name
         |-- ImageError          the image cannot be pulled or does not exist
-        `-- StartError          the command cannot be started
+        |-- StartError          the command cannot be started
+        `-- DebugUnavailable    the SSH server that was asked for cannot be offered
 
 `str(error)` is fit for `Finished.reason`: it names the thing, what was tried and the next step, and no secret.
 """
@@ -90,3 +91,7 @@ class ImageError(RuntimeFailure):
 
 class StartError(RuntimeFailure):
     """The command cannot be started in this image or on this machine."""
+
+
+class DebugUnavailable(RuntimeFailure):
+    """The SSH server that was asked for cannot be offered; the execution goes on without it."""

@@ -38,6 +38,7 @@ from valohai_agent.protocol import (
     Usage,
     Warned,
 )
+from valohai_agent.remote_debug import remote_debug
 from valohai_agent.runtimes.base import ExitStatus, Running, RunSpec, Runtime
 from valohai_agent.stopping import Cause, Limits, Patience, SignalName
 from valohai_agent.supervise import Supervisor
@@ -307,7 +308,14 @@ class JobRun:
         console.touch()
         console.status(f"started {noun} {running.id} on {self._around.host.hostname}")
         self._collector.start_live()
+        stack.enter_context(self._remote_debug(running))
         return running
+
+    def _remote_debug(self, running: Running) -> contextlib.AbstractContextManager[None]:
+        wanted, host = self.job.remote_debug, self._around.host
+        return remote_debug(
+            wanted, running, host=host, status=self._console.status, warn=self._warn
+        )
 
     def _run_spec(self, environment: dict[str, str]) -> RunSpec:
         job = self.job

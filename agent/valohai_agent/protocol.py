@@ -178,6 +178,15 @@ class JobMount(Message):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+class RemoteDebug(Message):
+    """An SSH server beside the command (K-60)."""
+
+    port: int = Field(description="Of the worker, above 1023.")
+    key: str = Field(
+        description="The one public key that is let in, as in authorized_keys: `ssh-ed25519 AAAA...`."
+    )
+
+
 class Job(Message):
     """All that an agent needs to know before it has the lease. Never a secret, never a signed URL."""
 
@@ -214,6 +223,7 @@ class Job(Message):
     respect_image_user: bool = Field(default=False, description="Do not force root (K-51).")
     time_limit_seconds: float | None = None
     no_output_timeout_seconds: float = 8 * 3600
+    remote_debug: RemoteDebug | None = None
     notices: list[str] = Field(
         default_factory=list, description="Status lines to log before the start."
     )

@@ -12,7 +12,16 @@ from typing import NoReturn
 import pytest
 
 VARIABLE = "VALOHAI_TEST_REQUIRE"
-KNOWN = ("docker", "chromium", "redis", "redis_tls", "postgres", "namespace", "podman")
+KNOWN = (
+    "docker",
+    "chromium",
+    "redis",
+    "redis_tls",
+    "postgres",
+    "namespace",
+    "podman",
+    "ssh",
+)
 
 
 def required() -> set[str]:

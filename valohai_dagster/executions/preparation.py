@@ -94,6 +94,7 @@ def prepare(
         mounts=spec.mounts,
         mounts_allowed=policy.mounts_allowed,
         fail_fast=spec.fail_fast or policy.fail_fast,
+        remote_debug=spec.remote_debug,
         respect_image_user=policy.respect_image_user,
         time_limit_seconds=spec.time_limit_seconds or settings.time_limit_seconds,
         no_output_timeout_seconds=spec.no_output_timeout_seconds

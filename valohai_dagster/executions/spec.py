@@ -19,6 +19,7 @@ from valohai_dagster.executions.parameters import (
     text_of_parameter,
     unknown,
 )
+from valohai_dagster.executions.remote_debug import remote_debug_of
 from valohai_dagster.executions.spec_model import CommitRef, ExecutionSpec, InputSpec, ProjectRef
 from valohai_dagster.projects.durations import parse_duration
 from valohai_dagster.projects.step import StepDefinition
@@ -61,6 +62,7 @@ class StepConfig:
     no_output_timeout: int | float | str | None = None
     priority: int = 0
     fail_fast: bool = False  # C-22
+    remote_debug: Mapping[str, Any] | None = None  # port and public key (K-60)
     commit: str | None = None  # for `project_at`; build_spec itself ignores both
     adhoc: bool = False
 
@@ -98,6 +100,7 @@ def build_spec(
     inputs = _inputs(step, config, upstream, parameters, problems)
     variables = _variables(step, config, upstream, problems)
     limits = [_seconds(step, config, key, problems) for key in ("time_limit", "no_output_timeout")]
+    debug = remote_debug_of(config.remote_debug, problems)
     image = (config.image or step.image).strip()
     if not image or re.search(r"\s", image):
         problems.append(f"image {image!r} is not an image name")
@@ -124,6 +127,7 @@ def build_spec(
         no_output_timeout_seconds=limits[1],
         stop_condition=step.stop_condition,
         fail_fast=config.fail_fast,
+        remote_debug=debug,
         title=config.title,
         tags=list(dict.fromkeys(config.tags)),
         priority=config.priority,

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from valohai_agent.protocol import JobMount
+from valohai_agent.protocol import JobMount, RemoteDebug
 from valohai_dagster.data.input_spec import InputSpec
 
 _NAMESPACE = uuid.UUID("5f1c1f4e-6d0f-5b7c-9b62-6c8e3f1f0a11")
@@ -80,6 +80,7 @@ class ExecutionSpec(Spec):
     no_output_timeout_seconds: float | None = None
     stop_condition: str | None = Field(None, description="Expression on metadata (M-40).")
     fail_fast: bool = False
+    remote_debug: RemoteDebug | None = None
     title: str | None = None
     tags: list[str] = Field(default_factory=list)
     creator: str = ""

@@ -112,6 +112,15 @@ def _running_fields(raw: Any) -> dict[str, Field]:
             is_required=False,
             description="End at the first command that fails instead of running all (C-22). Default: that of the worker group.",
         ),
+        "remote_debug": _optional(
+            Shape(
+                {
+                    "port": Field(Int, description="Port of the worker, above 1023."),
+                    "key": Field(String, description="Your public key: `ssh-ed25519 AAAA...`."),
+                }
+            ),
+            "Opens SSH into the execution while its command runs (K-60). Keep it alive with a final `sleep 1h`.",
+        ),
     }
 
 
@@ -264,6 +273,7 @@ def step_config(
         no_output_timeout=config.get("no_output_timeout"),
         priority=config.get("priority") or 0,
         fail_fast=bool(config.get("fail_fast")),
+        remote_debug=config.get("remote_debug"),
         tags=tuple(config.get("tags") or ()),
         title=config.get("title"),
         commit=config.get("commit"),

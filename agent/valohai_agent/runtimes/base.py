@@ -60,6 +60,18 @@ class Elsewhere:
     path: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A local program that runs a command where the job's command runs, with its own standard streams.
+
+    `raw`: its terminal must pass everything on untouched, since there is another one behind it.
+    """
+
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+    raw: bool = False
+
+
 class Running(Protocol):
     """A started command. All output has been delivered when `wait` gives the status."""
 
@@ -77,6 +89,18 @@ class Running(Protocol):
         ...
 
     def usage(self) -> Usage: ...
+
+    @property
+    def own_network(self) -> bool:
+        """Whether `localhost` of the command is another one than the agent's."""
+        ...
+
+    def enter(self, argv: Sequence[str], *, terminal: str | None = None) -> Entry:
+        """How to run `argv` beside the command, as root in a container (K-62).
+
+        `terminal` is the value for TERM when the program is started with a terminal as its standard streams.
+        """
+        ...
 
     def copy_out(self, path: str, target: Path) -> Elsewhere | str | None:
         """Copies the regular file that the command left at `path`, an absolute path outside of /valohai (O-16).

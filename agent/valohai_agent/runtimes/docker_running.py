@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from valohai_agent.protocol import Usage
-from valohai_agent.runtimes.base import Elsewhere, ExitStatus, OnOutput, SignalName
+from valohai_agent.runtimes.base import Elsewhere, Entry, ExitStatus, OnOutput, SignalName
 from valohai_agent.runtimes.docker_files import copy_out
 from valohai_agent.runtimes.exits import explain
 from valohai_agent.usage import Sample, UsageMeter
@@ -85,6 +87,16 @@ class DockerRunning:
     def usage(self) -> Usage:
         killed = self._status.oom_killed if self._status else False
         return self._meter.usage().model_copy(update={"oom_killed": killed})
+
+    @property
+    def own_network(self) -> bool:
+        return True
+
+    def enter(self, argv: Sequence[str], *, terminal: str | None = None) -> Entry:
+        module = [sys.executable, "-m", "valohai_agent.runtimes.docker_exec", self._container.id]
+        kind = ["plain", "-"] if terminal is None else ["tty", terminal]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("VALOHAI_")}
+        return Entry(argv=[*module, *kind, *argv], environment=environment, raw=True)
 
     def copy_out(self, path: str, target: Path) -> Elsewhere | str | None:
         return copy_out(self._client.api, self._container.id, path, target)

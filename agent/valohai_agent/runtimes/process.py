@@ -131,6 +131,7 @@ class ProcessRuntime:
         path.chmod(0o755)
         (workspace.run / "namespace.error").unlink(missing_ok=True)
         venv = self._venvs.take()
+        environment = self._environment(spec.environment, venv)
         argv, cwd = script.argv(str(path)), str(workspace.repository)
         if self._no_namespace is None:
             binds = namespace.job_binds(workspace, spec.writable_inputs, spec.mounts)
@@ -139,7 +140,7 @@ class ProcessRuntime:
             process = subprocess.Popen(
                 argv,
                 cwd=cwd,
-                env=self._environment(spec.environment, venv),
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -149,7 +150,14 @@ class ProcessRuntime:
             self._venvs.drop(venv)
             raise StartError(f"The command cannot be started: {error}.") from error
         running = ProcessRunning(
-            process, workspace, on_output, lambda: self._venvs.drop(venv), venv=venv, gpus=spec.gpus
+            process,
+            workspace,
+            on_output,
+            lambda: self._venvs.drop(venv),
+            venv=venv,
+            gpus=spec.gpus,
+            environment=environment,
+            namespaced=self._no_namespace is None,
         )
         running.start()
         self._venvs.warm_up()

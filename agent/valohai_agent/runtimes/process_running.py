@@ -8,8 +8,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -17,7 +18,7 @@ from valohai_agent.errors import OutputError
 from valohai_agent.processes import attempt_processes, kill_attempt, used_by
 from valohai_agent.protocol import Usage
 from valohai_agent.runtimes import namespace
-from valohai_agent.runtimes.base import Elsewhere, ExitStatus, OnOutput, SignalName
+from valohai_agent.runtimes.base import Elsewhere, Entry, ExitStatus, OnOutput, SignalName
 from valohai_agent.runtimes.exits import ON_WORKER, explain
 from valohai_agent.runtimes.namespace_entry import FAILED
 from valohai_agent.usage import Sample, UsageMeter
@@ -25,6 +26,7 @@ from valohai_agent.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
+JOIN = Path(__file__).with_name("namespace_join.py")
 DRAIN_SECONDS = 5.0  # for output of processes that outlived the command
 READ_BYTES = 64 * 1024
 
@@ -45,12 +47,14 @@ class ProcessRunning:
         *,
         venv: Path,
         gpus: str = "",
+        environment: Mapping[str, str],
+        namespaced: bool,
     ) -> None:
         self._process = process
         self._workspace = workspace
         self._on_output = on_output
         self._on_removed = on_removed
-        self._venv = venv
+        self._venv, self._environment, self._namespaced = venv, environment, namespaced
         self._signalled = False
         self._killed = False
         self._status: ExitStatus | None = None
@@ -90,6 +94,20 @@ class ProcessRunning:
 
     def usage(self) -> Usage:
         return self._meter.usage().model_copy(update={"oom_killed": self._oom_killed})
+
+    @property
+    def own_network(self) -> bool:
+        return False
+
+    def enter(self, argv: Sequence[str], *, terminal: str | None = None) -> Entry:
+        """With the job's variables, whose marks make the end of the command the end of this too."""
+        pid, directory = "-", str(self._workspace.repository)
+        if self._namespaced:
+            pid, directory = str(self._process.pid), "/valohai/repository"
+        kind = "plain" if terminal is None else "tty"
+        environment = {**self._environment, **({"TERM": terminal} if terminal else {})}
+        program = [sys.executable, "-I", "-S", str(JOIN), pid, kind, directory]
+        return Entry(argv=[*program, *argv], environment=environment)
 
     def copy_out(self, path: str, target: Path) -> Elsewhere | str | None:
         """Takes files of the job's private virtual environment only: all else here is the worker's own."""

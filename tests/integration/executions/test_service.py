@@ -375,6 +375,14 @@ def test_c22_k51_a_group_can_choose_fail_fast_and_the_images_own_user(
     assert (job.fail_fast, job.respect_image_user) == (True, True)
 
 
+def test_k60_the_agent_is_told_the_port_and_the_public_key(
+    service: RunningService, redis_server: RedisServer
+):
+    wanted = p.RemoteDebug(port=2222, key="ssh-ed25519 AAAA")
+    service.client.submit(make_spec(remote_debug=wanted))
+    assert service.agent(redis_server).take().job.remote_debug == wanted
+
+
 def test_who_waits_in_a_group_without_workers_is_told_how_to_start_one(
     service: RunningService, monkeypatch: pytest.MonkeyPatch
 ):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.support.clock import FakeClock
 from valohai_agent.protocol import Usage
-from valohai_agent.runtimes.base import Elsewhere, ExitStatus, SignalName
+from valohai_agent.runtimes.base import Elsewhere, Entry, ExitStatus, SignalName
 from valohai_agent.stopping import Cause, Limits, Patience
 from valohai_agent.supervise import Supervisor
 
@@ -47,6 +47,11 @@ class FakeRunning:
 
     def usage(self) -> Usage:
         return Usage()
+
+    own_network = False
+
+    def enter(self, argv: Sequence[str], *, terminal: str | None = None) -> Entry:
+        return Entry(argv=argv, environment={})
 
     def copy_out(self, path: str, target: Path) -> Elsewhere | str | None:
         return "which does not exist"

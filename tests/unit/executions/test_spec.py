@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from valohai_yaml.objs import Step
 
+from valohai_agent.protocol import RemoteDebug
 from valohai_dagster.errors import SpecError
 from valohai_dagster.executions.spec import LaunchIds, StepConfig, build_spec
 from valohai_dagster.executions.spec_model import CommitRef, ExecutionSpec
@@ -120,6 +121,35 @@ def test_launch_values_beat_the_step() -> None:
     assert spec.environment_variables == {"A": "2", "N": "3"}
     assert spec.environment_variable_groups == []
     assert spec.fail_fast
+
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA me@here"
+
+
+def test_k60_remote_debugging_is_part_of_the_spec() -> None:
+    spec = build(define(), remote_debug={"port": 2222, "key": f" {KEY}\n"})
+    assert spec.remote_debug == RemoteDebug(port=2222, key=KEY)
+    assert build(define()).remote_debug is None
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"port": 22, "key": KEY}, "port 22 is not a number from 1024 to 65535"),
+        ({"port": 65536, "key": KEY}, "port 65536"),
+        ({"port": 2222, "key": "me@here"}, "no public key in one line"),
+        ({"port": 2222, "key": "ssh-ed25519 not-base64!"}, "no public key in one line"),
+        ({"port": 2222, "key": f"{KEY}\n{KEY}"}, "no public key in one line"),
+        ({"port": 2222, "key": "-----BEGIN OPENSSH PRIVATE KEY-----\nb3Blbg"}, "a private key"),
+    ],
+)
+def test_k60_a_bad_port_or_key_is_refused_and_a_private_key_never_shown(
+    given: dict[str, Any], words: str
+) -> None:
+    [problem] = problems(define(), remote_debug=given)
+    assert problem.startswith("remote_debug: ")
+    assert words in problem
+    assert "b3Blbg" not in problem
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -210,6 +210,7 @@ def test_k72_groups_limits_priority_and_fail_fast_are_set_at_launch(step: StepDe
             "no_output_timeout": 90,
             "priority": 5,
             "fail_fast": True,
+            "remote_debug": {"port": 2222, "key": "ssh-ed25519 AAAA"},
         }
     )
     result = resolve(config_schema(step), given)
@@ -218,6 +219,7 @@ def test_k72_groups_limits_priority_and_fail_fast_are_set_at_launch(step: StepDe
     assert config.environment_variable_groups == ["prod"]
     assert (config.time_limit, config.no_output_timeout) == ("1h 30m", 90)
     assert (config.priority, config.fail_fast) == (5, True)
+    assert config.remote_debug == {"port": 2222, "key": "ssh-ed25519 AAAA"}
 
 
 def test_k72_groups_that_are_not_given_are_the_steps_and_an_empty_list_is_none_of_them(
@@ -229,3 +231,4 @@ def test_k72_groups_that_are_not_given_are_the_steps_and_an_empty_list_is_none_o
         assert config.environment_variable_groups == expected
         assert (config.time_limit, config.no_output_timeout) == (None, None)
         assert (config.priority, config.fail_fast) == (0, False)
+        assert config.remote_debug is None
