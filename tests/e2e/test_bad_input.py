@@ -21,9 +21,9 @@ FAILING = {
         ("parameter `size`: 999 is greater than the maximum allowed (64)", "launch again"),
     ),
     "an input that nobody made yet": (
-        "follows-draw",
+        "follows-never",
         {},
-        ("input `picture` has no value: its upstream `draw`", "materialize that first"),
+        ("input `picture` has no value: its upstream `never-run`", "materialize that first"),
     ),
     "an unknown alias": (
         "needs-input",
@@ -39,11 +39,6 @@ FAILING = {
         "exit-three",
         {},
         ("exit code 3", "cannot open the gate", "stdout and stderr tabs"),
-    ),
-    "an environment that is not there": (
-        "draw",
-        {"environment": "moon"},
-        ("environment 'moon' is not known here", "'docker', 'local'"),
     ),
 }
 

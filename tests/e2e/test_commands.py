@@ -53,12 +53,10 @@ def test_metrics_are_followed_while_the_command_runs(
     first = json.loads(follower.stdout.readline())
     assert first["values"] == {"step": 1, "loss": 1}
     assert app.run(run_id).status == "STARTED"
-    rest = [
-        json.loads(line)["values"]["step"]
-        for line in follower.communicate(timeout=60)[0].splitlines()
-    ]
+    rest = [json.loads(line)["values"]["step"] for line in follower.stdout]
     assert rest == list(range(2, 9))
-    assert follower.returncode == 0
+    follower.stdout.close()
+    assert follower.wait(30) == 0
 
 
 def test_the_doctor_finds_everything_well(deployment: Deployment, drawn: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -23,7 +23,7 @@ STEPS = ("preprocess", "train", "evaluate")
 @pytest.fixture(scope="module")
 def digits_run(app: DagsterApp, docker_image: str) -> str:
     """All three in one run, with the image that has the packages already."""
-    common = {"image": docker_image, "environment": "docker"}
+    common: dict[str, Any] = {"image": docker_image, "environment": "docker"}
     configs = {f"digits__{step}": {"config": dict(common)} for step in STEPS}
     configs["digits__train"]["config"]["parameters"] = {"epochs": 5}
     assets = [["digits", step] for step in STEPS]

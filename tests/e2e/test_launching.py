@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,15 @@ mutation Tick($selector: ScheduleSelector!) {
   scheduleDryRun(selectorData: $selector, timestamp: 1767240000) {
     __typename
     ... on DryRunInstigationTick { evaluationResult { error { message } runRequests { runKey } } }
+    ... on PythonError { message }
+  }
+}
+"""
+_SENSOR = """
+mutation Tick($selector: SensorSelector!) {
+  sensorDryRun(selectorData: $selector, cursor: null) {
+    __typename
+    ... on DryRunInstigationTick { evaluationResult { runRequests { runKey runConfigYaml } } }
     ... on PythonError { message }
   }
 }
@@ -79,14 +89,36 @@ def test_dagster_asset_materialize_runs_a_step(
         *("dagster", "asset", "materialize", "--select", "key:probe/draw"),
         *("-m", "tests.e2e.probe.definitions", "--config-json", json.dumps(config)),
     )
-    assert "RUN_SUCCESS" in done.stderr
-    (line,) = deployment.cli("metrics", "latest", "--json").stdout.splitlines()
+    run_id = re.findall(r"([0-9a-f-]{36}) - \d+ - RUN_SUCCESS", done.stderr)[0]
+    (line,) = deployment.cli("metrics", run_id, "--json").stdout.splitlines()
     assert json.loads(line)["values"]["area"] == size**2
 
 
 @pytest.mark.slow
-def test_the_sensor_trains_once_for_each_request_file(
-    app: DagsterApp, deployment: Deployment, demo_summary: dict
+def test_a_sensor_launches_once_for_each_request(app: DagsterApp, deployment: Deployment) -> None:
+    selector = {
+        "repositoryLocationName": LOCATION,
+        "repositoryName": "__repository__",
+        "sensorName": "on_request",
+    }
+    requests = deployment.state / "probe-requests"
+    requests.mkdir()
+    (requests / "9").touch()
+    answer = app.graphql(_START_SENSOR, selector=selector)["startSensor"]
+    assert answer["__typename"] == "Sensor", answer
+
+    def runs() -> list[dict]:
+        return app.graphql(_RUNS, tag="probe", value="sensor")["runsOrError"]["results"]
+
+    (run,) = wait_for(runs, seconds=60, every=0.5, what="the sensor's run")
+    assert app.finished(run["runId"]).status == "SUCCESS"
+    assert app.metadata(run["runId"], "draw")["metrics/area"] == 81
+    assert len(runs()) == 1
+
+
+@pytest.mark.slow
+def test_the_example_s_sensor_asks_for_a_training_with_the_parameters_of_the_file(
+    app: DagsterApp, deployment: Deployment
 ) -> None:
     selector = {
         "repositoryLocationName": LOCATION,
@@ -96,23 +128,15 @@ def test_the_sensor_trains_once_for_each_request_file(
     requests = deployment.state / "training-requests"
     requests.mkdir()
     (requests / "2026-01-05-a.json").write_text('{"epochs": 2}')
-    answer = app.graphql(_START_SENSOR, selector=selector)["startSensor"]
-    assert answer["__typename"] == "Sensor", answer
-
-    def runs() -> list[dict]:
-        found = app.graphql(_RUNS, tag="training-request", value="2026-01-05-a.json")
-        return found["runsOrError"]["results"]
-
-    wait_for(runs, seconds=90, every=0.5, what="the sensor's run")
-    (run,) = runs()
-    assert app.finished(run["runId"]).status == "SUCCESS"
-    assert app.metadata(run["runId"], "train")["metrics/epoch"] == 2
-    assert len(runs()) == 1
+    tick = app.graphql(_SENSOR, selector=selector)["sensorDryRun"]
+    (request,) = tick["evaluationResult"]["runRequests"]
+    assert request["runKey"] == "2026-01-05-a.json"
+    assert "epochs: 2" in request["runConfigYaml"]
 
 
 @pytest.mark.slow
 def test_a_schedule_fires(app: DagsterApp) -> None:
-    """It is switched on with the app (conftest); its run key lets one run come of all its ticks."""
+    """It is switched on with the app, see conftest; one run comes of all its ticks."""
 
     def runs() -> list[dict]:
         return app.graphql(_RUNS, tag="probe", value="schedule")["runsOrError"]["results"]
