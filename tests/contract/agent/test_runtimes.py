@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 import uuid
@@ -307,3 +308,13 @@ def test_usage_is_measured(rig: Rig, runtime_name: str) -> None:
     assert 0.1 < (usage.cpu_seconds or 0) < 10
     assert 0.05 < (usage.cpu_cores_average or 0) <= (usage.cpu_cores_peak or 0) < 4
     assert usage.oom_killed is False
+
+
+def test_k62_a_program_enters_beside_the_command(rig: Rig) -> None:
+    running = rig.start("echo here > mark; echo ready; sleep 60", environment={"MINE": "1"})
+    rig.wait_for(b"ready")
+    entry = running.enter(["/bin/sh", "-c", 'cat mark; echo "$MINE"; cat; exit 5'])
+    done = subprocess.run(
+        entry.argv, env=dict(entry.environment), input=b"in", capture_output=True, timeout=SECONDS
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (5, b"here\n1\nin", b"")

@@ -119,3 +119,13 @@ def test_a_failure_keeps_metrics_and_outputs() -> None:
     assert metadata["exit_code"].value == 3
     assert metadata["metrics/loss"].value == 1.0
     assert "outputs" in metadata
+
+
+def test_m08_measured_resources_are_shown_and_others_left_out() -> None:
+    metadata = metadata_of(
+        view(cpu_cores_average=1.5, cpu_cores_peak=2.0, max_memory_bytes=10, cpu_seconds=3.0)
+    )
+    assert metadata["cpu_cores_average"].value == 1.5
+    assert metadata["cpu_cores_peak"].value == 2.0
+    assert metadata["max_memory_bytes"].value == 10
+    assert "gpu_utilization_peak" not in metadata
