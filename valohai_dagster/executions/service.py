@@ -12,7 +12,7 @@ import asyncio
 import functools
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -49,6 +49,7 @@ READ_BLOCK_MS = 2_000
 READ_COUNT = 100
 TICK_SECONDS = 1.0
 OUTAGE_PAUSE_SECONDS = 0.5
+CANCEL_SECONDS = 0.2  # between two cancellations of the same task
 LIVE_LOG_SECONDS = 3600  # how long a live log outlives its execution; the stored one stays
 MAX_FAILURES = 3  # tries to handle one stream entry before it is set aside
 OUTAGES = (redis.ConnectionError, redis.TimeoutError, OperationalError)
@@ -91,11 +92,11 @@ class ExecutionService(ServiceCore):
         loops = [self._read_submissions, self._read_reports, self._tick]
         tasks = [asyncio.create_task(self._forever(loop)) for loop in loops]
         try:
-            await asyncio.gather(*tasks)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end_all(tasks)
             self.close()
 
     def idle_for(self) -> timedelta:
@@ -487,3 +488,12 @@ class ExecutionService(ServiceCore):
         await self.remember(execution_id)
         await self.tell(execution_id, f"starting attempt {number}: {why}")
         await self.enqueue(job, priority=active.priority, front=True, force=True)
+
+
+async def _end_all(tasks: Collection[asyncio.Task[None]]) -> None:
+    """Cancels until they are over: a client library may turn a cancellation into an error that we retry."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_SECONDS)
