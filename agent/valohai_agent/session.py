@@ -13,6 +13,7 @@ from pathlib import Path
 
 import redis
 from pydantic import ValidationError
+from redis.exceptions import NoPermissionError
 
 from valohai_agent.clock import Clock, SystemClock
 from valohai_agent.errors import AgentError
@@ -127,7 +128,7 @@ class Session:
         """Missing rights are waited out later (an operator can repair them), not at the start: it may be a mistake."""
         try:
             return self.beat()
-        except redis.exceptions.NoPermissionError as exc:
+        except NoPermissionError as exc:
             raise RedisRefused(
                 f"Redis at {self.link.url} does not let this user work for the group {self.identity.group!r} of "
                 f"deployment {self.identity.deployment}: {exc}. Check --queue and --deployment, and that the user "

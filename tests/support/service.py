@@ -76,7 +76,8 @@ class RunningService:
 
     def call(self, *parts: Callable[[ExecutionService], Awaitable[None]]) -> None:
         """Runs these on the service's own loop, all at once."""
-        assert self.service is not None and self._loop is not None
+        assert self.service is not None
+        assert self._loop is not None
         service = self.service
 
         async def together() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from valohai_dagster.cli.checkout import checkout_root, dagster_home
-from valohai_dagster.embedded.conductor import ensure_conductor, kept_alive
+from valohai_dagster.embedded.conductor import ensure_conductor, keep_alive
 from valohai_dagster.settings import load_settings
 
 
@@ -27,10 +27,10 @@ def up(
     root = checkout_root(settings)
     environment = {**os.environ, "DAGSTER_HOME": str(dagster_home(root, settings))}
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(root / "workspace.yaml")]
-    with kept_alive(settings):
-        ensure_conductor(settings)
-        typer.echo(f"The UI comes up on http://{host}:{port}; Ctrl-C ends it.", err=True)
-        raise typer.Exit(_run([*command, "-h", host, "-p", str(port)], root, environment))
+    keep_alive(settings)
+    ensure_conductor(settings)
+    typer.echo(f"The UI comes up on http://{host}:{port}; Ctrl-C ends it.", err=True)
+    raise typer.Exit(_run([*command, "-h", host, "-p", str(port)], root, environment))
 
 
 def _run(command: list[str], root: Path, environment: dict[str, str]) -> int:

@@ -23,6 +23,8 @@ from valohai_dagster.errors import ServiceUnavailable
 from valohai_dagster.settings import Settings
 
 START_SECONDS = 30.0  # longest wait for a conductor to serve
+_HELD: dict[Path, int] = {}  # keep-alive locks of this process, by file
+
 LOCK_SECONDS = 1.0  # how long a starting conductor tries to get its lock
 POLL_SECONDS = 0.05
 
@@ -65,12 +67,16 @@ def conductor_lock(settings: Settings) -> Iterator[bool]:
         yield True
 
 
-@contextlib.contextmanager
-def kept_alive(settings: Settings) -> Iterator[None]:
-    """While this lasts, a conductor that was started on demand does not end for idleness."""
-    with _open(settings, keep_alive_path(settings)) as file:
-        _lock(file, fcntl.LOCK_SH)
-        yield
+def keep_alive(settings: Settings) -> None:
+    """While this process lives, a conductor that was started on demand does not end for idleness.
+
+    The kernel lets go of the lock with the process, however that ends.
+    """
+    path = keep_alive_path(settings)
+    if path not in _HELD:
+        settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _HELD[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(_HELD[path], fcntl.LOCK_SH)
 
 
 def is_kept_alive(settings: Settings) -> bool:

@@ -119,7 +119,9 @@ class ExecutionView(View):
     cpu_cores_average: float | None = None
     cpu_cores_peak: float | None = None
     gpu_memory_bytes_peak: int | None = None
-    gpu_utilization_peak: float | None = Field(None, description="Of the busiest GPU, 0 to 100.")
+    gpu_utilization_peak: float | None = Field(
+        default=None, description="Of the busiest GPU, 0 to 100."
+    )
     ctime: datetime
     qtime: datetime | None = None
     started_at: datetime | None = None

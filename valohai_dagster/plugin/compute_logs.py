@@ -25,6 +25,7 @@ from typing import Any
 
 from dagster import DagsterEventType, Field, Float, StringSource
 
+from valohai_dagster.embedded.conductor import keep_alive
 from valohai_dagster.errors import ValohaiError
 from valohai_dagster.plugin.compat import (
     CapturedLogContext,
@@ -70,6 +71,9 @@ class ValohaiComputeLogManager(LocalComputeLogManager):
     ) -> None:
         self._settings_file = settings_file
         base_dir = base_dir or str(self._settings().state_dir / "compute_logs")
+        keep_alive(
+            self._settings()
+        )  # pictures and links of the UI need the conductor, not only runs
         super().__init__(base_dir, polling_timeout, inst_data)
         self._local = LocalComputeLogManager(base_dir, polling_timeout)
         self._logs = logs or ServiceLogs(self._settings)
