@@ -85,11 +85,11 @@ class GroupSettings(Section):
     )
     fail_fast: bool = Field(
         default=False,
-        description="End a step at its first failing command instead of its last (C-22).",
+        description="End a step at its first failing command instead of its last.",
     )
     respect_image_user: bool = Field(
         default=False,
-        description="Run containers as the user that the image names instead of root (K-51).",
+        description="Run containers as the user that the image names instead of root.",
     )
     file_inputs: list[Path] = Field(
         default_factory=list,
@@ -180,7 +180,12 @@ class Settings(BaseSettings):
         default="127.0.0.1",
         description="Address on which the service answers `/datum/...` and `/log/...`.",
     )
-    http_port: int = Field(default=3080, ge=0, le=65535, description="Port of the same.")
+    http_port: int = Field(
+        default=3080,
+        ge=0,
+        le=65535,
+        description="Port of the same. An embedded service that finds it taken picks a free one and keeps it.",
+    )
     public_url: str | None = Field(
         default=None,
         description="Address under which browsers reach the service. Default: http_host and http_port.",

@@ -247,7 +247,8 @@ def check_dagster_home(settings: Settings) -> Iterator[Finding]:
     home = os.environ.get("DAGSTER_HOME")
     if not home:
         text = "DAGSTER_HOME is not set: Dagster forgets its runs when a command ends (executions are kept)"
-        hint = f"export DAGSTER_HOME={settings.state_dir / 'dagster'} (`make up` sets it)"
+        place = settings.state_dir / "dagster"
+        hint = f"mkdir -p {place} && export DAGSTER_HOME={place} (`make up` does it)"
         yield Finding(part="dagster", level="note", text=text, hint=hint)
         return
     if not (Path(home) / "dagster.yaml").is_file():

@@ -41,14 +41,18 @@ def down(
 ) -> None:
     """Stop what runs in the background: the conductor, the local agents, the embedded Redis."""
     settings = load_settings()
-    info = running_conductor(settings)
+    info = running_conductor(settings) if settings.state_dir.is_dir() else None
+    living = living_agents(settings.state_dir) if agents else []
+    redis = EmbeddedRedis(settings) if agents and settings.redis_url is None else None
     if info is not None:
         _end(info.pid, "conductor")
-    if agents:
-        for agent in living_agents(settings.state_dir):
-            _end(agent.pid, "agent")
-        if settings.redis_url is None and EmbeddedRedis(settings).stop():
-            typer.echo("stopped the embedded Redis")
+    for agent in living:
+        _end(agent.pid, "agent")
+    stopped_redis = redis is not None and redis.running() and redis.stop()
+    if stopped_redis:
+        typer.echo("stopped the embedded Redis")
+    if info is None and not living and not stopped_redis:
+        typer.echo(f"nothing runs for {settings.state_dir}")
 
 
 def _end(pid: int, what: str) -> None:

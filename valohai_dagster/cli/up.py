@@ -34,9 +34,14 @@ def up(
 
 
 def _run(command: list[str], root: Path, environment: dict[str, str]) -> int:
-    """The child gets a terminal's Ctrl-C itself; SIGTERM is passed on. Returns its exit code."""
+    """Runs it in the foreground and passes SIGTERM on; returns its exit code.
+
+    A script's background jobs start with SIGINT ignored, and whoever they start inherits that: then nothing could
+    end Dagster's processes. A handler of our own is not inherited, so they begin with the usual behaviour.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, cwd=root, env=environment)
-    signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
     while True:
         try:
             code = process.wait()

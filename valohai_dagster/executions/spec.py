@@ -237,7 +237,10 @@ def _missing_input(declared: Input, config: StepConfig, upstream: UpstreamValues
 
 def _materialize_first(steps: Sequence[str]) -> str:
     names = ", ".join(f"`{name}`" for name in steps)
-    return f"its upstream {names} was never materialized; materialize that first, or give a value"
+    return (
+        f"its upstream {names} was never materialized (Dagster forgets earlier runs when DAGSTER_HOME is not set); "
+        "materialize that first, or give a value"
+    )
 
 
 def _defaults_in_use(config: StepConfig, upstream: UpstreamValues) -> list[str]:
