@@ -17,7 +17,7 @@ from valohai_dagster.errors import ConfigurationError, RefusedError
 from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import Settings, load_settings
 
-app = typer.Typer(no_args_is_help=True, help="Agents on other machines.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Agents on other machines.")
 
 
 @app.callback()

@@ -22,7 +22,11 @@ from valohai_dagster.records.tables import projects
 from valohai_dagster.settings import load_settings
 from valohai_dagster.stores.registry import Stores, open_stores
 
-app = typer.Typer(no_args_is_help=True, help="Files that executions read and wrote (datums).")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Files that executions read and wrote (datums).",
+)
 
 Project = Annotated[
     str | None,

@@ -16,7 +16,11 @@ from valohai_dagster.projects.problems import Problem, errors_of
 from valohai_dagster.projects.project import GitAuth, fetch_project, load_project
 from valohai_dagster.settings import load_settings
 
-app = typer.Typer(no_args_is_help=True, help="Projects: their commits and their valohai.yaml.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Projects: their commits and their valohai.yaml.",
+)
 TOKEN_VARIABLE = "VALOHAI_GIT_TOKEN"  # noqa: S105 - the variable's name
 _STYLE = {"error": "red", "warning": "yellow", "note": "cyan"}
 

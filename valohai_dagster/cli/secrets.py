@@ -15,6 +15,7 @@ from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import load_settings
 
 app = typer.Typer(
+    add_completion=False,
     no_args_is_help=True,
     help="Environment variables of executions, in groups that a step names in `environment-variable-groups`.",
 )
