@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any, TypeVar
 
 import redis.asyncio as aioredis
 import sqlalchemy as sa
 
-from valohai_agent.protocol import Keys
+from valohai_agent.protocol import Keys, utcnow
 from valohai_dagster.executions import ledger
 from valohai_dagster.executions.dispatch import Dispatch
 from valohai_dagster.executions.stream import EventKind, FollowEvent
@@ -24,9 +24,7 @@ from valohai_dagster.stores.registry import Stores
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-
-def utcnow() -> datetime:
-    return datetime.now(timezone.utc)
+CANCEL_SECONDS = 0.2  # between two cancellations of the same task
 
 
 class ServiceCore:
@@ -104,3 +102,20 @@ class ServiceCore:
         )
         event = FollowEvent(kind=kind, time=self.clock(), attempt=attempt, message=text, data=data)
         await self.dispatch.publish(execution_id, [event])
+
+
+async def run_all(*parts: Coroutine[Any, Any, None]) -> None:
+    """Runs them until all are done or one fails; then, or when cancelled itself, ends the others.
+
+    Cancels until they are over: a client library may turn a cancellation into an error that we retry.
+    """
+    pending = {asyncio.ensure_future(part) for part in parts}
+    try:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+    finally:
+        while pending:
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=CANCEL_SECONDS)

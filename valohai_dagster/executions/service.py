@@ -12,7 +12,7 @@ import asyncio
 import functools
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from valohai_dagster.data.secrets import SecretKey
 from valohai_dagster.errors import ValohaiError
 from valohai_dagster.executions import ledger
 from valohai_dagster.executions.conditions import ConditionError, is_met
-from valohai_dagster.executions.core import ServiceCore, utcnow
+from valohai_dagster.executions.core import ServiceCore, run_all
 from valohai_dagster.executions.effects import Cause, apply_report
 from valohai_dagster.executions.grants import GrantMinter, job_of, seal
 from valohai_dagster.executions.lifecycle import Standing, Verdict, judge_report, status_after_stop
@@ -49,7 +49,6 @@ READ_BLOCK_MS = 2_000
 READ_COUNT = 100
 TICK_SECONDS = 1.0
 OUTAGE_PAUSE_SECONDS = 0.5
-CANCEL_SECONDS = 0.2  # between two cancellations of the same task
 LIVE_LOG_SECONDS = 3600  # how long a live log outlives its execution; the stored one stays
 MAX_FAILURES = 3  # tries to handle one stream entry before it is set aside
 OUTAGES = (redis.ConnectionError, redis.TimeoutError, OperationalError)
@@ -67,7 +66,7 @@ class ExecutionService(ServiceCore):
         broker_url: str,
         stores: Stores,
         secret_key: SecretKey,
-        clock: Callable[[], datetime] = utcnow,
+        clock: Callable[[], datetime] = p.utcnow,
     ) -> None:
         super().__init__(settings, records=records, broker=broker, stores=stores, clock=clock)
         self.secret_key = secret_key
@@ -87,17 +86,19 @@ class ExecutionService(ServiceCore):
 
         Raises `SeatLost` when another service has taken over.
         """
+        try:
+            await run_all(self._begin())
+            await run_all(
+                self._forever(self._read_submissions),
+                self._forever(self._read_reports),
+                self._forever(self._tick),
+            )
+        finally:
+            self.close()
+
+    async def _begin(self) -> None:
         await self._patiently(self.seat.take, "take the seat")
         await self._patiently(self._recover, "recover")
-        loops = [self._read_submissions, self._read_reports, self._tick]
-        tasks = [asyncio.create_task(self._forever(loop)) for loop in loops]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
-        finally:
-            await _end_all(tasks)
-            self.close()
 
     def idle_for(self) -> timedelta:
         """How long there has been nothing to do."""
@@ -488,12 +489,3 @@ class ExecutionService(ServiceCore):
         await self.remember(execution_id)
         await self.tell(execution_id, f"starting attempt {number}: {why}")
         await self.enqueue(job, priority=active.priority, front=True, force=True)
-
-
-async def _end_all(tasks: Collection[asyncio.Task[None]]) -> None:
-    """Cancels until they are over: a client library may turn a cancellation into an error that we retry."""
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=CANCEL_SECONDS)

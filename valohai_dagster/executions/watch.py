@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
@@ -202,7 +204,8 @@ class LeaseWatch:
         """The dead agent's own files if it ran on this host, else what arrived of its live log."""
         service = self._service
         local = service.groups.get(active.group)
-        files = from_files(local.attempt_logs(active.id, active.attempt)) if local else {}
+        left = local.attempt_logs(active.id, active.attempt) if local else None
+        files = await asyncio.to_thread(from_files, left) if left else {}
         complete = bool(files)
         if not files:
             live = service.keys.log(active.group, active.id, active.attempt)
@@ -211,7 +214,7 @@ class LeaseWatch:
         row = await service.read(lambda conn: ledger.row_of(conn, active.id))
         prefix = f"logs/{row.project_id}/{active.id}/{active.attempt}"
         store = service.stores[service.settings.log_store_name]
-        return store_salvaged(files, store, prefix, complete=complete)
+        return await asyncio.to_thread(store_salvaged, files, store, prefix, complete=complete)
 
     async def _history(self, active: ledger.Active, why: str) -> str:
         attempts = await self._service.read(lambda conn: ledger.attempt_reasons(conn, active.id))
@@ -234,17 +237,17 @@ class LeaseWatch:
         now = service.clock()
         queued = [a for a in service.active.values() if a.status is ExecutionStatus.queued]
         self._waiting = {a.id: self._waiting.get(a.id, (now, None)) for a in queued}
-        for active in queued:
-            since, said = self._waiting[active.id]
-            if now - since < LONG_WAIT:
-                continue
-            workers = await service.dispatch.workers(active.group)
-            ahead = await service.dispatch.position(active.group, active.id) or 0
-            local = active.group in service.groups
-            reason = why_it_waits(active.group, workers.values(), local=local, ahead=0)
-            if reason != said:
-                text = why_it_waits(active.group, workers.values(), local=local, ahead=ahead)
-                await service.tell(active.id, text, kind=EventKind.warning)
+        long = [a for a in queued if now - self._waiting[a.id][0] >= LONG_WAIT]
+        for group in sorted({active.group for active in long}):
+            workers = (await service.dispatch.workers(group)).values()
+            explain = functools.partial(why_it_waits, group, workers, local=group in service.groups)
+            reason = explain(ahead=0)
+            for active in long:
+                since, said = self._waiting[active.id]
+                if active.group != group or reason == said:
+                    continue
+                ahead = await service.dispatch.position(group, active.id) or 0
+                await service.tell(active.id, explain(ahead=ahead), kind=EventKind.warning)
                 self._waiting[active.id] = (since, reason)
 
     async def _look_for_emptied_redis(self) -> None:

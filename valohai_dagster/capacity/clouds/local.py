@@ -19,11 +19,11 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from valohai_agent.protocol import Worker, WorkerState
+from valohai_agent.protocol import Worker, WorkerState, utcnow
 from valohai_dagster.capacity.planner import AgentSeen, GroupPolicy, plan
 from valohai_dagster.settings import GroupSettings
 
@@ -78,7 +78,7 @@ class LocalGroup:
         deployment: str,
         on_gone: AgentGone,
         drain: DrainWorker,
-        clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+        clock: Callable[[], datetime] = utcnow,
     ) -> None:
         self.name = name
         self._settings = settings
