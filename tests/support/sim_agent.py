@@ -5,10 +5,13 @@ Tests decide when it takes, reports, renews or dies, so every interleaving can b
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 import redis
 from nacl.public import PrivateKey, SealedBox
@@ -66,10 +69,6 @@ class SimLease:
 
     def store(self, name: str, content: bytes, **metadata: Any) -> str:
         """Uploads one output through a `file://` grant and reports it; returns the datum's id."""
-        import hashlib
-        from pathlib import Path
-        from urllib.parse import unquote, urlsplit
-
         request = p.GrantRequest(id=name, kind="output", name=name, size=len(content))
         grant = self.want(request).uploads[name]
         target = Path(unquote(urlsplit(grant.transfer.url).path))
@@ -90,6 +89,16 @@ class SimLease:
             )
         )
         return grant.upload_id
+
+    def store_log(self, stream: Literal["stdout", "stderr"], content: bytes) -> p.LogStored:
+        """Uploads the complete log of one stream; `finish(logs=[...])` reports it."""
+        request = p.GrantRequest(id=f"log-{stream}", kind="log", name=stream, size=len(content))
+        grant = self.want(request).uploads[request.id]
+        target = Path(unquote(urlsplit(grant.transfer.url).path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        lines = content.count(b"\n")
+        return p.LogStored(stream=stream, upload_id=grant.upload_id, size=len(content), lines=lines)
 
     def finish(self, outcome: p.Outcome = p.Outcome.complete, **values: Any) -> p.Report:
         return self.report(p.Finished(outcome=outcome, **values))

@@ -1,0 +1,153 @@
+"""A worker that plays what a test has written down: outcomes are exact and take no time.
+
+It takes whatever is to be had, several jobs at once, and speaks the real protocol (see `sim_agent`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+
+from tests.support.sim_agent import SimAgent, SimLease
+from valohai_agent import protocol as p
+
+POLL_SECONDS = 0.02
+HEARTBEAT_SECONDS = 5.0
+SLOTS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Play:
+    """How one execution goes. By default its command ends well and leaves one file."""
+
+    outputs: Mapping[str, bytes] = field(default_factory=lambda: {"part.csv": b"a,b\n"})
+    metadata: Sequence[Mapping[str, Any]] = ()
+    outcome: p.Outcome = p.Outcome.complete
+    exit_code: int | None = 0
+    reason: str | None = None
+    stderr: str = ""
+    until_stopped: bool = False  # runs until somebody stops it
+    until: threading.Event | None = None  # runs until the test says so
+    while_running: Callable[[p.Job], None] | None = None  # called once the command runs
+
+    @classmethod
+    def failing(cls, exit_code: int = 3, *, stderr: str = "") -> Play:
+        return cls(
+            outputs={},
+            outcome=p.Outcome.error,
+            exit_code=exit_code,
+            reason=f"the command failed with exit code {exit_code}",
+            stderr=stderr,
+        )
+
+    @classmethod
+    def endless(cls, while_running: Callable[[p.Job], None] | None = None) -> Play:
+        return cls(outputs={}, until_stopped=True, while_running=while_running)
+
+
+Plays = Mapping[str, "Play | Sequence[Play]"]  # by step; a sequence is for the tries of a run
+
+
+class SimWorker:
+    """One thread takes, one thread per job plays. `problems` holds what went wrong in them."""
+
+    def __init__(self, client: redis.Redis, keys: p.Keys, plays: Plays, *, group: str) -> None:
+        self.agent = SimAgent(client, keys, group=group, name="sim-1")
+        self.taken: list[p.Job] = []
+        self.problems: list[BaseException] = []
+        self._plays = plays
+        self._tries: Counter[tuple[str | None, str]] = Counter()
+        self._ending = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> SimWorker:
+        self._spawn(self._take_all)
+        self._spawn(self._stay_alive)
+        return self
+
+    def stop(self) -> None:
+        self._ending.set()
+        for thread in self._threads:
+            thread.join(10)
+
+    def _spawn(self, target: Callable[..., None], *args: Any) -> None:
+        def guarded() -> None:
+            try:
+                target(*args)
+            except (AssertionError, redis.RedisError, OSError, ValueError, KeyError) as error:
+                if not self._ending.is_set():
+                    self.problems.append(error)
+
+        thread = threading.Thread(target=guarded, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _stay_alive(self) -> None:
+        while not self._ending.is_set():
+            self.agent.heartbeat(slots=str(SLOTS))
+            self._ending.wait(HEARTBEAT_SECONDS)
+
+    def _take_all(self) -> None:
+        while not self._ending.is_set():
+            lease = self.agent.try_take()
+            if lease is None:
+                self._ending.wait(POLL_SECONDS)
+                continue
+            self.taken.append(lease.job)
+            self._spawn(self._play, lease, self._play_of(lease.job))
+
+    def _play_of(self, job: p.Job) -> Play:
+        key = (job.run_id, job.step)
+        nth = self._tries[key]
+        self._tries[key] += 1
+        found = self._plays.get(job.step, Play())
+        return found if isinstance(found, Play) else found[min(nth, len(found) - 1)]
+
+    def _play(self, lease: SimLease, play: Play) -> None:
+        lease.leased()
+        lease.wait_grants()
+        lease.report(p.PhaseChanged(phase=p.Phase.running))
+        if play.metadata:
+            lease.report(p.MetadataEvents(events=[dict(event) for event in play.metadata]))
+        if play.while_running is not None:
+            play.while_running(lease.job)
+        if play.until is not None:
+            self._wait(lease, play.until.is_set)
+        if play.until_stopped:
+            self._wait(lease, lambda: self._stopped(lease))
+            lease.report(p.StopAcknowledged(signal="SIGINT", message="sent SIGINT"))
+            lease.finish(p.Outcome.stopped, exit_code=130, reason="stopped on request")
+            return
+        for name, content in play.outputs.items():
+            lease.store(name, content)
+        logs = [lease.store_log("stderr", play.stderr.encode())] if play.stderr else []
+        lease.finish(play.outcome, exit_code=play.exit_code, reason=play.reason, logs=logs)
+
+    def _wait(self, lease: SimLease, done: Callable[[], bool]) -> None:
+        while not done() and not self._ending.wait(POLL_SECONDS):
+            lease.renew()
+
+    def _stopped(self, lease: SimLease) -> bool:
+        return any(
+            command.kind in ("stop", "stop-hard") and command.execution_id == lease.job.execution_id
+            for command in self.agent.commands()
+        )
+
+
+@contextlib.contextmanager
+def sim_worker(
+    client: redis.Redis, keys: p.Keys, plays: Plays, *, group: str = "local"
+) -> Iterator[SimWorker]:
+    """The running worker; what went wrong in its threads fails the test at the end."""
+    worker = SimWorker(client, keys, plays, group=group).start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+    assert not worker.problems, worker.problems
