@@ -9,13 +9,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dagster._config.snap import ConfigSchemaSnapshot, ConfigTypeSnap
 from dagster._core.definitions.data_version import (
     CODE_VERSION_TAG,
     DATA_VERSION_TAG,
+    DEFAULT_DATA_VERSION,
     extract_data_version_from_entry,
     get_input_data_version_tag,
 )
-from dagster._core.events import DagsterEvent, EngineEventData
+from dagster._core.events import (
+    DagsterEvent,
+    DagsterEventBatchMetadata,
+    EngineEventData,
+    RunFailureReason,
+)
+from dagster._core.execution.context.data_version_cache import DataVersionCache
+from dagster._core.execution.context.system import IPlanContext, IStepContext
+from dagster._core.execution.plan.active import ActiveExecution
+from dagster._core.execution.plan.execute_step import _build_data_version_tags
+from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
+from dagster._core.execution.plan.objects import (
+    ErrorSource,
+    StepFailureData,
+    StepRetryData,
+    StepSuccessData,
+    TypeCheckData,
+    UserFailureData,
+)
+from dagster._core.execution.plan.outputs import StepOutputData, StepOutputHandle
+from dagster._core.execution.plan.plan import ExecutionPlan
+from dagster._core.execution.plan.step import ExecutionStep
+from dagster._core.execution.retries import RetryMode
+from dagster._core.execution.step_dependency_config import StepDependencyConfig
+from dagster._core.instance.ref import InstanceRef
 from dagster._core.launcher.base import (
     CheckRunHealthResult,
     LaunchRunContext,
@@ -23,6 +49,7 @@ from dagster._core.launcher.base import (
     RunLauncher,
     WorkerStatus,
 )
+from dagster._core.snap import JobSnap
 from dagster._core.storage.compute_log_manager import (
     CapturedLogContext,
     CapturedLogData,
@@ -32,8 +59,10 @@ from dagster._core.storage.compute_log_manager import (
     ComputeLogManager,
 )
 from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
+from dagster._core.storage.tags import BACKFILL_ID_TAG, PARENT_RUN_ID_TAG
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
 from dagster._utils.warnings import disable_dagster_warnings
+from dagster_shared.error import SerializableErrorInfo
 
 if TYPE_CHECKING:
     from dagster import (
@@ -47,8 +76,12 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BACKFILL_ID_TAG",
     "CODE_VERSION_TAG",
     "DATA_VERSION_TAG",
+    "DEFAULT_DATA_VERSION",
+    "PARENT_RUN_ID_TAG",
+    "ActiveExecution",
     "CapturedLogContext",
     "CapturedLogData",
     "CapturedLogMetadata",
@@ -56,27 +89,60 @@ __all__ = [
     "CheckRunHealthResult",
     "ComputeIOType",
     "ComputeLogManager",
+    "ConfigSchemaSnapshot",
+    "ConfigTypeSnap",
     "ConfigurableClass",
     "ConfigurableClassData",
+    "DagsterEvent",
+    "DagsterEventBatchMetadata",
+    "DataVersionCache",
+    "EngineEventData",
+    "ErrorSource",
+    "ExecutionPlan",
+    "ExecutionStep",
+    "IPlanContext",
+    "IStepContext",
+    "InstanceConcurrencyContext",
+    "InstanceRef",
+    "JobSnap",
     "LaunchRunContext",
     "LocalComputeLogManager",
     "ResumeRunContext",
+    "RetryMode",
+    "RunFailureReason",
     "RunLauncher",
+    "SerializableErrorInfo",
+    "StepDependencyConfig",
+    "StepFailureData",
+    "StepOutputData",
+    "StepOutputHandle",
+    "StepRetryData",
+    "StepSuccessData",
+    "TypeCheckData",
+    "UserFailureData",
     "WorkerStatus",
+    "_build_data_version_tags",
     "code_location_pin",
     "code_reference",
+    "extract_data_version_from_entry",
     "finish_subscription",
     "get_input_data_version_tag",
     "input_storage_id",
     "instance_id",
     "log_key_of_event",
+    "logs_captured",
     "observe",
     "pin_code_location",
     "pin_input",
+    "pooled",
     "report_engine_event",
+    "steady_schema",
     "step_key_of",
     "tagged_ops",
 ]
+
+POOL_RECYCLE_SECONDS = 3600
+STATEMENT_TIMEOUT_MS = 60_000
 
 
 def report_engine_event(
@@ -202,3 +268,75 @@ def tagged_ops(instance: DagsterInstance, run: DagsterRun | None, tag: str) -> f
 def log_key_of_event(run_id: str, file_key: str) -> Sequence[str]:
     """Compute-log key of a LOGS_CAPTURED event (`ComputeLogManager.build_log_key_for_run`)."""
     return [run_id, "compute_logs", file_key]
+
+
+# -- for the run driver ---------------------------------------------------------------------------------------------
+
+
+def logs_captured(
+    context: IPlanContext, step_key: str, log_key: Sequence[str], links: Mapping[str, str]
+) -> None:
+    """LOGS_CAPTURED of one step; `links` are the addresses of its streams where Dagster cannot read them itself."""
+    DagsterEvent.capture_logs(
+        context,
+        [step_key],
+        log_key,
+        CapturedLogContext(
+            list(log_key),
+            external_stdout_url=links.get("stdout"),
+            external_stderr_url=links.get("stderr"),
+        ),
+    )
+
+
+def pooled(instance: DagsterInstance, connections: int) -> None:
+    """Keeps connections to Postgres open; the storages open one per statement otherwise (DAGSTER_NOTES 9)."""
+    from sqlalchemy import event
+    from sqlalchemy.pool import NullPool
+
+    for storage in (instance.run_storage, instance.event_log_storage):
+        engine = getattr(storage, "_engine", None)
+        if engine is None or not isinstance(engine.pool, NullPool):
+            continue
+        from dagster_postgres.utils import create_pg_engine, set_pg_statement_timeout
+
+        options = engine.url.query.get("options")
+        pool = create_pg_engine(
+            storage.postgres_url,
+            getattr(storage, "_token_provider", None),
+            isolation_level="AUTOCOMMIT",
+            pool_size=connections,
+            max_overflow=connections,
+            pool_recycle=POOL_RECYCLE_SECONDS,
+            pool_pre_ping=False,
+            **({"connect_args": {"options": options}} if options else {}),
+        )
+        event.listen(
+            pool, "connect", lambda c, _: set_pg_statement_timeout(c, STATEMENT_TIMEOUT_MS)
+        )
+        setattr(storage, "_engine", pool)  # noqa: B010
+
+
+def steady_schema(instance: DagsterInstance) -> None:
+    """Looks once whether a column or table exists, not at every statement: a schema only grows while we run."""
+    questions = (
+        (instance.run_storage, ("has_run_stats_index_cols", "has_backfill_id_column")),
+        (instance.event_log_storage, ("_has_asset_key_col_on_connection", "has_table")),
+    )
+    for storage, names in questions:
+        for name in names:
+            ask = getattr(storage, name, None)
+            if ask is not None:
+                setattr(storage, name, _asked_once(ask))
+
+
+def _asked_once(ask: Any) -> Any:
+    yes: set[Any] = set()
+
+    def answer(*args: Any) -> bool:
+        key = args[-1] if args else None  # the name of the column or table
+        if key not in yes and ask(*args):
+            yes.add(key)
+        return key in yes
+
+    return answer
