@@ -25,7 +25,6 @@ if (
     TYPE_CHECKING
 ):  # what reads a project is imported when one is read, so that importing this is cheap
     from valohai_dagster.plugin.backend import Backend
-    from valohai_dagster.plugin.compute import DeployedStep
     from valohai_dagster.projects.project import GitAuth, Project
     from valohai_dagster.projects.step import StepDefinition
 
@@ -114,16 +113,12 @@ def project_assets(
 ) -> list[dg.AssetsDefinition]:
     """One asset per step, in the order of the file."""
     from valohai_dagster.plugin import backend
-    from valohai_dagster.plugin.compute import DeployedStep
 
     return [
         step_asset(
-            DeployedStep(
-                project=project,
-                step=step,
-                exported=exported_values(project, step.name),
-                open_backend=open_backend or backend.open_backend,
-            ),
+            project,
+            step,
+            open_backend=open_backend or backend.open_backend,
             group_name=group_name
             or legal_name(step.step.category or project.name, fallback="project"),
             owners=owners,
@@ -135,37 +130,25 @@ def project_assets(
 
 
 def step_asset(
-    deployed: DeployedStep,
+    project: Project,
+    step: StepDefinition,
     *,
+    open_backend: Callable[[], Backend],
     group_name: str,
     owners: Sequence[str] | None = None,
     tags: Mapping[str, str] | None = None,
     retry_policy: dg.RetryPolicy | None = None,
 ) -> dg.AssetsDefinition:
     """The asset of one step."""
-    from valohai_dagster.plugin.compute import run_step
+    from valohai_dagster.plugin.compute import DeployedStep, run_step
     from valohai_dagster.plugin.config_schema import config_schema
-    from valohai_dagster.plugin.step_tag import STEP_TAG, edges_into, step_tag
-    from valohai_dagster.plugin.upstream_results import asset_key_of
+    from valohai_dagster.plugin.step_tag import STEP_TAG, step_tag
     from valohai_dagster.plugin.versions import code_version_of
 
-    project, step = deployed.project, deployed.step
-    edges = edges_into(project, step.name)
-    key = asset_key_of(project, step.name)
-    parents = [
-        asset_key_of(project, source)
-        for source in dict.fromkeys(edge.source_step for edge in edges)
-    ]
-    version = code_version_of(project, step)
-    tag = step_tag(
-        project,
-        step,
-        asset_key=key.path,
-        parents=[parent.path for parent in parents],
-        code_version=version,
-        retry=_retry(retry_policy),
-    )
-    fed = frozenset((edge.target_type, edge.target_key) for edge in edges)
+    version = code_version_of(step, project.commit.identifier)
+    tag = step_tag(project, step, code_version=version, retry=retry_policy)
+    deployed = DeployedStep(project=project, tag=tag, open_backend=open_backend)
+    fed = frozenset((edge.target_type, edge.target_key) for edge in tag.edges)
 
     def _step(context: AssetExecutionContext) -> Iterator[Any]:
         yield from run_step(context, deployed)
@@ -174,8 +157,8 @@ def step_asset(
         AssetExecutionContext  # Dagster does not resolve textual ones
     )
     return dg.asset(
-        key=key,
-        deps=parents,
+        key=dg.AssetKey(tag.asset_key),
+        deps=[dg.AssetKey(parent) for parent in tag.parents],
         description=description_of(project, step),
         metadata=definition_metadata(project, step),
         group_name=group_name,
@@ -184,29 +167,9 @@ def step_asset(
         tags=dict(tags) if tags else None,
         code_version=version,
         config_schema=config_schema(step, fed=fed),
-        op_tags={STEP_TAG: tag},
+        op_tags={STEP_TAG: tag.to_text()},
         retry_policy=retry_policy,
     )(_step)
-
-
-def _retry(policy: dg.RetryPolicy | None) -> dict[str, Any] | None:
-    if policy is None:
-        return None
-    return {
-        "max_retries": policy.max_retries,
-        "delay": policy.delay,
-        "backoff": policy.backoff.value if policy.backoff else None,
-        "jitter": policy.jitter.value if policy.jitter else None,
-    }
-
-
-def exported_values(project: Project, step: str) -> dict[str, list[str]]:
-    """Metadata keys and parameters of the step that other steps take through edges."""
-    out: dict[str, list[str]] = {}
-    for edge in project.edges:
-        if edge.source_step == step and edge.source_type in ("metadata", "parameter"):
-            out.setdefault(edge.source_type, []).append(edge.source_key)
-    return out
 
 
 def kinds_of(step: StepDefinition) -> set[str]:

@@ -7,59 +7,197 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from valohai_dagster.plugin.checks import MetricCheck
+from valohai_dagster.plugin.versions import code_version_of
 from valohai_dagster.projects.step import StepDefinition
 
 if TYPE_CHECKING:
+    import dagster as dg
+
     from valohai_dagster.projects.edges import StepEdge
     from valohai_dagster.projects.project import Project
+    from valohai_dagster.projects.source import Commit
 
 STEP_TAG = "valohai/step"
+ENGINE_TAG = "valohai/engine"  # on a job: which engine runs it
+DAGSTER_ENGINE = "dagster"  # its value for jobs that only Dagster's own engine can run
 TAG_VERSION = 1
+KeyPath = tuple[str, ...]  # of an asset key
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrySpec:
+    """A retry policy as data; `backoff` and `jitter` are the names of Dagster's enum members."""
+
+    max_retries: int
+    delay: float | None = None
+    backoff: str | None = None
+    jitter: str | None = None
+
+    @classmethod
+    def of(cls, policy: dg.RetryPolicy) -> RetrySpec:
+        return cls(
+            max_retries=policy.max_retries,
+            delay=policy.delay,
+            backoff=policy.backoff.value if policy.backoff else None,
+            jitter=policy.jitter.value if policy.jitter else None,
+        )
+
+    def policy(self) -> dg.RetryPolicy:
+        import dagster as dg
+
+        return dg.RetryPolicy(
+            max_retries=self.max_retries,
+            delay=self.delay,
+            backoff=dg.Backoff(self.backoff) if self.backoff else None,
+            jitter=dg.Jitter(self.jitter) if self.jitter else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTag:
+    """One step of one commit, its place in the asset graph, and what Dagster keeps of it in user code only."""
+
+    step: StepDefinition
+    project_name: str
+    source: str  # absolute directory, or Git URL without credentials
+    yaml_path: str
+    commit: Commit
+    asset_key: KeyPath
+    output: str = "result"
+    parents: tuple[KeyPath, ...] = ()
+    edges: tuple[StepEdge, ...] = ()  # into this step
+    upstream: Mapping[str, KeyPath] = field(default_factory=dict)  # source step -> its asset
+    exported: Mapping[str, Sequence[str]] = field(
+        default_factory=dict
+    )  # see results.materialize_result
+    code_version: str = ""
+    retry: RetrySpec | None = None
+    checks: tuple[MetricCheck, ...] = ()
+    partition_parameter: str | None = None
+
+    def to_text(self) -> str:
+        data = {
+            "v": TAG_VERSION,
+            "step": self.step.to_dict(),
+            "project": {
+                "name": self.project_name,
+                "source": self.source,
+                "yaml": self.yaml_path,
+            },
+            "commit": asdict(self.commit),
+            "asset_key": self.asset_key,
+            "output": self.output,
+            "parents": self.parents,
+            "edges": [asdict(edge) for edge in self.edges],
+            "upstream": self.upstream,
+            "exported": {kind: list(names) for kind, names in self.exported.items()},
+            "code_version": self.code_version,
+            "retry": asdict(self.retry) if self.retry else None,
+            "checks": [check.to_dict() for check in self.checks],
+            "partition_parameter": self.partition_parameter,
+        }
+        return json.dumps(data, separators=(",", ":"), ensure_ascii=False, default=str)
 
 
 def step_tag(
     project: Project,
     step: StepDefinition,
     *,
-    asset_key: Sequence[str],
-    parents: Sequence[Sequence[str]],
     code_version: str,
-    retry: Mapping[str, Any] | None = None,
-) -> str:
-    """JSON of one step: its definition, place in the asset graph, commit and retry policy. No credentials."""
-    source = project.source
-    data = {
-        "v": TAG_VERSION,
-        "step": step.to_dict(),
-        "project": {"name": project.name, "source": source.location, "yaml": source.yaml_path},
-        "commit": {
-            "identifier": project.commit.identifier,
-            "ref": project.commit.ref,
-            "adhoc": project.commit.adhoc,
-        },
-        "asset_key": list(asset_key),
-        "output": "result",
-        "parents": [list(parent) for parent in parents],
-        "edges": [asdict(edge) for edge in edges_into(project, step.name)],
-        "code_version": code_version,
-        "retry": dict(retry) if retry else None,
-        "checks": [],
+    retry: dg.RetryPolicy | None = None,
+    checks: Sequence[MetricCheck] = (),
+    partition_parameter: str | None = None,
+) -> StepTag:
+    """The tag of one step of a loaded project. It holds no credentials."""
+    edges = edges_into(project, step.name)
+    upstream = {
+        edge.source_step: asset_path_of(project, edge.source_step)
+        for edge in edges
+        if edge.source_step in project.steps
     }
-    return json.dumps(data, separators=(",", ":"), ensure_ascii=False, default=str)
+    return StepTag(
+        step=step,
+        project_name=project.name,
+        source=project.source.location,
+        yaml_path=project.source.yaml_path,
+        commit=project.commit,
+        asset_key=asset_path_of(project, step.name),
+        parents=tuple(upstream.values()),
+        edges=tuple(edges),
+        upstream=upstream,
+        exported=exported_values(project, step.name),
+        code_version=code_version,
+        retry=RetrySpec.of(retry) if retry else None,
+        checks=tuple(checks),
+        partition_parameter=partition_parameter,
+    )
 
 
-def read_step_tag(text: str) -> dict[str, Any]:
-    """The tag's content with `step` restored; raises ValueError for a version that this side does not know."""
-    data = json.loads(text)
+@lru_cache(maxsize=4_096)
+def read_step_tag(text: str) -> StepTag:
+    """Raises ValueError for a version that this side does not know; keys that an older side left out are empty."""
+    from valohai_dagster.projects.edges import StepEdge
+    from valohai_dagster.projects.source import Commit
+
+    data: dict[str, Any] = json.loads(text)
     if data.get("v") != TAG_VERSION:
         raise ValueError(
             f"the tag {STEP_TAG} has version {data.get('v')!r}, this side reads {TAG_VERSION}"
         )
-    return {**data, "step": StepDefinition.from_dict(data["step"])}
+    edges = tuple(StepEdge(**edge) for edge in data["edges"])
+    parents = tuple(tuple(parent) for parent in data["parents"])
+    upstream = data.get("upstream")
+    if upstream is None:  # parents were written in the order in which edges first name them
+        upstream = dict(zip(dict.fromkeys(edge.source_step for edge in edges), parents))  # noqa: B905
+    return StepTag(
+        step=StepDefinition.from_dict(data["step"]),
+        project_name=data["project"]["name"],
+        source=data["project"]["source"],
+        yaml_path=data["project"]["yaml"],
+        commit=Commit(**data["commit"]),
+        asset_key=tuple(data["asset_key"]),
+        output=data["output"],
+        parents=parents,
+        edges=edges,
+        upstream={name: tuple(path) for name, path in upstream.items()},
+        exported=data.get("exported") or {},
+        code_version=data["code_version"],
+        retry=RetrySpec(**data["retry"]) if data.get("retry") else None,
+        checks=tuple(MetricCheck.from_dict(check) for check in data.get("checks") or ()),
+        partition_parameter=data.get("partition_parameter"),
+    )
+
+
+def tag_at(tag: StepTag, project: Project) -> StepTag:
+    """The same step of another commit; its checks, retries and asset key stay those that were loaded."""
+    step = project.step(tag.step.name)
+    fresh = step_tag(project, step, code_version=code_version_of(step, project.commit.identifier))
+    return replace(
+        fresh,
+        asset_key=tag.asset_key,
+        retry=tag.retry,
+        checks=tag.checks,
+        partition_parameter=tag.partition_parameter,
+    )
 
 
 def edges_into(project: Project, step: str) -> list[StepEdge]:
     return [edge for edge in project.edges if edge.target_step == step]
+
+
+def asset_path_of(project: Project, step: str) -> KeyPath:
+    return (project.asset_name, project.steps[step].asset_name)
+
+
+def exported_values(project: Project, step: str) -> dict[str, list[str]]:
+    """Metadata keys and parameters of the step that other steps take through edges."""
+    out: dict[str, list[str]] = {}
+    for edge in project.edges:
+        if edge.source_step == step and edge.source_type in ("metadata", "parameter"):
+            out.setdefault(edge.source_type, []).append(edge.source_key)
+    return out

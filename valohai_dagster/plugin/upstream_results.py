@@ -1,92 +1,119 @@
-"""What the upstream assets of a step last produced, and which of their events the step used."""
+"""What the upstream assets of a step last produced, and which of their events the step used.
+
+Nothing here needs user code or a context: op processes and the run driver share it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from dagster import (
-    AssetExecutionContext,
     AssetKey,
     AssetRecordsFilter,
     DagsterEventType,
+    DagsterInstance,
+    DagsterRun,
     EventLogRecord,
 )
 
 from valohai_dagster.executions.stream import ExecutionView
-from valohai_dagster.plugin.compat import input_storage_id, pin_input
 from valohai_dagster.plugin.results import EXECUTION_ID_KEY
-from valohai_dagster.plugin.step_tag import edges_into
-from valohai_dagster.projects.project import Project
+from valohai_dagster.plugin.step_tag import StepTag
 from valohai_dagster.projects.upstream import UpstreamFile, UpstreamResult
 
 MAX_PARENT_RUNS = 50  # a chain of re-executions longer than this is cut
 PARENT_RUN_TAG = "dagster/parent_run_id"
 FindView = Callable[[str], "ExecutionView | None"]
+FindRecords = Callable[[AssetKey], Sequence[EventLogRecord]]
 
 
-def asset_key_of(project: Project, step: str) -> AssetKey:
-    return AssetKey([project.asset_name, project.steps[step].asset_name])
-
-
-def upstream_results(
-    context: AssetExecutionContext, project: Project, step: str, find_view: FindView
+def upstream_of(
+    tag: StepTag, find_records: FindRecords, find_view: FindView, warn: Callable[[str], None]
 ) -> dict[str, UpstreamResult | None]:
-    """Results by source step; None for one that was never materialized, or not by an execution that we know."""
+    """Results by source step; None for one that was never materialized, or not by an execution that we know.
+
+    `find_records` gives the materializations that the step uses: one, or one per partition that it depends on.
+    Several add up.
+    """
     out: dict[str, UpstreamResult | None] = {}
-    for edge in edges_into(project, step):
-        source = edge.source_step
-        if source in out or source not in project.steps:
-            continue
-        record = used_materialization(context, asset_key_of(project, source))
-        execution_id = execution_id_in(record) if record else None
-        view = find_view(execution_id) if execution_id else None
-        if record is not None and view is None:
-            context.log.warning(
-                f"the upstream asset of step {source!r} has a materialization that no execution in these records made "
-                f"(execution {execution_id or 'unknown'}); materialize it again, or check state_dir and database_url"
-            )
-        out[source] = upstream_result(view) if view else None
+    for source, path in tag.upstream.items():
+        ids = [execution_id_in(record) for record in find_records(AssetKey(path))]
+        views: dict[str, ExecutionView] = {}
+        for execution_id in dict.fromkeys(ids):  # one execution may have made several partitions
+            view = find_view(execution_id) if execution_id else None
+            if view is None:
+                warn(
+                    f"the upstream asset of step {source!r} has a materialization that no execution in these "
+                    f"records made (execution {execution_id or 'unknown'}); materialize it again, or check "
+                    "state_dir and database_url"
+                )
+            else:
+                views[view.id] = view
+        out[source] = upstream_result(*views.values()) if views else None
     return out
 
 
-def used_materialization(context: AssetExecutionContext, key: AssetKey) -> EventLogRecord | None:
-    """The materialization that this step uses: of its own run, else of the runs it re-executes, else the latest.
+def used_record(
+    instance: DagsterInstance, run: DagsterRun, key: AssetKey, latest_id: int | None
+) -> EventLogRecord | None:
+    """The materialization that a step of this run uses: of its own run, else of the runs it re-executes, else the latest.
 
-    So a step never picks up what another run made meanwhile; the engine's provenance tags are told about it.
+    So a step never picks up what another run made meanwhile. `latest_id` is the storage id of the newest one at the
+    moment when the step starts.
     """
-    latest_id = input_storage_id(context, key)
-    own = _of_run_or_parents(context, key)
-    if own is not None:
-        if own.storage_id != latest_id:
-            pin_input(context, key, own)
-        return own
+    for one in _run_and_parents(instance, run):
+        record = next(iter(_of_run(instance, one, key)), None)
+        if record is not None:
+            return record
     if latest_id is None:
         return None
-    found = context.instance.fetch_materializations(
-        AssetRecordsFilter(asset_key=key, storage_ids=[latest_id]), limit=1
-    )
-    return next(iter(found.records), None)
+    return next(iter(_by_ids(instance, key, [latest_id])), None)
 
 
-def _of_run_or_parents(context: AssetExecutionContext, key: AssetKey) -> EventLogRecord | None:
-    run: Any = context.run
+def used_records(
+    instance: DagsterInstance, run: DagsterRun, key: AssetKey, partition_keys: Sequence[str]
+) -> list[EventLogRecord]:
+    """The same for each of these partitions, in their order; those never materialized are left out."""
+    found: dict[str, EventLogRecord] = {}
+    for one in _run_and_parents(instance, run):
+        for record in _of_run(instance, one, key):
+            if record.partition_key in partition_keys:
+                found.setdefault(record.partition_key or "", record)
+    missing = set(partition_keys) - set(found)
+    if missing:
+        latest = instance.event_log_storage.get_latest_storage_id_by_partition(
+            key, DagsterEventType.ASSET_MATERIALIZATION, missing
+        )
+        for record in _by_ids(instance, key, list(latest.values())):
+            found[record.partition_key or ""] = record
+    return [found[name] for name in partition_keys if name in found]
+
+
+def _run_and_parents(instance: DagsterInstance, run: DagsterRun) -> Iterator[DagsterRun]:
+    one: DagsterRun | None = run
     for _ in range(MAX_PARENT_RUNS):
-        record = _of_run(context, run.run_id, key)
-        parent = run.parent_run_id or run.tags.get(PARENT_RUN_TAG)
-        if record is not None or not parent:
-            return record
-        run = context.instance.get_run_by_id(parent)
-        if run is None:
-            return None
-    return None
+        if one is None:
+            return
+        yield one
+        parent = one.parent_run_id or one.tags.get(PARENT_RUN_TAG)
+        one = instance.get_run_by_id(parent) if parent else None
 
 
-def _of_run(context: AssetExecutionContext, run_id: str, key: AssetKey) -> EventLogRecord | None:
-    records = context.instance.get_records_for_run(
-        run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION, ascending=False
+def _of_run(instance: DagsterInstance, run: DagsterRun, key: AssetKey) -> list[EventLogRecord]:
+    """Newest first. A run that did not select the asset is not asked."""
+    if run.asset_selection and key not in run.asset_selection:
+        return []
+    records = instance.get_records_for_run(
+        run.run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION, ascending=False
     ).records
-    return next((record for record in records if record.asset_key == key), None)
+    return [record for record in records if record.asset_key == key]
+
+
+def _by_ids(instance: DagsterInstance, key: AssetKey, ids: list[int]) -> Sequence[EventLogRecord]:
+    if not ids:
+        return []
+    wanted = AssetRecordsFilter(asset_key=key, storage_ids=ids)
+    return instance.fetch_materializations(wanted, limit=len(ids)).records
 
 
 def execution_id_in(record: EventLogRecord) -> str | None:
@@ -95,14 +122,16 @@ def execution_id_in(record: EventLogRecord) -> str | None:
     return str(value.value) if value is not None else None
 
 
-def upstream_result(view: ExecutionView) -> UpstreamResult:
+def upstream_result(*views: ExecutionView) -> UpstreamResult:
+    """Files of all executions, in order; values of the last one that has them."""
     inputs: dict[str, tuple[UpstreamFile, ...]] = {}
-    for item in view.inputs:
+    for item in (item for view in views for item in view.inputs):
         uri = f"datum://{item.datum_id}" if item.datum_id else item.uri
         inputs[item.input] = (*inputs.get(item.input, ()), UpstreamFile(name=item.name, uri=uri))
+    outputs = [datum for view in views for datum in view.outputs]
     return UpstreamResult(
-        outputs=tuple(UpstreamFile(name=datum.name, uri=datum.uri) for datum in view.outputs),
+        outputs=tuple(UpstreamFile(name=datum.name, uri=datum.uri) for datum in outputs),
         inputs=inputs,
-        parameters=view.parameters,
-        metadata=view.latest_metadata,
+        parameters={name: v for view in views for name, v in view.parameters.items()},
+        metadata={name: v for view in views for name, v in view.latest_metadata.items()},
     )

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 
-from valohai_dagster.projects.project import Project
 from valohai_dagster.projects.step import StepDefinition
 
 
-def code_version_of(project: Project, step: StepDefinition, *, commit: str | None = None) -> str:
+def code_version_of(step: StepDefinition, commit: str) -> str:
     """`<commit>-<digest of the step>`; an uncommitted tree has its content's digest as commit (T-03).
 
     `commit` is what really ran, where that may be newer than what was loaded.
     """
     text = json.dumps(step.to_dict()["step"], sort_keys=True, default=str)
-    return f"{(commit or project.commit.identifier)[:13]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{commit[:13]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

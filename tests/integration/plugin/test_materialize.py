@@ -361,7 +361,7 @@ def test_the_op_tag_survives_in_the_job_snapshot(
     snapshot = instance.get_job_snapshot(stored.job_snapshot_id)
     tags = {op.name: op.tags[STEP_TAG] for op in snapshot.node_defs_snapshot.op_def_snaps}
     data = read_step_tag(tags["digits__train"])
-    assert data["step"].name == "train"
-    assert data["parents"] == [list(PREP.path)]
-    assert data["edges"][0]["source_key"] == "*.csv"
+    assert data.step.name == "train"
+    assert data.parents == (tuple(PREP.path),)
+    assert data.edges[0].source_key == "*.csv"
     assert json.loads(tags["digits__train"])["v"] == 1
