@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 from valohai_agent.protocol import Checksums
 
@@ -29,15 +28,6 @@ class Hasher:
             sha1=self._sha1.hexdigest(),
             sha256=self._sha256.hexdigest(),
         )
-
-
-def checksum_file(path: Path) -> tuple[int, Checksums]:
-    """Size and checksums of a file on disk."""
-    hasher = Hasher()
-    with path.open("rb") as file:
-        while chunk := file.read(1024 * 1024):
-            hasher.update(chunk)
-    return hasher.size, hasher.checksums()
 
 
 def decimal_size(size: int) -> str:

@@ -35,12 +35,6 @@ BLOCK_SECONDS = 5.0  # longest blocking read; an idle agent looks at the ready s
 SOCKET_SECONDS = 15.0  # longer than any blocking read
 CONNECT_SECONDS = 5.0
 
-# What an agent's ACL user needs, apart from the key pattern of its group (functions run with the caller's rights).
-AGENT_COMMANDS = (
-    "ping", "time", "hello", "auth", "select", "client|setinfo", "client|setname", "fcall", "blpop", "xadd", "xread",
-    "expire", "pexpire", "hget", "hmget", "hset", "zrange", "zrem", "exists", "xrange", "del",
-)  # fmt: skip
-
 _TEMPORARY_WORDS = (
     "LOADING",
     "READONLY",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -79,10 +79,6 @@ def phase_seconds(view: ExecutionView) -> dict[str, float]:
 
 def total_seconds(view: ExecutionView) -> float | None:
     return _between(view.ctime, view.ended_at)
-
-
-def total_size(sizes: Iterable[int]) -> str:
-    return size_text(sum(sizes))
 
 
 def _length(span: PhaseSpan) -> float:
