@@ -41,6 +41,7 @@ from dagster._core.execution.plan.plan import ExecutionPlan
 from dagster._core.execution.plan.step import ExecutionStep
 from dagster._core.execution.retries import RetryMode
 from dagster._core.execution.step_dependency_config import StepDependencyConfig
+from dagster._core.instance.config import ConcurrencyConfig
 from dagster._core.instance.ref import InstanceRef
 from dagster._core.launcher.base import (
     CheckRunHealthResult,
@@ -49,7 +50,9 @@ from dagster._core.launcher.base import (
     RunLauncher,
     WorkerStatus,
 )
-from dagster._core.snap import JobSnap
+from dagster._core.run_coordinator.base import SubmitRunContext
+from dagster._core.run_coordinator.queued_run_coordinator import RunQueueConfig
+from dagster._core.snap import ExecutionPlanSnapshot, JobSnap
 from dagster._core.storage.compute_log_manager import (
     CapturedLogContext,
     CapturedLogData,
@@ -58,6 +61,7 @@ from dagster._core.storage.compute_log_manager import (
     ComputeIOType,
     ComputeLogManager,
 )
+from dagster._core.storage.dagster_run import RunOpConcurrency
 from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
 from dagster._core.storage.tags import BACKFILL_ID_TAG, PARENT_RUN_ID_TAG
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
@@ -89,6 +93,7 @@ __all__ = [
     "CheckRunHealthResult",
     "ComputeIOType",
     "ComputeLogManager",
+    "ConcurrencyConfig",
     "ConfigSchemaSnapshot",
     "ConfigTypeSnap",
     "ConfigurableClass",
@@ -99,6 +104,7 @@ __all__ = [
     "EngineEventData",
     "ErrorSource",
     "ExecutionPlan",
+    "ExecutionPlanSnapshot",
     "ExecutionStep",
     "IPlanContext",
     "IStepContext",
@@ -111,6 +117,8 @@ __all__ = [
     "RetryMode",
     "RunFailureReason",
     "RunLauncher",
+    "RunOpConcurrency",
+    "RunQueueConfig",
     "SerializableErrorInfo",
     "StepDependencyConfig",
     "StepFailureData",
@@ -118,6 +126,7 @@ __all__ = [
     "StepOutputHandle",
     "StepRetryData",
     "StepSuccessData",
+    "SubmitRunContext",
     "TypeCheckData",
     "UserFailureData",
     "WorkerStatus",
@@ -129,6 +138,7 @@ __all__ = [
     "get_input_data_version_tag",
     "input_storage_id",
     "instance_id",
+    "is_database_outage",
     "log_key_of_event",
     "logs_captured",
     "observe",
@@ -302,7 +312,7 @@ def pooled(instance: DagsterInstance, connections: int) -> None:
 
         options = engine.url.query.get("options")
         pool = create_pg_engine(
-            storage.postgres_url,
+            getattr(storage, "postgres_url"),  # noqa: B009
             getattr(storage, "_token_provider", None),
             isolation_level="AUTOCOMMIT",
             pool_size=connections,
@@ -340,3 +350,14 @@ def _asked_once(ask: Any) -> Any:
         return key in yes
 
     return answer
+
+
+def is_database_outage(error: BaseException) -> bool:
+    """Whether a storage call failed because its database is away or busy, so that trying again helps."""
+    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+
+    if isinstance(error, (OperationalError, InterfaceError)):
+        return True
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated
+    return type(error).__name__ == "DagsterPostgresException"  # the package is an extra
