@@ -7,8 +7,10 @@ a public name in `dagster` is imported from there by its user, not here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
+import sqlalchemy as sa
 from dagster._config.snap import ConfigSchemaSnapshot, ConfigTypeSnap
 from dagster._core.definitions.data_version import (
     CODE_VERSION_TAG,
@@ -18,6 +20,9 @@ from dagster._core.definitions.data_version import (
     get_input_data_version_tag,
 )
 from dagster._core.events import (
+    ASSET_CHECK_EVENTS,
+    ASSET_EVENTS,
+    EVENT_TYPE_TO_PIPELINE_RUN_STATUS,
     DagsterEvent,
     DagsterEventBatchMetadata,
     EngineEventData,
@@ -62,8 +67,19 @@ from dagster._core.storage.compute_log_manager import (
     ComputeLogManager,
 )
 from dagster._core.storage.dagster_run import RunOpConcurrency
+from dagster._core.storage.event_log.schema import (
+    AssetEventTagsTable,
+    AssetKeyTable,
+    SqlEventLogStorageTable,
+)
+from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
 from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
-from dagster._core.storage.tags import BACKFILL_ID_TAG, PARENT_RUN_ID_TAG
+from dagster._core.storage.tags import (
+    BACKFILL_ID_TAG,
+    PARENT_RUN_ID_TAG,
+    RUN_FAILURE_REASON_TAG,
+    WILL_RETRY_TAG,
+)
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
 from dagster._utils.warnings import disable_dagster_warnings
 from dagster_shared.error import SerializableErrorInfo
@@ -133,6 +149,7 @@ __all__ = [
     "_build_data_version_tags",
     "code_location_pin",
     "code_reference",
+    "complete_event",
     "extract_data_version_from_entry",
     "finish_subscription",
     "get_input_data_version_tag",
@@ -361,3 +378,66 @@ def is_database_outage(error: BaseException) -> bool:
     if isinstance(error, DBAPIError):
         return error.connection_invalidated
     return type(error).__name__ == "DagsterPostgresException"  # the package is an extra
+
+
+def complete_event(instance: DagsterInstance, record: EventLogRecord) -> None:
+    """Does what storing an event does after its log row, as far as that is still to be done.
+
+    Storing is several commits (DAGSTER_NOTES 9); a process that was killed between them leaves an event that the log
+    shows, but neither the asset's page nor the run's status.
+    """
+    entry = record.event_log_entry
+    event = entry.dagster_event
+    if event is None:
+        return
+    if event.event_type in ASSET_EVENTS and event.asset_key:
+        _complete_asset_event(instance.event_log_storage, record)
+    if event.event_type in ASSET_CHECK_EVENTS:
+        instance.event_log_storage.store_asset_check_event(entry, record.storage_id)  # type: ignore[attr-defined]
+    status = EVENT_TYPE_TO_PIPELINE_RUN_STATUS.get(event.event_type)
+    run = instance.get_run_by_id(entry.run_id) if status else None
+    if run is not None and run.status != status and not run.is_finished:
+        when = datetime.fromtimestamp(entry.timestamp, timezone.utc)
+        instance.run_storage.handle_run_event(entry.run_id, event, when)
+        _tell_whether_run_retries(instance, event, entry.run_id)
+
+
+def _tell_whether_run_retries(instance: DagsterInstance, event: DagsterEvent, run_id: str) -> None:
+    run = instance.get_run_by_id(run_id)
+    if run is None or not event.is_run_failure or not instance.run_retries_enabled:
+        return
+    text = run.tags.get(RUN_FAILURE_REASON_TAG)
+    retries = instance._should_retry_run(run, RunFailureReason(text) if text else None)
+    instance.add_run_tags(run_id, {WILL_RETRY_TAG: str(retries).lower()})
+
+
+def _complete_asset_event(storage: Any, record: EventLogRecord) -> None:
+    """Adds the event to the tables that span runs, unless it is there."""
+    entry = record.event_log_entry
+    event: Any = entry.dagster_event
+    columns = SqlEventLogStorageTable.c
+    with storage.index_transaction() as connection:
+        event_id = record.storage_id
+        if isinstance(storage, SqliteEventLogStorage):  # keeps a second copy of asset events
+            where = (
+                columns.run_id == entry.run_id,
+                columns.dagster_event_type == event.event_type_value,
+                columns.asset_key == event.asset_key.to_string(),
+                columns.partition == event.partition,
+            )
+            if connection.execute(sa.select(columns.id).where(*where)).first() is not None:
+                return
+            inserted = connection.execute(storage.prepare_insert_event(entry))
+            event_id = inserted.inserted_primary_key[0]
+        tags = AssetEventTagsTable.c
+        known = sa.select(tags.event_id).where(tags.event_id == event_id).limit(1)
+        if connection.execute(known).first() is not None:
+            return
+        storage._store_asset_event_tags(connection, [entry], [event_id])
+        key = AssetKeyTable.c.asset_key == event.asset_key.to_string()
+        latest = connection.execute(
+            sa.select(AssetKeyTable.c.last_materialization_timestamp).where(key)
+        ).scalar()
+        when = datetime.fromtimestamp(entry.timestamp, timezone.utc).replace(tzinfo=None)
+        if latest is None or latest <= when:
+            storage._store_asset_event(connection, entry, event_id)

@@ -1,0 +1,113 @@
+"""Where the driver's blocking calls run: a run's calls in order, one after the other, different runs side by side.
+
+Dagster's storages are synchronous, and a run's events must appear in their order, so every run has a lane: a thread
+that it shares with other runs. A database that is away makes a lane wait, not fail; nothing is dropped, and an event
+whose log row was written before the connection broke is not written again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from dagster import DagsterInstance, EventLogEntry
+
+from valohai_dagster.plugin.compat import is_database_outage
+from valohai_dagster.plugin.driver.recovery import complete_last_event
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LANES = 8
+OUTAGE_PAUSE_SECONDS = 0.5
+
+
+class LaneClosed(Exception):
+    """The conductor is ending, or may not write for this run any more; what is not written yet stays to be done."""
+
+
+class Lanes:
+    """Threads and the count of what waits in them."""
+
+    def __init__(self, count: int = LANES) -> None:
+        self._threads = [
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"lane-{n}") for n in range(count)
+        ]
+        self._closing = threading.Event()
+        self.backlog = 0  # calls that wait or run now
+        self.written = 0  # events since the start
+
+    async def run(self, run_id: str, call: Callable[[], T]) -> T:
+        """The call's result, from the run's lane; repeated while the database is away, so it must be repeatable."""
+        lane = self._threads[zlib.crc32(run_id.encode()) % len(self._threads)]
+        self.backlog += 1
+        try:
+            work = asyncio.get_running_loop().run_in_executor(lane, self._patiently, call)
+            return await work
+        finally:
+            self.backlog -= 1
+
+    async def write(
+        self,
+        instance: DagsterInstance,
+        run_id: str,
+        entries: Sequence[EventLogEntry],
+        may_write: Callable[[], bool],
+    ) -> None:
+        """Stores the entries in order. Raises `LaneClosed` when this process may not write for the run any more."""
+        if entries:
+            await self.run(run_id, _Writing(self, instance, entries, may_write))
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        while True:
+            if self._closing.is_set():
+                raise LaneClosed
+            try:
+                return call()
+            except Exception as error:
+                if not is_database_outage(error):
+                    raise
+                log.warning(
+                    "Dagster's storage is away, waiting: %s",
+                    str(error).splitlines()[0],
+                    extra={"action": "outage", "step": "events"},
+                )
+            self._closing.wait(OUTAGE_PAUSE_SECONDS)
+
+    def close(self) -> None:
+        """Ends the lanes once the call in hand of each is done; calls that wait raise `LaneClosed`."""
+        self._closing.set()
+        for thread in self._threads:
+            thread.shutdown(wait=True)
+
+
+class _Writing:
+    """One batch of a run; called again after an outage it goes on where it was."""
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        instance: DagsterInstance,
+        entries: Sequence[EventLogEntry],
+        may_write: Callable[[], bool],
+    ) -> None:
+        self._lanes, self._instance, self._may_write = lanes, instance, may_write
+        self._left = list(entries)
+        self._torn = False  # the first of those left may have been stored in part
+
+    def __call__(self) -> None:
+        while self._left:
+            if not self._may_write():
+                raise LaneClosed
+            entry = self._left[0]
+            if not (self._torn and complete_last_event(self._instance, entry)):
+                self._torn = True
+                self._instance.handle_new_event(entry)
+            self._torn = False
+            self._left.pop(0)
+            self._lanes.written += 1
