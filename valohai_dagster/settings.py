@@ -220,6 +220,13 @@ class Settings(BaseSettings):
     grant_seconds: float = Field(
         default=3600.0, gt=0, description="Life of a signed URL that is handed to a worker."
     )
+    shards: int = Field(
+        default=8,
+        ge=1,
+        le=1024,
+        description="Into how many parts a new deployment divides its executions; that many conductors can share "
+        "them. Read once, when the records are made.",
+    )
     time_limit_seconds: float | None = Field(
         default=None,
         gt=0,

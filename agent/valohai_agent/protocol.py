@@ -85,9 +85,25 @@ class Keys:
         return self.group_prefix(group) + f"reports:{shard}"
 
     # -- the control plane alone ------------------------------------------------------------------------------
-    def submissions(self) -> str:
+    def submissions(self, shard: int) -> str:
         """Stream of hand-overs to the execution service: new executions and stop requests."""
-        return self._key("submissions")
+        return self._key("submissions", str(shard))
+
+    def runs(self, shard: int) -> str:
+        """Stream of what the run launcher hands over to the run driver."""
+        return self._key("runs", str(shard))
+
+    def shard(self, shard: int) -> str:
+        """Which conductor holds the shard; expires when it stops renewing."""
+        return self._key("shard", str(shard))
+
+    def conductors(self) -> str:
+        """Sorted set of the living conductors by the time when their entry is out of date."""
+        return self._key("conductors")
+
+    def deaths(self) -> str:
+        """Stream of workers that a supervisor has seen die, for every conductor."""
+        return self._key("deaths")
 
     def follow(self, execution_id: str) -> str:
         """Stream of what happened to one execution, for the run driver, op processes and the CLI."""
@@ -97,8 +113,12 @@ class Keys:
         return self._key("sequence")
 
     def service(self) -> str:
-        """Who runs the execution service; expires when it stops renewing."""
+        """Which conductor looks after the local groups; expires when it stops renewing."""
         return self._key("service")
+
+    def launching(self, run_id: str) -> str:
+        """Held for a moment by the process that launches a run; see the run coordinator."""
+        return self._key("launching", run_id)
 
     def epoch(self) -> str:
         """Marker that vanishes when Redis is emptied; the service then reconciles from its records."""

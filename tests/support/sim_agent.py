@@ -45,7 +45,7 @@ class SimLease:
             clock_offset_seconds=0.0,
             body=body,
         )
-        self.agent.send(report)
+        self.agent.send(report, self.job.shard)
         return report
 
     def leased(self) -> p.Report:
@@ -174,6 +174,6 @@ class SimAgent:
         entries: Any = self.redis.xrange(self.keys.command(self.group, self.name))
         return [p.Command.model_validate_json(fields[b"c"]) for _, fields in entries]
 
-    def send(self, report: p.Report) -> None:
+    def send(self, report: p.Report, shard: int) -> None:
         entry = {"r": report.model_dump_json()}
-        self.redis.xadd(self.keys.reports(self.group, 0), entry)  # type: ignore[arg-type]
+        self.redis.xadd(self.keys.reports(self.group, shard), entry)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from valohai_dagster.data.secrets import load_secret_key
 from valohai_dagster.embedded.conductor import ensure_conductor
 from valohai_dagster.errors import BrokerUnavailable, ServiceUnavailable
 from valohai_dagster.executions.credentials import seal_credentials
+from valohai_dagster.executions.ledger import shard_of_execution
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.stream import EventKind, ExecutionView, FollowEvent
 from valohai_dagster.executions.submissions import Submission
@@ -69,11 +70,22 @@ class ExecutionClient:
         ensure_conductor(self.settings)  # the one that `open` met may have ended idle since
         spec = seal_credentials(spec, lambda: load_secret_key(self.settings))
         self._specs[spec.execution_id] = spec
-        self._send(Submission(kind="execute", execution_id=spec.execution_id, spec=spec))
+        shard = self.records.shard_of(spec.run_id or spec.execution_id)
+        self._send(shard, Submission(kind="execute", execution_id=spec.execution_id, spec=spec))
 
     def stop(self, execution_id: str, *, hard: bool = False, reason: str = "") -> None:
         """Asks for a stop (K-54); a second one is a hard stop (L-20). Progress is told to followers."""
-        self._send(Submission(kind="stop", execution_id=execution_id, hard=hard, reason=reason))
+        stop = Submission(kind="stop", execution_id=execution_id, hard=hard, reason=reason)
+        self._send(self._shard(execution_id), stop)
+
+    def _shard(self, execution_id: str) -> int:
+        """Where it belongs; one that nobody has created yet waits where its spec was sent to."""
+        spec = self._specs.get(execution_id)
+        if spec is not None:
+            return self.records.shard_of(spec.run_id or execution_id)
+        with self.records.read() as conn:
+            found = shard_of_execution(conn, execution_id)
+        return self.records.shard_of(execution_id) if found is None else found
 
     def view(self, execution_id: str) -> ExecutionView | None:
         with self.records.read() as conn:
@@ -132,10 +144,10 @@ class ExecutionClient:
         )
         return last if newest and _entry_id(newest[0][0]) >= _entry_id(last) else "0-0"
 
-    def _send(self, submission: Submission) -> None:
+    def _send(self, shard: int, submission: Submission) -> None:
         entry: Any = {"s": submission.model_dump_json()}
         try:
-            self._redis.xadd(self._keys.submissions(), entry)
+            self._redis.xadd(self._keys.submissions(shard), entry)
         except redis.RedisError as error:
             raise BrokerUnavailable(
                 f"cannot hand execution {submission.execution_id} over: Redis does not take it ({error}); "

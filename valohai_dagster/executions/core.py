@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from valohai_agent.protocol import Keys, utcnow
 from valohai_dagster.executions import ledger
 from valohai_dagster.executions.dispatch import Dispatch
-from valohai_dagster.executions.stream import EventKind, FollowEvent
+from valohai_dagster.executions.stream import EventKind, ExecutionView, FollowEvent
 from valohai_dagster.executions.views import view_of
 from valohai_dagster.records.engine import Records
 from valohai_dagster.settings import Settings
@@ -23,6 +23,7 @@ from valohai_dagster.stores.registry import Stores
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Listener = Callable[[str, list[FollowEvent]], None]
 
 CANCEL_SECONDS = 0.2  # between two cancellations of the same task
 
@@ -46,6 +47,7 @@ class ServiceCore:
         self.keys = Keys(records.deployment_id)
         self.dispatch = Dispatch(broker, self.keys)
         self.active: dict[str, ledger.Active] = {}
+        self._listeners: list[Listener] = []
         self._database = ThreadPoolExecutor(max_workers=1, thread_name_prefix="records")
 
     def close(self) -> None:
@@ -74,11 +76,27 @@ class ServiceCore:
             self.active[execution_id] = active
         return active
 
+    def listen(self, listener: Listener) -> None:
+        """`listener` is called on the event loop for all events of every execution, after the records changed.
+
+        It must return at once and not raise. After an outage the same event may come twice.
+        """
+        self._listeners.append(listener)
+
+    async def publish(self, execution_id: str, events: list[FollowEvent]) -> None:
+        """Tells the listeners in this process, then the followers in others."""
+        for listener in self._listeners:
+            listener(execution_id, events)
+        await self.dispatch.publish(execution_id, events)
+
+    async def view(self, execution_id: str) -> ExecutionView | None:
+        """How the execution stands in the records."""
+        datum_url = self.settings.datum_url
+        return await self.read(lambda conn: view_of(conn, execution_id, datum_url=datum_url))
+
     async def snapshot(self, execution_id: str) -> None:
         """Publishes how the execution stands; `final` when it has ended."""
-        view = await self.read(
-            lambda conn: view_of(conn, execution_id, datum_url=self.settings.datum_url)
-        )
+        view = await self.view(execution_id)
         if view is None:
             return
         kind = EventKind.final if view.status.final else EventKind.snapshot
@@ -90,7 +108,7 @@ class ServiceCore:
             message=text,
             data=view.model_dump(mode="json"),
         )
-        await self.dispatch.publish(execution_id, [event])
+        await self.publish(execution_id, [event])
 
     async def tell(
         self, execution_id: str, text: str, *, kind: EventKind = EventKind.state, **data: Any
@@ -101,7 +119,7 @@ class ServiceCore:
             "%s: %s", execution_id, text, extra={"action": kind.value, "execution": execution_id}
         )
         event = FollowEvent(kind=kind, time=self.clock(), attempt=attempt, message=text, data=data)
-        await self.dispatch.publish(execution_id, [event])
+        await self.publish(execution_id, [event])
 
 
 async def run_all(*parts: Coroutine[Any, Any, None]) -> None:

@@ -26,6 +26,7 @@ class Active:
     """What the service keeps in memory of an unfinished execution; a few hundred bytes."""
 
     id: str
+    shard: int
     group: str
     status: Status
     attempt: int
@@ -75,7 +76,9 @@ def ensure_commit(conn: sa.Connection, project_id: str, spec: ExecutionSpec, now
         )
 
 
-def create_execution(conn: sa.Connection, spec: ExecutionSpec, *, group: str, now: datetime) -> Any:
+def create_execution(
+    conn: sa.Connection, spec: ExecutionSpec, *, shard: int, group: str, now: datetime
+) -> Any:
     """Inserts the execution in state `created` (L-01) and returns its row."""
     project_id = ensure_project(conn, spec.project.name, now)
     ensure_commit(conn, project_id, spec, now)
@@ -92,6 +95,7 @@ def create_execution(conn: sa.Connection, spec: ExecutionSpec, *, group: str, no
             retry_number=spec.retry_number,
             log_key="/".join(spec.log_key) if spec.log_key else None,
             asset_key="/".join(spec.asset_key) if spec.asset_key else None,
+            shard=shard,
             group_name=group,
             environment=spec.environment,
             image=spec.image,
@@ -111,6 +115,11 @@ def row_of(conn: sa.Connection, execution_id: str) -> Any:
     """The execution's row, or None."""
     query = sa.select(t.executions).where(t.executions.c.id == execution_id)
     return conn.execute(query).one_or_none()
+
+
+def shard_of_execution(conn: sa.Connection, execution_id: str) -> int | None:
+    c = t.executions.c
+    return conn.execute(sa.select(c.shard).where(c.id == execution_id)).scalar_one_or_none()
 
 
 def update(conn: sa.Connection, execution_id: str, **values: Any) -> None:
@@ -188,6 +197,7 @@ def _actives(conn: sa.Connection, where: sa.ColumnElement[bool]) -> Iterable[Act
     for row in conn.execute(query):
         yield Active(
             id=row.id,
+            shard=row.shard,
             group=row.group_name,
             status=Status(row.status),
             attempt=row.attempt,

@@ -75,6 +75,7 @@ def prepare(
         execution_id=spec.execution_id,
         attempt=1,
         group=group,
+        shard=row.shard,
         run_id=spec.run_id,
         step_key=spec.step_key,
         project_id=row.project_id,

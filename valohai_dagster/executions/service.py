@@ -34,8 +34,9 @@ from valohai_dagster.executions.lifecycle import Standing, Verdict, judge_report
 from valohai_dagster.executions.local_groups import LocalGroups
 from valohai_dagster.executions.preparation import choose_group, prepare
 from valohai_dagster.executions.seat import Seat
+from valohai_dagster.executions.shards import Shards
 from valohai_dagster.executions.spec_model import ExecutionSpec
-from valohai_dagster.executions.stream import EventKind, ExecutionStatus, FollowEvent
+from valohai_dagster.executions.stream import EventKind, ExecutionStatus, ExecutionView, FollowEvent
 from valohai_dagster.executions.submissions import Submission, parse_report, parse_submission
 from valohai_dagster.executions.watch import LeaseWatch
 from valohai_dagster.records.engine import Records
@@ -74,6 +75,7 @@ class ExecutionService(ServiceCore):
         self.groups = LocalGroups(self, broker_url, self.worker_gone)
         self.watch = LeaseWatch(self)
         self.seat = Seat(self.dispatch.redis, self.keys, settings)
+        self.shards = Shards(records)
         self.last_work = clock()
         self._broker_url = broker_url
         self._failures: Counter[str] = Counter()
@@ -99,6 +101,7 @@ class ExecutionService(ServiceCore):
     async def _begin(self) -> None:
         await self._patiently(self.seat.take, "take the seat")
         await self._patiently(self._recover, "recover")
+        await self.shards.take_all()
 
     def idle_for(self) -> timedelta:
         """How long there has been nothing to do."""
@@ -138,12 +141,11 @@ class ExecutionService(ServiceCore):
     # -- submissions -----------------------------------------------------------------------------------------
 
     async def _read_submissions(self) -> None:
-        stream = self.keys.submissions()
-        reply: Any = await self.dispatch.redis.xread(
-            {stream: "0-0"}, count=READ_COUNT, block=READ_BLOCK_MS
-        )
-        for entry_id, fields in reply[0][1] if reply else []:
-            await self._consume(stream, entry_id, parse_submission(fields), self._submitted)
+        streams: dict[Any, Any] = {self.keys.submissions(s): "0-0" for s in self.shards.held}
+        reply: Any = await self.dispatch.redis.xread(streams, count=READ_COUNT, block=READ_BLOCK_MS)
+        for stream, entries in reply or []:
+            for entry_id, fields in entries:
+                await self._consume(stream, entry_id, parse_submission(fields), self._submitted)
 
     async def _consume(
         self, stream: str, entry_id: str, message: M | None, handle: Callable[[M], Awaitable[None]]
@@ -187,12 +189,23 @@ class ExecutionService(ServiceCore):
         elif submission.spec is not None:
             await self._execute(submission.spec)
 
+    async def submit(self, spec: ExecutionSpec) -> ExecutionView:
+        """Creates the execution or joins it again, and tells how it stands; a refused one has ended with `error`."""
+        await self._execute(spec)
+        view = await self.view(spec.execution_id)
+        assert view is not None
+        return view
+
     async def _execute(self, spec: ExecutionSpec) -> None:
         row = await self.read(lambda conn: ledger.row_of(conn, spec.execution_id))
         if row is None:
             await self.write(
                 lambda conn: ledger.create_execution(
-                    conn, spec, group=self.settings.default_group, now=self.clock()
+                    conn,
+                    spec,
+                    shard=self.shards.of(spec.run_id or spec.execution_id),
+                    group=self.settings.default_group,
+                    now=self.clock(),
                 )
             )
         elif spec.run_id != row.run_id or spec.retry_number != row.retry_number:
@@ -316,12 +329,15 @@ class ExecutionService(ServiceCore):
     # -- reports ---------------------------------------------------------------------------------------------
 
     async def _read_reports(self) -> None:
-        streams: dict[Any, Any] = {
-            self.keys.reports(group): "0-0" for group in self.settings.groups
+        groups = {
+            self.keys.reports(group, shard): group
+            for group in self.settings.groups
+            for shard in self.shards.held
         }
+        streams: dict[Any, Any] = dict.fromkeys(groups, "0-0")
         reply: Any = await self.dispatch.redis.xread(streams, count=READ_COUNT, block=READ_BLOCK_MS)
         for stream, entries in reply or []:
-            group = next(g for g in self.settings.groups if self.keys.reports(g) == stream)
+            group = groups[stream]
             for entry_id, fields in entries:
                 handle = functools.partial(self._reported, group)
                 await self._consume(stream, entry_id, parse_report(fields), handle)
@@ -367,7 +383,7 @@ class ExecutionService(ServiceCore):
             events = await self.write(change)
             await self.remember(active.id)
         if events:
-            await self.dispatch.publish(active.id, events)
+            await self.publish(active.id, events)
         await self._answer(report)
 
     async def _answer(self, report: p.Report) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import sqlite3
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ class Records:
 
     engine: sa.Engine
     deployment_id: str
+    shards: int  # into how many parts runs and executions are divided; fixed for the deployment
+
+    def shard_of(self, key: str) -> int:
+        """The shard of a run, or of an execution without one, by its id."""
+        return zlib.crc32(key.encode()) % self.shards
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -73,14 +79,15 @@ def open_records(settings: Settings) -> Records:
     try:
         with _transaction(engine) as connection:
             migrate(connection)
-            deployment = _deployment_id(connection)
+            deployment = str(_fixed(connection, "deployment_id", uuid.uuid4().hex[:12]))
+            shards = int(_fixed(connection, "shards", settings.shards))
     except exc.DBAPIError as error:
         engine.dispose()
         raise RecordsUnavailable(_unavailable(settings, error)) from error
     except BaseException:
         engine.dispose()
         raise
-    return Records(engine=engine, deployment_id=deployment)
+    return Records(engine=engine, deployment_id=deployment, shards=shards)
 
 
 def make_engine(url: str) -> sa.Engine:
@@ -159,13 +166,13 @@ def _begin_sqlite(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _deployment_id(connection: sa.Connection) -> str:
-    """The id that prefixes every Redis key; made once per database."""
-    found = get_fact(connection, "deployment_id")
+def _fixed(connection: sa.Connection, name: str, first: Any) -> Any:
+    """A fact that the first process to open a new database decides for good."""
+    found = get_fact(connection, name)
     if found is None:
-        insert_ignore(connection, facts, name="deployment_id", value=uuid.uuid4().hex[:12])
-        found = get_fact(connection, "deployment_id")
-    return str(found)
+        insert_ignore(connection, facts, name=name, value=first)
+        found = get_fact(connection, name)
+    return found
 
 
 def _unavailable(settings: Settings, error: exc.DBAPIError) -> str:

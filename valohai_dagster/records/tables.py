@@ -84,6 +84,7 @@ executions = sa.Table(
     sa.Column("retry_number", sa.Integer, nullable=False, default=0),  # the user's own retries
     sa.Column("log_key", sa.String(512), index=True),  # Dagster compute-log key, joined with /
     sa.Column("asset_key", sa.String(512), index=True),
+    sa.Column("shard", sa.Integer, nullable=False, default=0, server_default="0"),
     sa.Column("group_name", sa.String(255), nullable=False),
     sa.Column("environment", sa.String(255)),
     sa.Column("image", sa.String(512), nullable=False),
@@ -112,6 +113,30 @@ executions = sa.Table(
     ),  # [{phase, started_at, ended_at}] of the last attempt
     sa.Column("usage", sa.JSON),
     sa.UniqueConstraint("project_id", "counter"),
+    sa.Index(None, "shard", "status"),
+)
+
+runs = sa.Table(
+    "vh_runs",  # runs that a conductor drives instead of a process of their own
+    metadata,
+    sa.Column("run_id", sa.String(64), primary_key=True),
+    sa.Column("instance_id", sa.String(64), nullable=False),
+    sa.Column("shard", sa.Integer, nullable=False),
+    sa.Column("handover", sa.JSON, nullable=False),  # what the launcher knew
+    sa.Column("state", sa.String(16), nullable=False),  # driving, ended
+    sa.Column("reason", sa.Text),
+    sa.Column("ctime", UtcDateTime, nullable=False),
+    sa.Column("ended_at", UtcDateTime),
+    sa.Index(None, "shard", "state"),
+)
+
+shards = sa.Table(
+    "vh_shards",  # who may write for a shard; a conductor that lost it finds another fence here
+    metadata,
+    sa.Column("shard", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("fence", sa.Integer, nullable=False, default=0),  # counts the conductors that had it
+    sa.Column("holder", sa.String(255)),
+    sa.Column("epoch", sa.String(64)),  # of the Redis that it was last served from
 )
 
 attempts = sa.Table(

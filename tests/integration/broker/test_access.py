@@ -145,7 +145,7 @@ FORBIDDEN = {
     "change users": lambda c, k: c.acl_setuser("agent-g2", categories=["+@all"]),
     "change the configuration": lambda c, k: c.config_set("maxmemory", "1mb"),
     "read what everyone follows": lambda c, k: c.xread({k.follow("e"): "0"}),
-    "submit": lambda c, k: c.xadd(k.submissions(), {"s": "{}"}),
+    "submit": lambda c, k: c.xadd(k.submissions(0), {"s": "{}"}),
     "reach another deployment": lambda c, k: c.xadd(Keys("other").reports(OTHER), {"r": "{}"}),
 }
 

@@ -178,7 +178,7 @@ def test_a_report_delivered_twice_applies_once(service: RunningService, redis_se
     lease.leased()
     lease.wait_grants()
     report = lease.report(p.MetadataEvents(events=[{"n": 1}]))
-    agent.send(report)
+    agent.send(report, lease.job.shard)
     lease.finish()
     service.final(spec.execution_id)
     with service.records.read() as conn:
@@ -413,7 +413,7 @@ def test_a_worker_whose_clock_is_an_hour_off_leaves_true_times_in_the_records(
             "body": p.Finished(outcome=p.Outcome.complete, phases=[span]),
         }
     )
-    agent.send(finished)
+    agent.send(finished, lease.job.shard)
     view = final_view(service, spec.execution_id)
     assert abs((view.phases[0].started_at - began).total_seconds()) < 1
 
@@ -466,7 +466,7 @@ def test_garbage_in_the_streams_is_dropped_and_stops_nothing(
             {"x": "1"},
             {"s": '{"kind": "dance", "execution_id": "1"}'},
         ):
-            client.xadd(service.keys.submissions(), entry)  # type: ignore[arg-type]
+            client.xadd(service.keys.submissions(0), entry)  # type: ignore[arg-type]
         for entry in ({"r": "{broken"}, {"x": "1"}, {"r": '{"v": 99}'}):
             client.xadd(service.keys.reports("local"), entry)  # type: ignore[arg-type]
     spec = make_spec()
