@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.support.ports import free_port
@@ -44,29 +44,47 @@ def _become_nobody() -> Callable[[], None] | None:
 
 
 class PostgresServer:
-    """One server on loopback with trust authentication; `fresh_database` gives each test its own database."""
+    """One server on loopback with trust authentication; `fresh_database` gives each test its own database.
+
+    `options` are server settings, such as `track_commit_timestamp=on`; without `durable` it does not wait for the disk.
+    """
 
     user = "vh"
 
-    def __init__(self) -> None:
+    def __init__(self, *, options: Sequence[str] = (), durable: bool = False) -> None:
         self._bin = binaries()
         self._root = Path(tempfile.mkdtemp(prefix="vhpg-"))
         self._started = False
+        self._options = ["max_connections=200", *([] if durable else ["fsync=off"]), *options]
         self.port = free_port()
 
     def start(self) -> PostgresServer:
         if os.geteuid() == 0:
             os.chown(self._root, NOBODY, NOBODY)
         self._run("initdb", "-D", "data", "-U", self.user, "-A", "trust", "--no-sync", "-E", "UTF8")
-        options = f"-h 127.0.0.1 -p {self.port} -k {self._root} -c fsync=off -c max_connections=200"
-        self._run("pg_ctl", "-D", "data", "-w", "-l", "server.log", "-o", options, "start")
-        self._started = True
+        self.resume()
         return self
 
     def stop(self) -> None:
+        self.halt()
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def halt(self) -> None:
+        """Every connection breaks at once; the data stays for `resume`."""
         if self._started:
             self._run("pg_ctl", "-D", "data", "-m", "immediate", "stop")
-        shutil.rmtree(self._root, ignore_errors=True)
+        self._started = False
+
+    def resume(self) -> None:
+        address = f"-h 127.0.0.1 -p {self.port} -k {self._root}"
+        options = " ".join([address, *(f"-c {option}" for option in self._options)])
+        self._run("pg_ctl", "-D", "data", "-w", "-l", "server.log", "-o", options, "start")
+        self._started = True
+
+    @property
+    def pid(self) -> int:
+        """Of the postmaster, whose children serve the connections."""
+        return int((self._root / "data" / "postmaster.pid").read_text().split()[0])
 
     def _run(self, program: str, *arguments: str) -> None:
         assert self._bin is not None

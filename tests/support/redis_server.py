@@ -88,6 +88,11 @@ class RedisServer:
         except (redis.ConnectionError, FileNotFoundError):
             return False
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def client(self, **options: Any) -> redis.Redis:
         return redis.Redis.from_url(self.unix_url, **options)
 
