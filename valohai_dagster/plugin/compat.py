@@ -6,7 +6,7 @@ a public name in `dagster` is imported from there by its user, not here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from dagster._core.events import (
 )
 from dagster._core.execution.context.data_version_cache import DataVersionCache
 from dagster._core.execution.context.system import IPlanContext, IStepContext
-from dagster._core.execution.plan.active import ActiveExecution
+from dagster._core.execution.plan.active import ActiveExecution, _pool_key_for_step
 from dagster._core.execution.plan.execute_step import _build_data_version_tags
 from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
 from dagster._core.execution.plan.objects import (
@@ -91,6 +91,7 @@ if TYPE_CHECKING:
         AssetObservation,
         DagsterInstance,
         DagsterRun,
+        DataVersion,
         EventLogRecord,
         MetadataValue,
     )
@@ -146,10 +147,10 @@ __all__ = [
     "TypeCheckData",
     "UserFailureData",
     "WorkerStatus",
-    "_build_data_version_tags",
     "code_location_pin",
     "code_reference",
     "complete_event",
+    "data_version_tags",
     "extract_data_version_from_entry",
     "finish_subscription",
     "get_input_data_version_tag",
@@ -161,7 +162,9 @@ __all__ = [
     "observe",
     "pin_code_location",
     "pin_input",
+    "pool_of",
     "pooled",
+    "put_back",
     "report_engine_event",
     "steady_schema",
     "step_key_of",
@@ -441,3 +444,29 @@ def _complete_asset_event(storage: Any, record: EventLogRecord) -> None:
         when = datetime.fromtimestamp(entry.timestamp, timezone.utc).replace(tzinfo=None)
         if latest is None or latest <= when:
             storage._store_asset_event(connection, entry, event_id)
+
+
+def pool_of(step: ExecutionStep) -> str | None:
+    """The pool whose slot the step needs; older code locations wrote it as a tag."""
+    return _pool_key_for_step(step)
+
+
+def put_back(active: ActiveExecution, keep: Collection[str]) -> list[ExecutionStep]:
+    """After a replay: steps that are in flight without being in `keep` become executable again.
+
+    A replay takes every step that could run; which of them really began is for the caller to say. Returns those kept.
+    """
+    for key in sorted(active._in_flight - set(keep)):
+        active._in_flight.discard(key)
+        active._executable.append(key)
+    return [active.get_step_by_key(key) for key in sorted(active._in_flight)]
+
+
+def data_version_tags(
+    version: DataVersion, code_version: str, inputs: Mapping[AssetKey, Any]
+) -> dict[str, str]:
+    """Provenance tags of a materialization whose data version the step itself gave.
+
+    `inputs`: per parent asset `data_version` (DataVersion) and `storage_id` (int or None).
+    """
+    return _build_data_version_tags(version, code_version, inputs, True)

@@ -49,7 +49,9 @@ class Recorder(IPlanContext):
     def plan_data(self) -> Any:
         raise NotImplementedError("the run driver has no user code")
 
-    output_capture = None  # pyright: ignore[reportAssignmentType]
+    @property
+    def output_capture(self) -> None:
+        return None
 
     @property
     def log(self) -> Any:

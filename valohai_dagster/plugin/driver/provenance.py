@@ -1,0 +1,120 @@
+"""Which versions of its upstream assets a step uses: read when it starts, and kept with its execution."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import dagster as dg
+from dagster import AssetKey, DagsterInstance, DagsterRun, EventLogRecord
+
+from valohai_dagster.plugin.compat import (
+    DEFAULT_DATA_VERSION,
+    DataVersionCache,
+    data_version_tags,
+    extract_data_version_from_entry,
+)
+from valohai_dagster.plugin.launching import used_record, used_records
+
+log = logging.getLogger(__name__)
+
+Frozen = Mapping[str, Sequence[str]]  # parent asset key (user string) -> partitions it depends on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Per parent (user string of its key): the data version, and the storage id of the event it came with."""
+
+    versions: Mapping[str, str] = field(default_factory=dict)
+    pointers: Mapping[str, int | None] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"versions": dict(self.versions), "pointers": dict(self.pointers)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Provenance:
+        return cls(versions=data.get("versions") or {}, pointers=data.get("pointers") or {})
+
+    def tags(self, data_version: str, code_version: str) -> dict[str, str]:
+        """As the engine writes them (DAGSTER_NOTES 5)."""
+        inputs = {
+            AssetKey.from_user_string(key): {
+                "data_version": dg.DataVersion(version),
+                "storage_id": self.pointers.get(key),
+            }
+            for key, version in self.versions.items()
+        }
+        return data_version_tags(dg.DataVersion(data_version), code_version, inputs)
+
+
+class Parents:
+    """The upstream assets of one step of a run, as they are now."""
+
+    def __init__(
+        self,
+        instance: DagsterInstance,
+        run: DagsterRun,
+        parents: Sequence[Sequence[str]],
+        partitions: Frozen,
+    ) -> None:
+        self._instance, self._run, self._partitions = instance, run, partitions
+        self._keys = [AssetKey(list(path)) for path in parents]
+        self._infos = self._read() if self._keys else {}
+
+    def _read(self) -> Mapping[AssetKey, Any]:
+        context: Any = _StepContext(self._instance, self._partitions)
+        cache = DataVersionCache(context)
+        cache._fetch_input_asset_version_info(self._keys)
+        return cache.input_asset_version_info
+
+    def records(self, key: AssetKey) -> list[EventLogRecord]:
+        """The materializations of an upstream asset that the step takes its inputs from."""
+        partitions = self._partitions.get(key.to_user_string())
+        if partitions is not None:
+            return used_records(self._instance, self._run, key, list(partitions))
+        info = self._infos.get(key)
+        latest = info.storage_id if info else None
+        record = used_record(self._instance, self._run, key, latest)
+        return [record] if record is not None else []
+
+    def provenance(self, used: Mapping[AssetKey, EventLogRecord]) -> Provenance:
+        """`used`: materializations that the step took although a newer one may be there."""
+        versions: dict[str, str] = {}
+        pointers: dict[str, int | None] = {}
+        for key in self._keys:
+            info, record = self._infos.get(key), used.get(key)
+            version = info.data_version if info else None
+            storage_id = info.storage_id if info else None
+            if record is not None and record.storage_id != storage_id:
+                version = extract_data_version_from_entry(record.event_log_entry)
+                storage_id = record.storage_id
+            name = key.to_user_string()
+            versions[name] = (version or DEFAULT_DATA_VERSION).value
+            pointers[name] = storage_id
+        return Provenance(versions=versions, pointers=pointers)
+
+
+class _StepContext:
+    """Stands where the engine's step context stands for the reading of input versions."""
+
+    def __init__(self, instance: DagsterInstance, partitions: Frozen) -> None:
+        self.instance = instance
+        self.node_handle = None
+        self.log = log
+        self._partitions = partitions
+        self.job_def = SimpleNamespace(asset_layer=self)
+
+    def get_node_input_name(self, node_handle: object, key: AssetKey) -> str:
+        return key.to_user_string()
+
+    def has_asset_partitions_for_input(self, name: str) -> bool:
+        return name in self._partitions
+
+    def asset_partitions_subset_for_input(
+        self, name: str, *, require_valid_partitions: bool = True
+    ) -> Any:
+        keys = list(self._partitions[name])
+        return SimpleNamespace(get_partition_keys=lambda: keys)
