@@ -147,13 +147,13 @@ class ProcessRuntime:
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
-            self._venvs.drop(venv)
+            self._venvs.give_back(venv)
             raise StartError(f"The command cannot be started: {error}.") from error
         running = ProcessRunning(
             process,
             workspace,
             on_output,
-            lambda: self._venvs.drop(venv),
+            lambda ended: self._venvs.give_back(venv, reusable=ended),
             venv=venv,
             gpus=spec.gpus,
             environment=environment,

@@ -43,7 +43,7 @@ class ProcessRunning:
         process: subprocess.Popen[bytes],
         workspace: Workspace,
         on_output: OnOutput,
-        on_removed: Callable[[], None],
+        on_removed: Callable[[bool], None],
         *,
         venv: Path,
         gpus: str = "",
@@ -127,9 +127,9 @@ class ProcessRunning:
 
     def remove(self) -> None:
         self.signal("SIGKILL")
-        self._ended.wait(DRAIN_SECONDS * 2)
+        ended = self._ended.wait(DRAIN_SECONDS * 2)
         namespace.remove_root(self._workspace.run)
-        self._on_removed()
+        self._on_removed(ended)
 
     # -- threads -----------------------------------------------------------------------------------
     def _read(self, name: str, pipe: IO[bytes]) -> None:

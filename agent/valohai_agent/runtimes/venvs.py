@@ -1,10 +1,11 @@
-"""Private virtual environments for jobs of the process runtime, one made ahead of time."""
+"""Private virtual environments for jobs of the process runtime, made ahead of time."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import uuid
@@ -14,55 +15,89 @@ from valohai_agent.errors import StartError
 
 log = logging.getLogger(__name__)
 
+MAKE_SECONDS = 300
+
 
 class Venvs:
-    """Gives each job an environment of its own. A spare one waits, so that the start takes no time."""
+    """Gives each job an environment of its own. A spare one waits, so that the start takes no time.
+
+    An environment that its job left as it was becomes a spare one; any other is thrown away.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory / f"agent-{os.getpid()}"
         self._base = directory
-        self._lock = threading.Lock()
-        self._spare: Path | None = None
+        self._changed = threading.Condition()
+        self._spares: list[Path] = []
+        self._taken: set[Path] = set()
+        self._as_made: dict[Path, int | None] = {}
         self._making = False
 
     def warm_up(self) -> None:
-        """Makes the spare environment in the background."""
-        with self._lock:
-            if self._spare is not None or self._making:
+        """Makes a spare environment in the background, unless there is one."""
+        with self._changed:
+            if self._spares or self._making:
                 return
             self._making = True
         threading.Thread(target=self._make_spare, name="venv", daemon=True).start()
 
     def take(self) -> Path:
-        """An environment for one job; raises StartError."""
-        with self._lock:
-            taken, self._spare = self._spare, None
-        return taken or self._make()
+        """An environment for one job, if need be the one that is being made; raises StartError."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._spares or not self._making)
+            if self._spares:
+                venv = self._spares.pop()
+                self._taken.add(venv)
+                return venv
+        venv = self._make()
+        with self._changed:
+            self._taken.add(venv)
+        return venv
 
-    def drop(self, venv: Path) -> None:
+    def give_back(self, venv: Path, *, reusable: bool = True) -> None:
+        """The job is over: looks in the background whether the environment is as it was. Idempotent.
+
+        Not `reusable` when something of the job may still be running.
+        """
+        with self._changed:
+            if venv not in self._taken:
+                return
+            self._taken.remove(venv)
+        as_made = self._as_made[venv] if reusable else None
+        threading.Thread(
+            target=self._take_back, args=(venv, as_made), name="venv", daemon=True
+        ).start()
+
+    def _take_back(self, venv: Path, as_made: int | None) -> None:
+        if as_made is not None and as_made == _state(venv):
+            self._add(venv)
+            return
+        del self._as_made[venv]
         shutil.rmtree(venv, ignore_errors=True)
 
     def _make_spare(self) -> None:
         try:
-            made = self._make()
+            self._add(self._make())
         except StartError as error:
             log.warning("%s", error, extra={"action": "venv"})
-            made = None
-        with self._lock:
-            self._spare, self._making = made, False
+        finally:
+            with self._changed:
+                self._making = False
+                self._changed.notify_all()
+
+    def _add(self, venv: Path) -> None:
+        with self._changed:
+            self._spares.append(venv)
+            self._changed.notify_all()
 
     def _make(self) -> Path:
+        """In a process of its own: here it would take the time of the threads that follow running jobs."""
         self._remove_dead()
         path = self._directory / uuid.uuid4().hex[:12]
-        try:
-            import virtualenv
-
-            virtualenv.cli_run(
-                [str(path), "--python", sys.executable, "--no-periodic-update", "--no-download"],
-                setup_logging=False,
-            )
-        except (Exception, SystemExit) as error:  # virtualenv raises whatever its plugins raise
-            raise StartError(f"The private virtual environment cannot be made: {error}") from error
+        virtualenv = [sys.executable, "-m", "virtualenv", "--quiet"]
+        _run([*virtualenv, "--no-periodic-update", "--no-download", str(path)])
+        _run([str(path / "bin" / "python"), "-c", ""])  # writes what every start would write
+        self._as_made[path] = _state(path)
         return path
 
     def _remove_dead(self) -> None:
@@ -74,3 +109,37 @@ class Venvs:
             pid = other.name.rpartition("-")[2]
             if pid.isdigit() and not Path(f"/proc/{pid}").exists():
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=MAKE_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise StartError(f"The private virtual environment cannot be made: {error}") from error
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip().rpartition("\n")[2]
+        raise StartError(
+            f"The private virtual environment cannot be made: {words or f'exit code {done.returncode}'}"
+        )
+
+
+def _state(venv: Path) -> int | None:
+    """Changes with every change below `venv`, since the kernel keeps the times; None when it cannot be read."""
+    found: list[tuple[str, int]] = []
+    directories = [str(venv)]
+    try:
+        while directories:
+            directory = directories.pop()
+            found.append((directory, os.lstat(directory).st_ctime_ns))
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        directories.append(entry.path)
+                    else:
+                        changed = entry.stat(follow_symlinks=False).st_ctime_ns
+                        found.append((entry.path, changed))
+    except OSError:
+        return None
+    return hash(tuple(sorted(found)))
