@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+import marshal
 import platform
 import shutil
 import subprocess
@@ -65,8 +65,8 @@ def prepare(run: Path, binds: Sequence[Bind], argv: Sequence[str], *, cwd: str) 
         "argv": list(argv),
         "error_file": str(run / "namespace.error"),
     }
-    path = run / "namespace.json"
-    path.write_text(json.dumps(spec))
+    path = run / "namespace.spec"
+    path.write_bytes(marshal.dumps(spec))
     return [sys.executable, "-I", "-S", str(ENTRY), str(path)]
 
 

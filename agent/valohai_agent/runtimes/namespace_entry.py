@@ -1,6 +1,9 @@
 """Starts a command with `/valohai` bound in a mount namespace of its own. Run as a file, standard library only.
 
-    python -I -S namespace_entry.py spec.json
+    python -I -S namespace_entry.py spec
+
+Each import here delays the command by milliseconds: the spec comes marshalled, since `json` loads `re`, and signals
+are set through libc.
 
 A new root is put together in a tmpfs: everything of the host's root directory is bound into it, and
 `/valohai` is added, so that nothing is created on the host. Needs root, or user namespaces. When a step
@@ -10,10 +13,8 @@ of that fails, the reason is written to `error_file` of the spec and the exit co
 from __future__ import annotations
 
 import ctypes
-import json
+import marshal
 import os
-import platform
-import signal
 import sys
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
@@ -22,6 +23,7 @@ MS_REMOUNT, MS_BIND, MS_REC = 32, 4096, 16384
 MS_UNBINDABLE, MS_PRIVATE = 1 << 17, 1 << 18
 MS_NOATIME, MS_NODIRATIME, MS_RELATIME = 1024, 2048, 1 << 21
 MNT_DETACH = 2
+SIGPIPE, SIGXFSZ, SIG_DFL = 13, 25, None  # of Linux on these machines
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 FAILED = 125
 
@@ -29,8 +31,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main(spec_file: str) -> None:
-    with open(spec_file) as file:
-        spec = json.load(file)
+    with open(spec_file, "rb") as file:
+        spec = marshal.load(file)  # noqa: S302 - written by the agent
     try:
         enter_namespace()
         build_root(spec["root"])
@@ -43,8 +45,8 @@ def main(spec_file: str) -> None:
             file.write(str(error))
         os._exit(FAILED)
     # Python ignores these; the command must not inherit that.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    for number in (SIGPIPE, SIGXFSZ):
+        _libc.signal(number, SIG_DFL)
     try:
         os.execv(spec["argv"][0], spec["argv"])  # noqa: S606 - the point of this program
     except OSError as error:
@@ -123,7 +125,7 @@ def locked_flags(path: str) -> int:
 
 def change_root(root: str) -> None:
     """pivot_root where it works, so that programs may make user namespaces of their own; else chroot."""
-    number = PIVOT_ROOT.get(platform.machine())
+    number = PIVOT_ROOT.get(os.uname().machine)
     os.chdir(root)
     if number is not None and _libc.syscall(number, b".", b".") == 0:
         _check(_libc.umount2(b".", MNT_DETACH), "umount")
