@@ -272,6 +272,7 @@ def _instance_findings(home: str) -> Iterator[Finding]:
     with instance:
         yield Finding(part="dagster", level="ok", text=home)
         yield from monitoring_findings(instance)
+        yield from queue_findings(instance)
         manager = type(instance.compute_log_manager).__name__
         if manager != "ValohaiComputeLogManager":
             text = f"compute_logs is {manager}: the UI shows no logs of executions"
@@ -298,6 +299,38 @@ def monitoring_findings(instance: Any) -> Iterator[Finding]:
             text = f"run_monitoring.{name} is {seconds}: it {effect}"
             hint = "set it to 0 in dagster.yaml; steps have limits of their own"
             yield Finding(part="dagster", level="warn", text=text, hint=hint)
+
+
+def queue_findings(instance: Any) -> Iterator[Finding]:
+    """Whether runs of steps start at once, and runs of Dagster's own engine stay few."""
+    from valohai_dagster.plugin.coordinator import ValohaiRunCoordinator
+    from valohai_dagster.plugin.launcher import ValohaiRunLauncher
+    from valohai_dagster.plugin.queue_rules import DRIVER_TAG, NO_LIMIT, bounds_engine_runs
+
+    launcher, coordinator = instance.run_launcher, instance.run_coordinator
+    if not isinstance(launcher, ValohaiRunLauncher):
+        text = f"run_launcher is {type(launcher).__name__}: every run costs a process of its own"
+        hint = "set run_launcher to valohai_dagster.plugin.launcher.ValohaiRunLauncher"
+        yield Finding(part="dagster", level="warn", text=text, hint=hint)
+    if not isinstance(coordinator, ValohaiRunCoordinator):
+        text = (
+            f"run_coordinator is {type(coordinator).__name__}: no run starts before its next turn"
+        )
+        hint = "set run_coordinator to valohai_dagster.plugin.coordinator.ValohaiRunCoordinator"
+        yield Finding(part="dagster", level="note", text=text, hint=hint)
+        return
+    config = instance.get_concurrency_config()
+    limit = config.run_queue_config.max_concurrent_runs
+    if limit != NO_LIMIT:
+        text = f"max_concurrent_runs is {limit}: runs of steps count too and go through the queue"
+        hint = f"set it to -1 and limit the tag {DRIVER_TAG}=dagster instead"
+        yield Finding(part="dagster", level="note", text=text, hint=hint)
+    elif not bounds_engine_runs(config):
+        text = "nothing limits runs of Dagster's own engine, each of which is a process"
+        hint = (
+            f"add a limit for the tag {DRIVER_TAG}=dagster, as this repository's dagster.yaml has"
+        )
+        yield Finding(part="dagster", level="warn", text=text, hint=hint)
 
 
 CHECKS: tuple[tuple[str, Check], ...] = (

@@ -43,15 +43,21 @@ class QueueRule:
         return found is not None and self.value in (None, found)
 
 
-def rules_for(run: DagsterRun, config: ConcurrencyConfig) -> list[QueueRule]:
-    """Every rule that could make this run wait in the queue, whoever else runs now."""
+def rules_for(
+    run: DagsterRun, config: ConcurrencyConfig, *, root_pools: bool = False
+) -> list[QueueRule]:
+    """Every rule that could make this run wait in the queue, whoever else runs now.
+
+    Pools count where they have run granularity. With op granularity a run of ours starts and its steps wait for their
+    slots; the queue would hold it back while all its first steps must wait, which `root_pools` adds.
+    """
     queue = config.run_queue_config
     if queue is None:
         return []
     found = [_of_runs(queue.max_concurrent_runs)] if queue.max_concurrent_runs != NO_LIMIT else []
     tags = (_of_tag(limit, run.tags) for limit in queue.tag_concurrency_limits or ())
     found += [rule for rule in tags if rule is not None]
-    return [*found, *_of_pools(run, config, queue)]
+    return [*found, *_of_pools(run, config, queue, root_pools)]
 
 
 def bounds_engine_runs(config: ConcurrencyConfig) -> bool:
@@ -83,24 +89,17 @@ def _of_tag(limit: Mapping[str, Any], tags: Mapping[str, str]) -> QueueRule | No
 
 
 def _of_pools(
-    run: DagsterRun, config: ConcurrencyConfig, queue: RunQueueConfig
+    run: DagsterRun, config: ConcurrencyConfig, queue: RunQueueConfig, root_pools: bool
 ) -> Iterator[QueueRule]:
-    """Pools of run granularity; of op granularity only where the queue was told by name to wait for them.
-
-    Without that the run starts, and its steps wait for their slots.
-    """
     pools = run.run_op_concurrency
     if pools is None or not queue.should_block_op_concurrency_limited_runs:
         return
     granularity = config.pool_config.pool_granularity
+    names: frozenset[str] = frozenset()
     if granularity is not None and granularity.value == "run":
         names = _all_pools(pools)
-    elif (
-        queue.explicitly_enabled_concurrency_run_blocking and not pools.has_unconstrained_root_nodes
-    ):
+    elif root_pools and not pools.has_unconstrained_root_nodes:
         names = frozenset(pools.root_key_counts)
-    else:
-        return
     for name in sorted(names):
         yield QueueRule(kind="pool", text=f"the limit of pool {name}", name=name)
 

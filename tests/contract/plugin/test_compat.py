@@ -82,7 +82,7 @@ def test_the_engine_records_the_pinned_input(instance: DagsterInstance) -> None:
 
     def pin(context: AssetExecutionContext) -> None:
         assert compat.input_storage_id(context, parent) != old.storage_id
-        compat.pin_input(context, parent, old)
+        compat.pin_input(context, parent, [old])
         assert compat.input_storage_id(context, parent) == old.storage_id
 
     run_with(pin, instance, code_version="1")
@@ -178,3 +178,67 @@ def test_the_reader_of_a_finished_view_gets_one_more_empty_chunk(instance: Dagst
     compat.finish_subscription(subscription)
     assert subscription.is_complete
     assert [(data.stdout, data.cursor) for data in seen] == [(None, subscription._cursor)]
+
+
+# -- the run coordinator ----------------------------------------------------------------------------------------
+
+
+def test_plan_snapshots_show_what_the_choice_of_the_engine_reads(instance: DagsterInstance) -> None:
+    result = run_with(lambda context: None, instance, op_tags={"valohai/step": "{}"})
+    run = instance.get_run_by_id(result.run_id)
+    assert run is not None
+    plan = instance.get_execution_plan_snapshot(str(run.execution_plan_snapshot_id))
+    assert isinstance(plan, compat.ExecutionPlanSnapshot)
+    (step,) = [step for step in plan.steps if step.key == "p__child"]
+    assert "valohai/step" in (step.tags or {})
+    assert (step.kind.value, step.node_handle_id) == ("COMPUTE", "p__child")
+    assert [output.properties and output.properties.is_dynamic for output in step.outputs] == [
+        False
+    ]
+    job = instance.get_job_snapshot(str(run.job_snapshot_id))
+    assert isinstance(job, compat.JobSnap)
+    assert [list(op.required_resource_keys) for op in job.node_defs_snapshot.op_def_snaps] == [
+        [],
+        [],
+    ]
+
+
+def test_the_instance_resolves_the_limits_of_its_queue() -> None:
+    overrides: dict[str, Any] = {
+        "run_coordinator": {
+            "module": "dagster._core.run_coordinator",
+            "class": "QueuedRunCoordinator",
+            "config": {"max_user_code_failure_retries": 2},
+        },
+        "concurrency": {
+            "runs": {
+                "max_concurrent_runs": 7,
+                "tag_concurrency_limits": [{"key": "a", "limit": 1}],
+            },
+            "pools": {"granularity": "run"},
+        },
+    }
+    with dg.instance_for_test(overrides=overrides) as limited:
+        config = limited.get_concurrency_config()
+    assert isinstance(config, compat.ConcurrencyConfig)
+    assert config.pool_config.pool_granularity is not None
+    assert config.pool_config.pool_granularity.value == "run"
+    queue = config.run_queue_config
+    assert isinstance(queue, compat.RunQueueConfig)
+    assert queue.max_concurrent_runs == 7
+    assert queue.tag_concurrency_limits == [{"key": "a", "limit": 1}]
+    assert queue.max_user_code_failure_retries == 2
+    assert queue.should_block_op_concurrency_limited_runs
+
+
+def test_a_run_knows_the_pools_of_its_steps(instance: DagsterInstance) -> None:
+    result = run_with(lambda context: None, instance, pool="gpu")
+    run = instance.get_run_by_id(result.run_id)
+    assert run is not None
+    assert isinstance(run.run_op_concurrency, compat.RunOpConcurrency)
+    assert run.run_op_concurrency.all_pools == {"gpu"}
+    assert run.run_op_concurrency.has_unconstrained_root_nodes  # the parent has no pool
+
+
+def test_a_submitted_run_comes_with_its_workspace() -> None:
+    assert compat.SubmitRunContext._fields == ("dagster_run", "workspace")
