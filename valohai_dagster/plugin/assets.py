@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from dagster import AssetExecutionContext
+from typing_extensions import Unpack
 
 from valohai_dagster.errors import ProjectError
 from valohai_dagster.plugin.compat import code_reference
@@ -25,6 +26,9 @@ if (
     TYPE_CHECKING
 ):  # what reads a project is imported when one is read, so that importing this is cheap
     from valohai_dagster.plugin.backend import Backend
+    from valohai_dagster.plugin.checks import MetricCheck
+    from valohai_dagster.plugin.step_options import Declarations, PerStep, StepOptions
+    from valohai_dagster.plugin.step_tag import StepTag
     from valohai_dagster.projects.project import GitAuth, Project
     from valohai_dagster.projects.step import StepDefinition
 
@@ -45,7 +49,13 @@ def load_valohai_project(
     group_name: str | None = None,
     owners: Sequence[str] | None = None,
     tags: Mapping[str, str] | None = None,
-    retry_policy: dg.RetryPolicy | None = None,
+    partitions_def: PerStep[dg.PartitionsDefinition[Any]] = None,
+    partition_parameter: PerStep[str] = None,
+    partition_mappings: Mapping[str, Mapping[str, dg.PartitionMapping]] | None = None,
+    backfill_policy: PerStep[dg.BackfillPolicy] = None,
+    checks: Mapping[str, Sequence[MetricCheck]] | None = None,
+    retry_policy: PerStep[dg.RetryPolicy] = None,
+    pool: PerStep[str] = None,
     strict: bool = False,
     open_backend: Callable[[], Backend] | None = None,
 ) -> dg.Definitions:
@@ -55,9 +65,36 @@ def load_valohai_project(
     location still load; with `strict` it raises `ProjectError` instead. Combine several with
     `dagster.Definitions.merge`. `group_name`, `owners` and `tags` apply to all assets; without a group, steps are
     grouped by their `category`, else by project. `open_backend` is for tests.
+
+    The other options are for Dagster alone, since valohai.yaml has no words for them. Each is one value for all
+    steps, or a mapping by step name in which `*` stands for the rest:
+
+    - `partitions_def`: partitions of the asset; `backfill_policy`: whether a range of them is one execution.
+    - `partition_parameter`: the step's parameter that gets the partition key. As one name for all, it counts for
+      the partitioned steps that declare it. VH_PARTITION_KEY has the key in any case.
+    - `partition_mappings`: by step and its upstream step, where Dagster's default mapping is not what is meant.
+    - `checks`: asset checks by step, see `MetricCheck`.
+    - `retry_policy` for failed executions, and the `pool` that limits how many run at once.
     """
+    declared: Declarations = {
+        "partitions_def": partitions_def,
+        "partition_parameter": partition_parameter,
+        "partition_mappings": partition_mappings,
+        "backfill_policy": backfill_policy,
+        "checks": checks,
+        "retry_policy": retry_policy,
+        "pool": pool,
+    }
     try:
         project = _load(source, revision, yaml_path, name, auth, cache_dir)
+        assets = project_assets(
+            project,
+            group_name=group_name,
+            owners=owners,
+            tags=tags,
+            open_backend=open_backend,
+            **declared,
+        )
     except ProjectError as error:
         if strict:
             raise
@@ -65,13 +102,7 @@ def load_valohai_project(
         return dg.Definitions(
             assets=[broken_project(name or Path(str(source)).stem, error, group_name)]
         )
-    options = {
-        "group_name": group_name,
-        "owners": owners,
-        "tags": tags,
-        "retry_policy": retry_policy,
-    }
-    return dg.Definitions(assets=project_assets(project, open_backend=open_backend, **options))
+    return dg.Definitions(assets=assets)
 
 
 def _load(
@@ -108,22 +139,24 @@ def project_assets(
     group_name: str | None = None,
     owners: Sequence[str] | None = None,
     tags: Mapping[str, str] | None = None,
-    retry_policy: dg.RetryPolicy | None = None,
     open_backend: Callable[[], Backend] | None = None,
+    **declared: Unpack[Declarations],
 ) -> list[dg.AssetsDefinition]:
-    """One asset per step, in the order of the file."""
+    """One asset per step, in the order of the file; for the options see `load_valohai_project`."""
     from valohai_dagster.plugin import backend
+    from valohai_dagster.plugin.step_options import options_by_step
 
+    options = options_by_step(project, declared)
     return [
         step_asset(
             project,
             step,
+            options=options[step.name],
             open_backend=open_backend or backend.open_backend,
             group_name=group_name
             or legal_name(step.step.category or project.name, fallback="project"),
             owners=owners,
             tags=tags,
-            retry_policy=retry_policy,
         )
         for step in project.steps.values()
     ]
@@ -133,22 +166,30 @@ def step_asset(
     project: Project,
     step: StepDefinition,
     *,
+    options: StepOptions,
     open_backend: Callable[[], Backend],
     group_name: str,
     owners: Sequence[str] | None = None,
     tags: Mapping[str, str] | None = None,
-    retry_policy: dg.RetryPolicy | None = None,
 ) -> dg.AssetsDefinition:
     """The asset of one step."""
+    from valohai_dagster.plugin.checks import check_spec
     from valohai_dagster.plugin.compute import DeployedStep, run_step
     from valohai_dagster.plugin.config_schema import config_schema
     from valohai_dagster.plugin.step_tag import STEP_TAG, step_tag
     from valohai_dagster.plugin.versions import code_version_of
 
     version = code_version_of(step, project.commit.identifier)
-    tag = step_tag(project, step, code_version=version, retry=retry_policy)
+    tag = step_tag(
+        project,
+        step,
+        code_version=version,
+        retry=options.retry_policy,
+        checks=options.checks,
+        partition_parameter=options.partition_parameter,
+    )
     deployed = DeployedStep(project=project, tag=tag, open_backend=open_backend)
-    fed = frozenset((edge.target_type, edge.target_key) for edge in tag.edges)
+    key = dg.AssetKey(tag.asset_key)
 
     def _step(context: AssetExecutionContext) -> Iterator[Any]:
         yield from run_step(context, deployed)
@@ -157,8 +198,8 @@ def step_asset(
         AssetExecutionContext  # Dagster does not resolve textual ones
     )
     return dg.asset(
-        key=dg.AssetKey(tag.asset_key),
-        deps=[dg.AssetKey(parent) for parent in tag.parents],
+        key=key,
+        deps=_deps(tag, options),
         description=description_of(project, step),
         metadata=definition_metadata(project, step),
         group_name=group_name,
@@ -166,10 +207,26 @@ def step_asset(
         owners=list(owners) if owners else None,
         tags=dict(tags) if tags else None,
         code_version=version,
-        config_schema=config_schema(step, fed=fed),
+        config_schema=config_schema(
+            step,
+            fed=frozenset((edge.target_type, edge.target_key) for edge in tag.edges),
+            partition_parameter=options.partition_parameter,
+        ),
         op_tags={STEP_TAG: tag.to_text()},
-        retry_policy=retry_policy,
+        retry_policy=options.retry_policy,
+        partitions_def=options.partitions_def,
+        backfill_policy=options.backfill_policy,
+        check_specs=[check_spec(check, key) for check in options.checks] or None,
+        pool=options.pool,
     )(_step)
+
+
+def _deps(tag: StepTag, options: StepOptions) -> list[dg.AssetDep]:
+    mappings = options.partition_mappings or {}
+    return [
+        dg.AssetDep(dg.AssetKey(path), partition_mapping=mappings.get(source))
+        for source, path in tag.upstream.items()
+    ]
 
 
 def kinds_of(step: StepDefinition) -> set[str]:

@@ -6,18 +6,29 @@ a public name in `dagster` is imported from there by its user, not here.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
+from dagster import MultiPartitionsDefinition, PartitionKeyRange, PartitionsDefinition
 from dagster._config.snap import ConfigSchemaSnapshot, ConfigTypeSnap
+from dagster._core.definitions.asset_checks.asset_check_evaluation import (
+    AssetCheckEvaluationTargetMaterializationData,
+)
 from dagster._core.definitions.data_version import (
     CODE_VERSION_TAG,
     DATA_VERSION_TAG,
     DEFAULT_DATA_VERSION,
     extract_data_version_from_entry,
     get_input_data_version_tag,
+)
+from dagster._core.definitions.partitions.context import partition_loading_context
+from dagster._core.definitions.partitions.utils import (
+    MultiPartitionKey,
+    get_multipartition_key_from_tags,
+    get_tags_from_multi_partition_key,
 )
 from dagster._core.events import (
     ASSET_CHECK_EVENTS,
@@ -75,12 +86,18 @@ from dagster._core.storage.event_log.schema import (
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
 from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
 from dagster._core.storage.tags import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
     BACKFILL_ID_TAG,
+    MULTIDIMENSIONAL_PARTITION_PREFIX,
     PARENT_RUN_ID_TAG,
+    PARTITION_NAME_TAG,
     RUN_FAILURE_REASON_TAG,
     WILL_RETRY_TAG,
 )
+from dagster._core.workspace.context import BaseWorkspaceRequestContext
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
+from dagster._utils.error import serializable_error_info_from_exc_info
 from dagster._utils.warnings import disable_dagster_warnings
 from dagster_shared.error import SerializableErrorInfo
 
@@ -103,6 +120,8 @@ __all__ = [
     "DEFAULT_DATA_VERSION",
     "PARENT_RUN_ID_TAG",
     "ActiveExecution",
+    "AssetCheckEvaluationTargetMaterializationData",
+    "BaseWorkspaceRequestContext",
     "CapturedLogContext",
     "CapturedLogData",
     "CapturedLogMetadata",
@@ -147,6 +166,7 @@ __all__ = [
     "TypeCheckData",
     "UserFailureData",
     "WorkerStatus",
+    "asset_partitions",
     "code_location_pin",
     "code_reference",
     "complete_event",
@@ -154,18 +174,22 @@ __all__ = [
     "extract_data_version_from_entry",
     "finish_subscription",
     "get_input_data_version_tag",
+    "input_partition_keys",
     "input_storage_id",
     "instance_id",
     "is_database_outage",
     "log_key_of_event",
     "logs_captured",
+    "multi_partition_tags",
     "observe",
+    "parent_partitions",
     "pin_code_location",
     "pin_input",
     "pool_of",
     "pooled",
     "put_back",
     "report_engine_event",
+    "serializable_error",
     "steady_schema",
     "step_key_of",
     "tagged_ops",
@@ -214,26 +238,45 @@ def input_storage_id(context: AssetExecutionContext, key: AssetKey) -> int | Non
     return info.storage_id if info else None
 
 
-def pin_input(context: AssetExecutionContext, key: AssetKey, record: EventLogRecord) -> None:
-    """Makes the engine record `record` as the version of that upstream asset that this step used.
+def pin_input(
+    context: AssetExecutionContext,
+    key: AssetKey,
+    records: Sequence[EventLogRecord],
+    *,
+    partitioned: bool = False,
+) -> None:
+    """Makes the engine record these as the version of that upstream asset that this step used.
 
     Without it the tags would name the newest materialization even when the run's own, or its parent run's, was
-    used; the asset would then look fresh though it is not (DAGSTER_NOTES 11).
+    used; the asset would then look fresh though it is not (DAGSTER_NOTES 11). Of partitions the engine takes the
+    digest of all versions, and of their events the newest.
     """
+    from dagster import DataVersion
     from dagster._core.execution.context.data_version_cache import InputAssetVersionInfo
 
-    step = context.op_execution_context.get_step_execution_context()
-    event = record.event_log_entry.dagster_event
+    newest = max(records, key=lambda record: record.storage_id)
+    version = extract_data_version_from_entry(newest.event_log_entry)
+    if partitioned:
+        ordered = sorted(records, key=lambda record: record.partition_key or "")
+        versions = [extract_data_version_from_entry(record.event_log_entry) for record in ordered]
+        text = "".join(found.value for found in versions if found is not None)
+        version = DataVersion(hashlib.sha256(text.encode()).hexdigest())
+    event = newest.event_log_entry.dagster_event
+    known = context.op_execution_context.get_step_execution_context().input_asset_records
     assert event is not None
-    records = step.input_asset_records
-    assert isinstance(records, dict)
-    records[key] = InputAssetVersionInfo(
-        record.storage_id,
-        event.event_type,
-        extract_data_version_from_entry(record.event_log_entry),
-        record.run_id,
-        record.timestamp,
+    assert isinstance(known, dict)
+    known[key] = InputAssetVersionInfo(
+        newest.storage_id, event.event_type, version, newest.run_id, newest.timestamp
     )
+
+
+def input_partition_keys(context: AssetExecutionContext, key: AssetKey) -> list[str] | None:
+    """Partitions of that upstream asset that this step depends on, sorted; None when it has no partitions."""
+    step = context.op_execution_context.get_step_execution_context()
+    name = step.job_def.asset_layer.get_node_input_name(step.node_handle, key)
+    if name is None or not step.has_asset_partitions_for_input(name):
+        return None
+    return sorted(step.asset_partitions_subset_for_input(name).get_partition_keys())
 
 
 def pin_code_location(name: str, value: str) -> None:
@@ -470,3 +513,55 @@ def data_version_tags(
     `inputs`: per parent asset `data_version` (DataVersion) and `storage_id` (int or None).
     """
     return _build_data_version_tags(version, code_version, inputs, True)
+
+
+def multi_partition_tags(partition: str | None) -> dict[str, str]:
+    """Tags that name the dimensions of a key of several dimensions; none for other keys."""
+    if isinstance(partition, MultiPartitionKey):
+        return dict(get_tags_from_multi_partition_key(partition))
+    return {}
+
+
+def serializable_error(error: BaseException) -> SerializableErrorInfo:
+    """An exception as events hold it, with its trace."""
+    return serializable_error_info_from_exc_info((type(error), error, error.__traceback__))
+
+
+def asset_partitions(
+    instance: DagsterInstance, run: DagsterRun, graph: Any, key: AssetKey
+) -> Sequence[str]:
+    """Partition keys of an asset that the run makes, by its tags: one, a range, or none."""
+    definition = graph.get(key).partitions_def if graph.has(key) else None
+    if definition is None:
+        return []
+    tags = run.tags
+    with partition_loading_context(dynamic_partitions_store=instance):
+        if any(tag.startswith(MULTIDIMENSIONAL_PARTITION_PREFIX) for tag in tags):
+            return [get_multipartition_key_from_tags(tags)]
+        if PARTITION_NAME_TAG in tags:
+            return [_typed_key(definition, tags[PARTITION_NAME_TAG])]
+        if ASSET_PARTITION_RANGE_START_TAG in tags:
+            start, end = tags[ASSET_PARTITION_RANGE_START_TAG], tags[ASSET_PARTITION_RANGE_END_TAG]
+            keys = PartitionKeyRange(_typed_key(definition, start), _typed_key(definition, end))
+            return definition.get_partition_keys_in_range(keys)
+    return []
+
+
+def _typed_key(definition: PartitionsDefinition, text: str) -> str:
+    if isinstance(definition, MultiPartitionsDefinition):
+        return definition.get_partition_key_from_str(text)
+    return text
+
+
+def parent_partitions(
+    instance: DagsterInstance, graph: Any, key: AssetKey, parent: AssetKey, keys: Sequence[str]
+) -> Sequence[str] | None:
+    """Partitions of `parent` that these partitions of `key` depend on; None when it has no partitions."""
+    if not graph.has(parent) or graph.get(parent).partitions_def is None:
+        return None
+    upstream, own = graph.get(parent).partitions_def, graph.get(key).partitions_def
+    mapping = graph.get_partition_mapping(key, parent)
+    with partition_loading_context(dynamic_partitions_store=instance):
+        subset = own.subset_with_partition_keys(keys) if own is not None else None
+        found = mapping.get_upstream_mapped_partitions_result_for_partitions(subset, own, upstream)
+        return list(found.partitions_subset.get_partition_keys())

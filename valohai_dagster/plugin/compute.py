@@ -13,13 +13,15 @@ from typing import Any
 import dagster as dg
 from dagster import AssetExecutionContext, AssetKey, DagsterEventType, EventLogRecord
 
-from valohai_dagster.errors import ValohaiError
+from valohai_dagster.errors import SpecError, ValohaiError
 from valohai_dagster.executions.spec import LaunchIds
 from valohai_dagster.executions.spec_model import ExecutionSpec, execution_id_of
 from valohai_dagster.executions.stream import ExecutionStatus
 from valohai_dagster.plugin.backend import Backend, open_backend
+from valohai_dagster.plugin.checks import evaluate
 from valohai_dagster.plugin.compat import (
     CODE_VERSION_TAG,
+    input_partition_keys,
     input_storage_id,
     instance_id,
     log_key_of_event,
@@ -37,9 +39,12 @@ from valohai_dagster.plugin.launching import (
     spec_of,
     upstream_of,
     used_record,
+    used_records,
 )
+from valohai_dagster.plugin.partitions import NO_PARTITIONS, RunPartitions
 from valohai_dagster.plugin.results import materialize_result
 from valohai_dagster.plugin.step_tag import StepTag, tag_at
+from valohai_dagster.plugin.upstream_results import latest_ids
 from valohai_dagster.projects.project import Project, project_at
 
 
@@ -72,7 +77,10 @@ def run_step(
         raise failed(view, backend.last_stderr(view.id, STDERR_LINES)).to_dagster()
     result = materialize_result(view, exported=tag.exported, read_small=backend.read_small)
     ran = code_version_of(tag.step, spec.commit.identifier)
-    yield result._replace(tags={**(result.tags or {}), CODE_VERSION_TAG: ran})
+    yield result._replace(
+        tags={**(result.tags or {}), CODE_VERSION_TAG: ran},
+        check_results=[evaluate(check, view) for check in tag.checks],
+    )
 
 
 def prepare(
@@ -92,6 +100,7 @@ def prepare(
         config=config,
         commit=commit,
         ids=launch_ids(context),
+        partitions=partitions_of(context),
         upstream=upstream_of(
             tag, lambda key: used_materializations(context, key), backend.view, context.log.warning
         ),
@@ -100,15 +109,41 @@ def prepare(
     return tag, spec
 
 
+def partitions_of(context: AssetExecutionContext) -> RunPartitions:
+    """What this step makes; a run for a partition may hold steps without partitions too."""
+    if context.assets_def.partitions_def is None:
+        return NO_PARTITIONS
+    if not (context.has_partition_key or context.has_partition_key_range):
+        raise SpecError(
+            f"asset {context.asset_key.to_user_string()} has partitions, and the run names none of them",
+            ["choose a partition when you launch it"],
+        )
+    return RunPartitions.of_keys(context.partition_keys)
+
+
 def used_materializations(context: AssetExecutionContext, key: AssetKey) -> list[EventLogRecord]:
     """What this step uses of an upstream asset; the engine's provenance tags are told about it."""
+    partition_keys = input_partition_keys(context, key)
+    if partition_keys is not None:
+        return _used_partitions(context, key, partition_keys)
     latest_id = input_storage_id(context, key)
     record = used_record(context.instance, context.run, key, latest_id)
     if record is None:
         return []
     if record.storage_id != latest_id:
-        pin_input(context, key, record)
+        pin_input(context, key, [record])
     return [record]
+
+
+def _used_partitions(
+    context: AssetExecutionContext, key: AssetKey, partition_keys: list[str]
+) -> list[EventLogRecord]:
+    instance = context.instance
+    records = used_records(instance, context.run, key, partition_keys, context.log.warning)
+    newest = set(latest_ids(instance, key, partition_keys).values())
+    if any(record.storage_id not in newest for record in records):
+        pin_input(context, key, records, partitioned=True)
+    return records
 
 
 def rejoin(context: AssetExecutionContext, backend: Backend, spec: ExecutionSpec) -> ExecutionSpec:

@@ -23,13 +23,21 @@ _TYPES = {"integer": Int, "float": Float, "flag": Bool, "string": String}
 _MISSING = object()
 
 
-def config_schema(step: StepDefinition, *, fed: frozenset[tuple[str, str]] = frozenset()) -> Shape:
+def config_schema(
+    step: StepDefinition,
+    *,
+    fed: frozenset[tuple[str, str]] = frozenset(),
+    partition_parameter: str | None = None,
+) -> Shape:
     """The step's schema. `fed` holds `("parameter" | "input", name)` that upstream assets may bring.
 
     A parameter or input that must have a value and has none, and that no edge feeds, is required, so the launch
     is refused before a run exists (Y-36, Y-41).
     """
-    parameters = {p.name: parameter_field(step, p, fed=fed) for p in step.step.parameters.values()}
+    parameters = {
+        p.name: parameter_field(step, p, fed=fed, is_partition=p.name == partition_parameter)
+        for p in step.step.parameters.values()
+    }
     inputs = {i.name: input_field(i, fed=fed) for i in step.step.inputs.values()}
     fields: dict[str, Field] = {}
     if parameters:
@@ -135,20 +143,26 @@ def _variable_text(variable: Any) -> str:
 
 
 def parameter_field(
-    step: StepDefinition, parameter: Parameter, *, fed: frozenset[tuple[str, str]] = frozenset()
+    step: StepDefinition,
+    parameter: Parameter,
+    *,
+    fed: frozenset[tuple[str, str]] = frozenset(),
+    is_partition: bool = False,
 ) -> Field:
     """One parameter; null leaves it out of the command (Y-39).
 
-    A fed one has no default here: the Launchpad would write it out, and what is written wins over the upstream.
+    A fed one has no default here: the Launchpad would write it out, and what is written wins over the upstream and
+    over the partition key.
     """
-    is_fed = ("parameter", parameter.name) in fed
+    is_fed = is_partition or ("parameter", parameter.name) in fed
     default = _MISSING if is_fed else _valid_default(parameter)
     inner: Any = _choices(step, parameter) or _TYPES.get(parameter.type, String)
     if parameter.multiple:
         inner = Array(inner)
     optional = parameter.optional or parameter.type == "flag" or parameter.default is not None
     required = not optional and not is_fed
-    description = _parameter_text(parameter, fed=is_fed)
+    origin = "the partition key" if is_partition else "an upstream asset" if is_fed else None
+    description = _parameter_text(parameter, origin)
     if required:
         return Field(inner, is_required=True, description=description)
     if default is _MISSING:
@@ -189,7 +203,7 @@ def _choices(step: StepDefinition, parameter: Parameter) -> Enum | None:
     )
 
 
-def _parameter_text(parameter: Parameter, *, fed: bool) -> str:
+def _parameter_text(parameter: Parameter, origin: str | None) -> str:
     parts = [parameter.description.strip() if parameter.description else ""]
     bounds = [f"at least {parameter.min}"] if parameter.min is not None else []
     bounds += [f"at most {parameter.max}"] if parameter.max is not None else []
@@ -200,8 +214,8 @@ def _parameter_text(parameter: Parameter, *, fed: bool) -> str:
         parts.append(f"Category: {parameter.category}")
     if parameter.multiple:
         parts.append(f"Several values ({parameter.multiple.value})")
-    if fed:
-        parts.append("Comes from an upstream asset unless given here")
+    if origin:
+        parts.append(f"Comes from {origin} unless given here")
     if parameter.default is not None:
         parts.append(f"Default: {parameter.default}")
     return _sentences(parts)

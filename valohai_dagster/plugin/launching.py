@@ -15,6 +15,7 @@ from valohai_dagster.errors import ProblemsError, RefusedError, SpecError, Valoh
 from valohai_dagster.executions.spec import LaunchIds, StepConfig, build_spec
 from valohai_dagster.executions.spec_model import CommitRef, ExecutionSpec
 from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
+from valohai_dagster.plugin.checks import evaluate
 from valohai_dagster.plugin.config_schema import step_config, written_config
 from valohai_dagster.plugin.partitions import NO_PARTITIONS, RunPartitions
 from valohai_dagster.plugin.results import failure_metadata
@@ -29,6 +30,7 @@ __all__ = [
     "code_version_of",
     "config_of",
     "config_with_defaults",
+    "evaluate",
     "failed",
     "failure_of",
     "spec_of",

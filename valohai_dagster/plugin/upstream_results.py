@@ -5,7 +5,7 @@ Nothing here needs user code or a context: op processes and the run driver share
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from dagster import (
     AssetKey,
@@ -22,6 +22,8 @@ from valohai_dagster.plugin.step_tag import StepTag
 from valohai_dagster.projects.upstream import UpstreamFile, UpstreamResult
 
 MAX_PARENT_RUNS = 50  # a chain of re-executions longer than this is cut
+PAGE = 500  # records of one query
+MAX_NAMED = 10  # partitions in a warning
 PARENT_RUN_TAG = "dagster/parent_run_id"
 FindView = Callable[[str], "ExecutionView | None"]
 FindRecords = Callable[[AssetKey], Sequence[EventLogRecord]]
@@ -71,9 +73,13 @@ def used_record(
 
 
 def used_records(
-    instance: DagsterInstance, run: DagsterRun, key: AssetKey, partition_keys: Sequence[str]
+    instance: DagsterInstance,
+    run: DagsterRun,
+    key: AssetKey,
+    partition_keys: Sequence[str],
+    warn: Callable[[str], None],
 ) -> list[EventLogRecord]:
-    """The same for each of these partitions, in their order; those never materialized are left out."""
+    """The same for each of these partitions, in their order; those never materialized are left out with a warning."""
     found: dict[str, EventLogRecord] = {}
     for one in _run_and_parents(instance, run):
         for record in _of_run(instance, one, key):
@@ -81,12 +87,26 @@ def used_records(
                 found.setdefault(record.partition_key or "", record)
     missing = set(partition_keys) - set(found)
     if missing:
-        latest = instance.event_log_storage.get_latest_storage_id_by_partition(
-            key, DagsterEventType.ASSET_MATERIALIZATION, missing
-        )
+        latest = latest_ids(instance, key, missing)
         for record in _by_ids(instance, key, list(latest.values())):
             found[record.partition_key or ""] = record
+    absent = [name for name in partition_keys if name not in found]
+    if absent:
+        more = f" and {len(absent) - MAX_NAMED} more" if len(absent) > MAX_NAMED else ""
+        warn(
+            f"{len(absent)} of {len(partition_keys)} partitions of {key.to_user_string()} that this step depends "
+            f"on were never materialized: {', '.join(absent[:MAX_NAMED])}{more}"
+        )
     return [found[name] for name in partition_keys if name in found]
+
+
+def latest_ids(
+    instance: DagsterInstance, key: AssetKey, partition_keys: Collection[str]
+) -> Mapping[str, int]:
+    """Storage ids of the newest materializations by partition."""
+    return instance.event_log_storage.get_latest_storage_id_by_partition(
+        key, DagsterEventType.ASSET_MATERIALIZATION, set(partition_keys)
+    )
 
 
 def _run_and_parents(instance: DagsterInstance, run: DagsterRun) -> Iterator[DagsterRun]:
@@ -103,10 +123,31 @@ def _of_run(instance: DagsterInstance, run: DagsterRun, key: AssetKey) -> list[E
     """Newest first. A run that did not select the asset is not asked."""
     if run.asset_selection and key not in run.asset_selection:
         return []
-    records = instance.get_records_for_run(
+    found = instance.get_records_for_run(
         run.run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION, ascending=False
     ).records
-    return [record for record in records if record.asset_key == key]
+    records = [record for record in found if record.asset_key == key]
+    sharded = instance.event_log_storage.is_run_sharded
+    return _as_indexed(instance, key, records) if records and sharded else records
+
+
+def _as_indexed(
+    instance: DagsterInstance, key: AssetKey, records: Sequence[EventLogRecord]
+) -> list[EventLogRecord]:
+    """The same events with the ids that the asset's history has: logs of one file per run count for themselves."""
+    wanted = AssetRecordsFilter(
+        asset_key=key,
+        after_timestamp=records[-1].timestamp - 1,
+        before_timestamp=records[0].timestamp + 1,
+    )
+    out: list[EventLogRecord] = []
+    cursor: str | None = None
+    while True:
+        page = instance.fetch_materializations(wanted, limit=PAGE, cursor=cursor)
+        out += [record for record in page.records if record.run_id == records[0].run_id]
+        if not page.has_more:
+            return out
+        cursor = page.cursor
 
 
 def _by_ids(instance: DagsterInstance, key: AssetKey, ids: list[int]) -> Sequence[EventLogRecord]:
