@@ -14,6 +14,7 @@ from valohai_agent.processes import ATTEMPT_VARIABLE
 from valohai_agent.protocol import Job
 from valohai_agent.workspace import Workspace
 
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, where it was built
 TRUE_VALUES = frozenset({"1", "yes", "true"})
 FORBIDDEN = frozenset({"VALOHAI_PORT"})  # valohai-utils would think it is in a deployment (K-12)
 CONFIG_KEYS = {  # identity variables that come from execution.json, when they apply
@@ -120,5 +121,5 @@ def _write_pair(directory: Path, name: str, content: Mapping[str, Any]) -> None:
         json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     (directory / f"{name}.yaml").write_text(
-        yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        yaml.dump(plain, Dumper=_DUMPER, sort_keys=False, allow_unicode=True), encoding="utf-8"
     )

@@ -16,7 +16,7 @@ from valohai_agent.redis_link import RedisLink
 
 STREAM_LINES = LIVE_LOG_LINES * len(LogStream)
 STREAM_BYTES = 8 * 1024 * 1024  # what one attempt's live view may hold in Redis
-GATHER_SECONDS = 0.05  # lines are sent in batches this far apart
+GATHER_SECONDS = 0.05  # lines are sent in batches this far apart; after a silence at once
 BATCH_LINES = 500
 EXPIRE_SECONDS = 24 * 3600
 EXPIRE_EVERY_SECONDS = 600.0
@@ -61,6 +61,7 @@ class LiveLog:
         self._closing = False
         self._gave_up = threading.Event()
         self._busy = False
+        self._sent_at = float("-inf")
         self._expire_at = 0.0
         self._thread = threading.Thread(target=self._run, name="live-log", daemon=True)
         self._thread.start()
@@ -89,8 +90,9 @@ class LiveLog:
         """Waits for lines; an empty batch means closed and done."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
-            if not self._closing:
-                self._changed.wait_for(lambda: self._closing, GATHER_SECONDS)
+            pause = self._sent_at + GATHER_SECONDS - time.monotonic()
+            if pause > 0:
+                self._changed.wait_for(lambda: self._closing, pause)
             batch = [_marker(gap) for gap in self._gaps.values()]
             self._gaps.clear()
             while self._queue and len(batch) < BATCH_LINES:
@@ -107,7 +109,7 @@ class LiveLog:
                 wake=self._gave_up,
             )
             with self._changed:
-                self._busy = False
+                self._busy, self._sent_at = False, time.monotonic()
                 self._changed.notify_all()
             if self._gave_up.is_set():
                 return

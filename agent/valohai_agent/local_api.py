@@ -6,7 +6,10 @@ import hmac
 import json
 import logging
 import secrets
+import selectors
 import shutil
+import socket
+import socketserver
 import threading
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,9 +52,8 @@ class LocalApi:
         self._server = _Server((bind_host, 0), _Handler)
         self._server.api = self
         self._base = f"http://{public_host}:{self._server.server_address[1]}"
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True
-        )
+        self._end, seen = socket.socketpair()
+        self._thread = threading.Thread(target=self._server.serve_until, args=(seen,), daemon=True)
         self._thread.start()
 
     def endpoints(self) -> dict[str, Any]:
@@ -64,9 +66,9 @@ class LocalApi:
         }
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._end.close()
         self._thread.join()
+        self._server.server_close()
 
     def __enter__(self) -> LocalApi:
         return self
@@ -123,7 +125,22 @@ class LocalApi:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    timeout = 0  # of `handle_request`, which is only called when there is one
     api: LocalApi
+
+    def server_bind(self) -> None:
+        """Without the look-up of our own name, which takes seconds where the DNS does not answer."""
+        socketserver.TCPServer.server_bind(self)
+        host, self.server_port = self.server_address[:2]
+        self.server_name = str(host)
+
+    def serve_until(self, ended: socket.socket) -> None:
+        """Serves until the other end of `ended` is closed; unlike `serve_forever` it never wakes up in vain."""
+        with ended, selectors.DefaultSelector() as selector:
+            selector.register(self, selectors.EVENT_READ)
+            selector.register(ended, selectors.EVENT_READ)
+            while all(key.fileobj is self for key, _ in selector.select()):
+                self.handle_request()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from valohai_agent.errors import ImageError, RuntimeFailure, RuntimeUnavailable, StartError
 from valohai_agent.protocol import Job, RegistryLogin
 from valohai_agent.runtimes.base import OnOutput, PullProgress, RunSpec
-from valohai_agent.runtimes.docker_options import container_options, plan_limits
+from valohai_agent.runtimes.docker_options import container_options, plan_limits, split_options
 from valohai_agent.runtimes.docker_running import DockerRunning
 from valohai_agent.runtimes.pulling import LayerProgress, pull_error
 from valohai_agent.runtimes.script import build_script
@@ -25,6 +25,7 @@ from valohai_agent.workspace import Workspace
 
 if TYPE_CHECKING:
     from docker import DockerClient
+    from docker.models.containers import Container
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class DockerRuntime:
         self._made: DockerClient | None = None
         self._lock = threading.Lock()
         self._facts: dict[str, Any] = {}
+        self._gateways: dict[str, str] = {}
 
     @property
     def client(self) -> DockerClient:
@@ -166,25 +168,17 @@ class DockerRuntime:
         try:
             facts = self._host_facts()
             limits = plan_limits(spec.environment, int(facts.get("MemTotal") or 0))
-            options = container_options(spec, limits, gpus=_has_gpus(facts), image=self._env(spec))
-            container = self.client.containers.create(
-                spec.image,
-                script.argv("/valohai/.command"),
-                name=f"valohai-{workspace.execution_id}-{workspace.attempt}",
-                labels={
-                    EXECUTION_LABEL: workspace.execution_id,
-                    ATTEMPT_LABEL: str(workspace.attempt),
-                    WORKER_LABEL: workspace.worker,
-                },
-                **options,
-            )
+            gpus = _has_gpus(facts)
+            image = self._env(spec) if gpus else {}
+            options = container_options(spec, limits, gpus=gpus, image=image)
+            container = self._create(spec, script.argv("/valohai/.command"), options)
             running = DockerRunning(
                 self.client,
                 container,
                 on_output,
                 limits.memory,
                 signal_group=not self._is_podman(),
-                gpus=spec.gpus if _has_gpus(facts) else "none",
+                gpus=spec.gpus if gpus else "none",
             )
             running.start()
             return running
@@ -195,15 +189,31 @@ class DockerRuntime:
                 f"The container cannot be started from {spec.image!r}: {_words(error)}."
             ) from error
 
+    def _create(self, spec: RunSpec, command: list[str], options: dict[str, Any]) -> Container:
+        """One request: the SDK's own `containers.create` would look at the new container at once."""
+        workspace, client = spec.workspace, self.client
+        own, host, ports = split_options(options)
+        made = client.api.create_container(
+            spec.image,
+            command,
+            name=f"valohai-{workspace.execution_id}-{workspace.attempt}",
+            labels={
+                EXECUTION_LABEL: workspace.execution_id,
+                ATTEMPT_LABEL: str(workspace.attempt),
+                WORKER_LABEL: workspace.worker,
+            },
+            ports=ports,
+            host_config=client.api.create_host_config(**host),
+            **own,
+        )
+        return client.containers.prepare_model({"Id": made["Id"]})
+
     def api_hosts(self, environment: Mapping[str, str]) -> tuple[str, str]:
         network = environment.get("VH_DOCKER_NETWORK", "").strip()
         if network == "host":
             return "127.0.0.1", "127.0.0.1"
-        default = "podman" if self._is_podman() else "bridge"
-        gateway = self._gateway(network or default)
-        if gateway is not None and _can_bind(gateway):
-            return gateway, gateway
-        return "127.0.0.1", HOST_ALIAS
+        gateway = self._bindable_gateway(network or ("podman" if self._is_podman() else "bridge"))
+        return (gateway, gateway) if gateway is not None else ("127.0.0.1", HOST_ALIAS)
 
     # -- clean-up ----------------------------------------------------------------------------------
     def remove_leftovers(self, execution_id: str, attempt: int | None = None) -> int:
@@ -280,6 +290,17 @@ class DockerRuntime:
             components = self.client.version().get("Components") or []
             self.__dict__["podman"] = any("Podman" in c.get("Name", "") for c in components)
         return self.__dict__["podman"]
+
+    def _bindable_gateway(self, network: str) -> str | None:
+        """The gateway if the agent can listen there. A network that was made anew is seen by that too."""
+        known = self._gateways.get(network)
+        if known is not None and _can_bind(known):
+            return known
+        found = self._gateway(network)
+        if found is None or not _can_bind(found):
+            return None
+        self._gateways[network] = found
+        return found
 
     def _gateway(self, network: str) -> str | None:
         try:

@@ -46,10 +46,15 @@ def plan_limits(environment: Mapping[str, str], machine_memory: int) -> Limits:
     )
 
 
+_OF_THE_CONTAINER = frozenset(
+    {"entrypoint", "environment", "working_dir", "stdin_open", "tty", "user"}
+)
+
+
 def container_options(
     spec: RunSpec, limits: Limits, *, gpus: bool, image: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Keyword arguments for `containers.create`. `image` holds the variables the image defines."""
+    """Keyword arguments as for `containers.create`. `image` holds the variables the image defines."""
     from docker.types import LogConfig
 
     environment = {"TINI_KILL_PROCESS_GROUP": "1", **spec.environment}
@@ -84,6 +89,19 @@ def container_options(
             **environment,
         }
     return {key: value for key, value in options.items() if value is not None}
+
+
+def split_options(
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any], list[tuple[str, str]]]:
+    """The same as the API has them: of the container, of its host, and the ports it listens on."""
+    own = {key: value for key, value in options.items() if key in _OF_THE_CONTAINER}
+    host = {key: value for key, value in options.items() if key not in _OF_THE_CONTAINER}
+    bindings: Mapping[str, int] = host.pop("ports", {})
+    if bindings:
+        host["port_bindings"] = bindings
+    ports = [(number, protocol) for number, _, protocol in (p.partition("/") for p in bindings)]
+    return own, host, ports
 
 
 def _mounts(spec: RunSpec) -> list[Any]:
