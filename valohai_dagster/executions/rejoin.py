@@ -23,6 +23,7 @@ _OF_THE_TRY = {
     "retry_number",
     "log_key",
     "creator",
+    "client",
     "warnings",
     "sealed_uris",
 }

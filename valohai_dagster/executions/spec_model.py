@@ -85,6 +85,10 @@ class ExecutionSpec(Spec):
     tags: list[str] = Field(default_factory=list)
     creator: str = ""
     priority: int = 0
+    client: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What the client wants to find again with the execution; the service does not read it.",
+    )
     warnings: list[str] = Field(
         default_factory=list, description="Unsupported keys and the like; shown in the log."
     )

@@ -1,0 +1,87 @@
+"""What the driver needs of the platform besides the execution service: archives, views, logs and small files.
+
+Everything here blocks and is called on lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from valohai_dagster.errors import ValohaiError
+from valohai_dagster.executions.stream import DatumView, ExecutionView
+from valohai_dagster.executions.views import view_of
+from valohai_dagster.plugin.backend import TAIL_BYTES
+from valohai_dagster.plugin.log_source import ServiceLogs, last_lines
+from valohai_dagster.records import tables as t
+
+if TYPE_CHECKING:
+    from valohai_dagster.executions.spec import StepConfig
+    from valohai_dagster.executions.spec_model import CommitRef
+    from valohai_dagster.plugin.step_tag import StepTag
+    from valohai_dagster.records.engine import Records
+    from valohai_dagster.settings import Settings
+    from valohai_dagster.stores.registry import Stores
+
+
+class Platform:
+    """Records, stores and logs of one deployment."""
+
+    def __init__(self, settings: Settings, records: Records, stores: Stores) -> None:
+        self.settings = settings
+        self.records = records
+        self.stores = stores
+        self._logs = ServiceLogs(lambda: settings)
+
+    def commit(self, tag: StepTag, config: StepConfig) -> tuple[StepTag, CommitRef, list[str]]:
+        """The step at the commit that the launch asks for, its archive, and warnings about that."""
+        from valohai_dagster.executions.spec_model import CommitRef
+        from valohai_dagster.plugin.step_tag import tag_at
+        from valohai_dagster.projects.archive import build_archive, publish
+        from valohai_dagster.projects.project import load_project, project_at
+
+        project = load_project(
+            tag.source,
+            revision=None if tag.commit.adhoc else tag.commit.identifier,
+            yaml_path=tag.yaml_path,
+            name=tag.project_name,
+            cache_dir=self.settings.state_dir / "projects",
+        )
+        if config.commit or config.adhoc:
+            project = project_at(project, commit=config.commit, adhoc=config.adhoc)
+            tag = tag_at(tag, project)
+        archive = build_archive(project)
+        published = publish(archive, self.stores.code)
+        return tag, CommitRef(**vars(published)), list(archive.warnings)
+
+    def view(self, execution_id: str) -> ExecutionView | None:
+        with self.records.read() as connection:
+            return view_of(connection, execution_id, datum_url=self.settings.datum_url)
+
+    def client_data(self, execution_id: str) -> Mapping[str, Any]:
+        """What the driver kept with the execution when it was submitted."""
+        query = sa.select(t.executions.c.spec).where(t.executions.c.id == execution_id)
+        with self.records.read() as connection:
+            spec = connection.execute(query).scalar_one_or_none()
+        return (spec or {}).get("client") or {}
+
+    def last_stderr(self, execution_id: str, lines: int) -> list[str]:
+        try:
+            sections = self._logs.index_of_execution(execution_id).sections
+            return last_lines(self._logs, sections[-1], lines, TAIL_BYTES) if sections else []
+        except (ValohaiError, OSError):
+            return []
+
+    def read_small(self, datum: DatumView) -> bytes | None:
+        query = sa.select(t.datums.c.store, t.datums.c.key).where(t.datums.c.id == datum.id)
+        try:
+            with self.records.read() as connection:
+                row = connection.execute(query).one_or_none()
+            if row is None:
+                return None
+            with self.stores[row.store].open(row.key) as file:
+                return file.read(datum.size)
+        except (ValohaiError, OSError):
+            return None

@@ -1,0 +1,301 @@
+"""One try of one step: an execution is handed to the service, and what becomes of it is written as events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from dagster import AssetCheckEvaluation, AssetKey, DagsterEventType, EventLogEntry, EventLogRecord
+
+from valohai_dagster.errors import ValohaiError
+from valohai_dagster.executions.spec import LaunchIds
+from valohai_dagster.executions.spec_model import ExecutionSpec, execution_id_of
+from valohai_dagster.executions.stream import (
+    EventKind,
+    ExecutionStatus,
+    ExecutionView,
+    FollowEvent,
+)
+from valohai_dagster.plugin.compat import CODE_VERSION_TAG, DagsterEvent, log_key_of_event
+from valohai_dagster.plugin.driver.ends import (
+    Retries,
+    blocking_failure,
+    failure_entries,
+    interrupted_entries,
+    materializations,
+)
+from valohai_dagster.plugin.driver.events import StepEvents
+from valohai_dagster.plugin.driver.facts import StepFacts
+from valohai_dagster.plugin.driver.mailbox import Mailbox
+from valohai_dagster.plugin.driver.provenance import Parents, Provenance
+from valohai_dagster.plugin.driver.recovery import identity
+from valohai_dagster.plugin.launching import (
+    STDERR_LINES,
+    StepFailure,
+    code_version_of,
+    config_of,
+    failed,
+    failure_of,
+    spec_of,
+    upstream_of,
+)
+from valohai_dagster.plugin.results import materialize_result, numeric_metrics
+
+if TYPE_CHECKING:
+    from valohai_dagster.plugin.driver.run import RunDrive
+
+OBSERVE_SECONDS = 60.0  # between two observations of running metrics, and before the first
+TOLD_PHASES = ("pulling", "downloading", "running")  # each is told once per attempt
+
+
+class StepTry:
+    """`drive()` returns the event that ended the try."""
+
+    def __init__(
+        self,
+        run: RunDrive,
+        facts: StepFacts,
+        *,
+        previous_attempts: int,
+        written: set[tuple[Any, ...]],
+        started_at: float | None,
+    ) -> None:
+        self._run, self._facts = run, facts
+        self._tag = facts.tag
+        self._previous_attempts = previous_attempts
+        self._written = written  # identities that are in the log already
+        self._started_at = started_at
+        self._events = StepEvents(run.job_name, run.run_id, facts.step, facts.output_types)
+        self._provenance = Provenance()
+        self._told: set[tuple[int, str]] = set()
+        self._leased = (DagsterEventType.STEP_WORKER_STARTED,) in written
+        self._observed_at = started_at
+        self._key = AssetKey(list(facts.tag.asset_key))
+        self.execution_id = execution_id_of(
+            run.instance_id, run.run_id, facts.step.key, previous_attempts
+        )
+
+    # -- the course of a try --------------------------------------------------------------------------------------
+    async def drive(self) -> DagsterEvent:
+        """Raises `LaneClosed` when another process goes on with the run."""
+        mailbox = self._run.open_mailbox(self.execution_id)
+        try:
+            view = await self._begin(mailbox)
+            return await self._end(view)
+        except ValohaiError as error:
+            return await self._fail(failure_of(error))
+        finally:
+            self._run.close_mailbox(self.execution_id)
+
+    async def _begin(self, mailbox: Mailbox) -> ExecutionView:
+        """Hands the execution over, or finds it again, and follows it to its end."""
+        service = self._run.service
+        view = await service.view(self.execution_id) if self._run.resumed else None
+        if view is None:
+            spec = await self._run.call(self._prepare)
+            view = await service.submit(spec)
+        else:
+            await self._run.call(self._remember)
+        await self._write(self._opening(view, mailbox))
+        if self._run.terminating and not view.status.final:
+            await self.stop()
+        while not view.status.final and mailbox.final is None:
+            await self._tell(mailbox)
+            if mailbox.final is None:
+                await mailbox.wait(self._observe_in())
+        await self._tell(mailbox)
+        return mailbox.final or view
+
+    async def stop(self) -> None:
+        """Asks the service for a soft stop (K-54)."""
+        reason = f"Dagster run {self._run.run_id} was terminated"
+        await self._run.service.stop(self.execution_id, hard=False, reason=reason)
+
+    async def _end(self, view: ExecutionView) -> DagsterEvent:
+        if view.status is ExecutionStatus.complete:
+            return await self._succeed(view)
+        if view.status is ExecutionStatus.stopped and self._run.terminating:
+            return await self._finish([*self._start(), *interrupted_entries(self._events)])
+        stderr = await self._run.call(lambda: self._run.platform.last_stderr(view.id, STDERR_LINES))
+        return await self._fail(failed(view, stderr))
+
+    # -- before -----------------------------------------------------------------------------------------------------
+    def _prepare(self) -> ExecutionSpec:
+        """Blocks. Raises `ValohaiError` when the launch asks for something that cannot be."""
+        run, facts = self._run, self._facts
+        config = config_of(self._tag, run.run_config, facts.path, resolved=run.resolved_config)
+        self._tag, commit, warnings = run.platform.commit(self._tag, config)
+        parents = Parents(
+            run.instance, run.dagster_run, self._tag.parents, run.parent_partitions(facts)
+        )
+        used: dict[AssetKey, EventLogRecord] = {}
+
+        def find(key: AssetKey) -> list[EventLogRecord]:
+            records = parents.records(key)
+            if len(records) == 1:
+                used[key] = records[0]
+            return records
+
+        told: list[str] = []
+        upstream = upstream_of(self._tag, find, run.platform.view, told.append)
+        self._provenance = parents.provenance(used)
+        spec = spec_of(
+            self._tag,
+            config=config,
+            commit=commit,
+            ids=self._ids(),
+            upstream=upstream,
+            partitions=run.partitions(facts),
+            archive_warnings=[*told, *warnings],
+        )
+        return spec.model_copy(update={"client": {"provenance": self._provenance.to_dict()}})
+
+    def _ids(self) -> LaunchIds:
+        run = self._run
+        return LaunchIds(
+            execution_id=self.execution_id,
+            instance_id=run.instance_id,
+            run_id=run.run_id,
+            step_key=self._facts.step.key,
+            retry_number=self._previous_attempts,
+            log_key=self._log_key(),
+            asset_key=list(self._tag.asset_key),
+            creator=run.dagster_run.tags.get("dagster/user", ""),
+        )
+
+    def _log_key(self) -> Sequence[str]:
+        return log_key_of_event(self._run.run_id, self.execution_id.replace("-", "")[:12])
+
+    def _remember(self) -> None:
+        """What the process that submitted the execution knew."""
+        kept = self._run.platform.client_data(self.execution_id)
+        self._provenance = Provenance.from_dict(kept.get("provenance") or {})
+
+    # -- while it runs --------------------------------------------------------------------------------------------------
+    def _opening(self, view: ExecutionView, mailbox: Mailbox) -> list[EventLogEntry]:
+        """Log capture, that a worker is looked for and where in the queue, and what else is known by now."""
+        events = mailbox.take()
+        first = next((e for e in events if e.data.get("status") == "queued"), None)
+        text = first.message if first else f"execution #{view.counter} is {view.status.value}"
+        entries = self._events.logs_captured(self._log_key(), self._run.log_links(view))
+        entries += self._events.worker_starting(
+            text, execution=self.execution_id, environment=view.environment
+        )
+        for event in events:
+            if event is not first:
+                entries += self._told_of(event)
+        if view.worker and not self._leased:  # leased while nobody was there to tell
+            entries += self._leased_by(f"leased by worker {view.worker}", view.worker)
+        return entries
+
+    def _leased_by(self, message: str, worker: str) -> list[EventLogEntry]:
+        self._leased = True
+        return [*self._events.worker_started(message, worker=worker), *self._start()]
+
+    async def _tell(self, mailbox: Mailbox) -> None:
+        entries = [entry for event in mailbox.take() for entry in self._told_of(event)]
+        await self._write([*entries, *self._observation(mailbox)])
+
+    def _told_of(self, event: FollowEvent) -> list[EventLogEntry]:
+        """Changes of state become events; progress goes to the live stream only."""
+        if event.kind is EventKind.warning:
+            return self._events.engine(event.message, execution=self.execution_id)
+        status, phase = event.data.get("status"), event.data.get("phase")
+        if status == ExecutionStatus.started.value and not self._leased:
+            return self._leased_by(event.message, str(event.data.get("worker") or ""))
+        if phase is not None:
+            key = (event.attempt, str(phase))
+            if phase not in TOLD_PHASES or key in self._told:
+                return []
+            self._told.add(key)
+        return self._events.engine(event.message, execution=self.execution_id)
+
+    def _start(self) -> list[EventLogEntry]:
+        """STEP_START, once; a step that ends without ever having a worker starts just before its end."""
+        if self._started_at is not None:
+            return []
+        entries = self._events.start(self._previous_attempts)
+        self._started_at = self._observed_at = entries[0].timestamp
+        return entries
+
+    def _observe_in(self) -> float | None:
+        if self._observed_at is None:
+            return None
+        return max(0.1, self._observed_at + OBSERVE_SECONDS - time.time())
+
+    def _observation(self, mailbox: Mailbox) -> list[EventLogEntry]:
+        """Metrics of a long run, at most once a minute; the last ones are in the materialization."""
+        due = self._observed_at is not None and time.time() - self._observed_at >= OBSERVE_SECONDS
+        if not due or mailbox.final is not None:
+            return []
+        self._observed_at = time.time()
+        numbers, mailbox.latest = numeric_metrics(mailbox.latest), {}
+        metadata = {f"metrics/{name}": dg.MetadataValue.float(v) for name, v in numbers.items()}
+        observation = dg.AssetObservation(asset_key=self._key, metadata=metadata)
+        return self._events.observation(observation) if metadata else []
+
+    # -- after ----------------------------------------------------------------------------------------------------------
+    async def _fail(self, failure: StepFailure) -> DagsterEvent:
+        retries = Retries(
+            policy=self._tag.retry.policy() if self._tag.retry else None,
+            mode=self._run.retry_mode,
+            previous_attempts=self._previous_attempts,
+        )
+        opening = []
+        if not self._written:  # refused before an execution was there
+            opening = self._events.logs_captured(self._log_key(), {})
+        return await self._finish(
+            [*opening, *self._start(), *failure_entries(self._events, failure, retries)]
+        )
+
+    async def _succeed(self, view: ExecutionView) -> DagsterEvent:
+        """Outputs, materializations, checks, and the end, in the engine's order."""
+        entries = await self._run.call(lambda: self._outputs(view))
+        if not self._tag.checks:
+            return await self._finish([*entries, *self._events.success(self._seconds())])
+        await self._write(entries)
+        evaluations = await self._run.call(lambda: self._evaluations(view))
+        entries = []
+        for evaluation in evaluations:
+            entries += self._events.output(self._facts.check_outputs[evaluation.check_name], {})
+            entries += self._events.check(evaluation)
+        end = blocking_failure(self._events, evaluations)
+        return await self._finish([*entries, *(end or self._events.success(self._seconds()))])
+
+    def _outputs(self, view: ExecutionView) -> list[EventLogEntry]:
+        """Blocks: small pictures are read."""
+        run, tag = self._run, self._tag
+        result = materialize_result(view, exported=tag.exported, read_small=run.platform.read_small)
+        version = result.data_version.value if result.data_version else ""
+        tags = {
+            **self._provenance.tags(version, self._facts.tag.code_version),
+            **(result.tags or {}),
+            CODE_VERSION_TAG: code_version_of(tag.step, view.commit),
+        }
+        entries = [*self._start(), *self._events.output(tag.output, result.metadata or {})]
+        keys = run.partition_keys(self._facts)
+        for materialization in materializations(self._key, result, tags, keys):
+            entries += self._events.materialization(materialization)
+        return entries
+
+    def _evaluations(self, view: ExecutionView) -> list[AssetCheckEvaluation]:
+        from valohai_dagster.plugin.driver.check_results import evaluations
+
+        return evaluations(self._run.instance, self._run.run_id, self._key, self._tag.checks, view)
+
+    def _seconds(self) -> float:
+        return time.time() - (self._started_at or time.time())
+
+    # -- writing ----------------------------------------------------------------------------------------------------------
+    async def _finish(self, entries: Sequence[EventLogEntry]) -> DagsterEvent:
+        await self._write(entries)
+        end = entries[-1].dagster_event
+        assert end is not None
+        return end
+
+    async def _write(self, entries: Sequence[EventLogEntry]) -> None:
+        new = [entry for entry in entries if identity(entry) not in self._written]
+        await self._run.write(new)
+        self._written.update(map(identity, new))
