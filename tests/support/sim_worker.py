@@ -59,9 +59,9 @@ class SimWorker:
 
     def __init__(self, client: redis.Redis, keys: p.Keys, plays: Plays, *, group: str) -> None:
         self.agent = SimAgent(client, keys, group=group, name="sim-1")
+        self.plays: dict[str, Play | Sequence[Play]] = dict(plays)  # a test may change them
         self.taken: list[p.Job] = []
         self.problems: list[BaseException] = []
-        self._plays = plays
         self._tries: Counter[tuple[str | None, str]] = Counter()
         self._ending = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -106,7 +106,7 @@ class SimWorker:
         key = (job.run_id, job.step)
         nth = self._tries[key]
         self._tries[key] += 1
-        found = self._plays.get(job.step, Play())
+        found = self.plays.get(job.step, Play())
         return found if isinstance(found, Play) else found[min(nth, len(found) - 1)]
 
     def _play(self, lease: SimLease, play: Play) -> None:

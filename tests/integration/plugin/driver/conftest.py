@@ -1,0 +1,63 @@
+"""`same`: runs a scenario on Dagster's engine and through the conductor, and compares what each left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.plugin.driver.exclusions import IN_PROCESS
+from tests.support.dagster_side import DEFS, Code, EngineSide, Side
+from tests.support.observed_runs import Exclusions, Observed, differences, observe
+from tests.support.redis_server import RedisServer
+from tests.support.sim_worker import Play, Plays
+
+Scenario = Callable[[Side], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One definition and what is done with it; the same on both sides."""
+
+    yaml: str
+    scenario: Scenario
+    plays: Plays | Callable[[], Plays] = field(default_factory=dict)
+    defs: str = DEFS
+    options: Mapping[str, Any] = field(default_factory=dict)  # of dagster.yaml
+    exclusions: Exclusions = IN_PROCESS
+    total_order: bool = True  # False where branches run at once
+    engine: type[Side] = EngineSide
+
+
+class Comparison:
+    """Calling it with a case runs both sides; what the engine left is returned for further looks."""
+
+    def __init__(self, tmp_path: Path, redis_server: RedisServer) -> None:
+        self._root, self._redis = tmp_path, redis_server
+
+    def __call__(self, case: Case) -> Observed:
+        code = Code.write(self._root / "code", case.yaml, defs=case.defs)
+        engine = self.observed(case, code, case.engine)
+        ours = self.observed(case, code, EngineSide)
+        found = differences(engine, ours, total_order=case.total_order)
+        assert not found, f"engine (-) and conductor (+) differ:\n{found}"
+        return engine
+
+    def observed(self, case: Case, code: Code, kind: type[Side]) -> Observed:
+        plays = case.plays() if callable(case.plays) else case.plays
+        n = len(list(self._root.glob("side-*")))
+        root = self._root / f"side-{n}"
+        with kind(root, code, plays, self._redis, **case.options) as side:
+            case.scenario(side)
+            return observe(side.instance, side.request(), side.service.records, case.exclusions)
+
+
+@pytest.fixture
+def same(tmp_path: Path, redis_server: RedisServer) -> Comparison:
+    return Comparison(tmp_path, redis_server)
+
+
+__all__ = ["Case", "Comparison", "Play"]
