@@ -77,7 +77,7 @@ from dagster._core.storage.compute_log_manager import (
     ComputeIOType,
     ComputeLogManager,
 )
-from dagster._core.storage.dagster_run import RunOpConcurrency
+from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES, RunOpConcurrency
 from dagster._core.storage.event_log.schema import (
     AssetEventTagsTable,
     AssetKeyTable,
@@ -118,6 +118,7 @@ __all__ = [
     "CODE_VERSION_TAG",
     "DATA_VERSION_TAG",
     "DEFAULT_DATA_VERSION",
+    "NOT_FINISHED_STATUSES",
     "PARENT_RUN_ID_TAG",
     "ActiveExecution",
     "AssetCheckEvaluationTargetMaterializationData",
@@ -524,7 +525,8 @@ def multi_partition_tags(partition: str | None) -> dict[str, str]:
 
 def serializable_error(error: BaseException) -> SerializableErrorInfo:
     """An exception as events hold it, with its trace."""
-    return serializable_error_info_from_exc_info((type(error), error, error.__traceback__))
+    info: Any = (type(error), error, error.__traceback__)
+    return serializable_error_info_from_exc_info(info)
 
 
 def asset_partitions(

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -18,11 +19,15 @@ from valohai_dagster.data.secrets import load_secret_key
 from valohai_dagster.embedded.conductor import conductor_lock, info_path, is_kept_alive
 from valohai_dagster.embedded.redis import EmbeddedRedis
 from valohai_dagster.errors import ConfigurationError
+from valohai_dagster.executions.core import run_all
 from valohai_dagster.executions.service import ExecutionService
 from valohai_dagster.records.engine import Records, open_records
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import Stores, open_stores
 from valohai_dagster.web.service_app import make_app
+
+if TYPE_CHECKING:
+    from valohai_dagster.plugin.driver.driver import RunDriver
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +66,14 @@ async def _serve(settings: Settings, on_demand: bool) -> None:
     listener = _listen(settings)
     server = _http_server(settings, records, stores)
     stop = _stop_event()
+    driving = Driving(settings, service, records, stores)
     tasks = [
-        asyncio.create_task(service.run()),
+        asyncio.create_task(_serve_executions(service, driving)),
         asyncio.create_task(server.serve([listener])),
         asyncio.create_task(stop.wait()),
     ]
     if on_demand:
-        tasks.append(asyncio.create_task(_until_idle(service, settings)))
+        tasks.append(asyncio.create_task(_until_idle(service, driving, settings)))
     _announce(settings)
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     idle = on_demand and tasks[-1] in done
@@ -76,6 +82,41 @@ async def _serve(settings: Settings, on_demand: bool) -> None:
     records.close()
     if idle and settings.redis_url is None:
         EmbeddedRedis(settings).stop(only_if_unused=True)
+
+
+async def _serve_executions(service: ExecutionService, driving: Driving) -> None:
+    """Both end together, the driver first: it needs the service to the last."""
+    try:
+        await run_all(service.run(), driving.run())
+    finally:
+        await driving.close()
+
+
+class Driving:
+    """The run driver, imported beside the service's start: it needs all of Dagster, the service nothing of it."""
+
+    def __init__(
+        self, settings: Settings, service: ExecutionService, records: Records, stores: Stores
+    ) -> None:
+        self._parts = (settings, service, records, stores)
+        self._driver: RunDriver | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._driver is not None and self._driver.busy
+
+    async def run(self) -> None:
+        self._driver = await asyncio.to_thread(self._make)
+        await self._driver.run()
+
+    def _make(self) -> RunDriver:
+        from valohai_dagster.plugin.driver.driver import RunDriver
+
+        return RunDriver(*self._parts)
+
+    async def close(self) -> None:
+        if self._driver is not None:
+            await self._driver.close()
 
 
 async def _wind_down(
@@ -99,9 +140,9 @@ async def _wind_down(
         raise failed.exception() or RuntimeError("a task of the conductor ended")
 
 
-async def _until_idle(service: ExecutionService, settings: Settings) -> None:
+async def _until_idle(service: ExecutionService, driving: Driving, settings: Settings) -> None:
     patience = timedelta(seconds=settings.idle_exit_seconds)
-    while service.idle_for() < patience or is_kept_alive(settings):
+    while service.idle_for() < patience or driving.busy or is_kept_alive(settings):
         await asyncio.sleep(IDLE_LOOK_SECONDS)
 
 

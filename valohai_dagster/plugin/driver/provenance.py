@@ -74,7 +74,7 @@ class Parents:
         """The materializations of an upstream asset that the step takes its inputs from."""
         partitions = self._partitions.get(key.to_user_string())
         if partitions is not None:
-            return used_records(self._instance, self._run, key, list(partitions))
+            return used_records(self._instance, self._run, key, list(partitions), log.warning)
         info = self._infos.get(key)
         latest = info.storage_id if info else None
         record = used_record(self._instance, self._run, key, latest)

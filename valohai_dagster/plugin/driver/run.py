@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, EventLogEntry
 
+from valohai_dagster.errors import ConfigurationError
 from valohai_dagster.executions.service import ExecutionService
 from valohai_dagster.executions.stream import ExecutionView
 from valohai_dagster.plugin.compat import (
@@ -53,20 +55,21 @@ class RunDrive:
     def __init__(
         self,
         driver: RunDriver,
-        instance: DagsterInstance,
         handover: HandOver,
         *,
         handed_over_at: datetime,
+        resumed: bool,
     ) -> None:
         self._driver = driver
         self._handed_over_at = handed_over_at
-        self.instance = instance
         self.handover = handover
         self.run_id = handover.run_id
         self.instance_id = handover.instance_id
         self.shard = driver.service.shards.of(self.run_id)
-        self.resumed = False
+        self.resumed = resumed  # another process may have driven it before
+        self.loaded = False
         self.terminating = False
+        self.ending = False  # its end is being written
         self._tries: dict[str, tuple[StepTry, asyncio.Task[DagsterEvent]]] = {}
         self._failed: list[DagsterEvent] = []
         self._wake = asyncio.Event()
@@ -122,6 +125,9 @@ class RunDrive:
         """Runs something that blocks, in the run's lane."""
         return await self._driver.lanes.run(self.run_id, call)
 
+    async def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        return await self._driver.patiently(call)
+
     async def write(self, entries: Sequence[EventLogEntry]) -> None:
         await self._driver.lanes.write(self.instance, self.run_id, entries, self.may_write)
 
@@ -131,7 +137,7 @@ class RunDrive:
             if await self._load():
                 await self._follow_plan()
                 await self._end()
-        except LaneClosed:
+        except (LaneClosed, ConfigurationError):
             raise
         except Exception as error:
             log.exception("run %s cannot be driven on", self.run_id, extra={"action": "fail"})
@@ -144,6 +150,9 @@ class RunDrive:
 
     async def _load(self) -> bool:
         """Reads the run and what has been done for it; False when there is nothing left to do."""
+        self.instance: DagsterInstance = await self.call(
+            lambda: self._driver.instances.get(self.instance_id)
+        )
         found = await self.call(lambda: self.instance.get_run_by_id(self.run_id))
         if found is None or found.is_finished:
             await self._stop_leftovers("was deleted" if found is None else "had ended already")
@@ -154,7 +163,6 @@ class RunDrive:
         self._limits: Limits = limits_of(self.resolved_config)
         self._plan = Plan(self._facts, self._limits)
         past = await self._past()
-        self.resumed = bool(past.begun or past.step_events) or self._driver.taken_over(self.shard)
         if not past.started:
             await self.write(self._events.start())
         self.terminating = self.terminating or found.status is DagsterRunStatus.CANCELING
@@ -169,15 +177,19 @@ class RunDrive:
             await self.call(lambda: self._plan.claim_again(held))
         for step in begun:
             self._begin(step)
+        self.loaded = True
         return True
 
     async def _past(self) -> Past:
         """The launcher hands over first and writes RUN_START next; it may have died in between."""
-        past = await self.call(lambda: read_past(self.instance, self.run_id))
+        past = await self._read_past()
         while not past.started and self._handed_over_for() < timedelta(seconds=LAUNCH_SECONDS):
             await asyncio.sleep(LOOK_SECONDS)
-            past = await self.call(lambda: read_past(self.instance, self.run_id))
+            past = await self._read_past()
         return past
+
+    async def _read_past(self) -> Past:
+        return await self.call(lambda: read_past(self.instance, self.run_id))
 
     def _handed_over_for(self) -> timedelta:
         return self._driver.service.clock() - self._handed_over_at
@@ -244,10 +256,8 @@ class RunDrive:
     async def _wait(self) -> None:
         """Until a step ends, somebody wakes the run, or a retry is due."""
         times = [t for t in (self._plan.seconds_to_retry(), self._pool_timeout()) if t is not None]
-        try:
+        with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._wake.wait(), min(times) if times else None)
-        except asyncio.TimeoutError:
-            pass
         self._wake.clear()
 
     def _pool_timeout(self) -> float | None:
@@ -289,6 +299,7 @@ class RunDrive:
     # -- the end of the run -------------------------------------------------------------------------------------------
     async def _end(self) -> None:
         """A terminal event is written on an unfinished run only (DAGSTER_NOTES 7)."""
+        self.ending = True
         run = await self.call(lambda: self.instance.get_run_by_id(self.run_id))
         if self._facts.has_pools:
             await self._free_slots()
@@ -320,11 +331,12 @@ class RunDrive:
     async def _stop_leftovers(self, why: str) -> None:
         await self._driver.stop_executions(self.run_id, f"Dagster run {self.run_id} {why}")
 
-    async def abandon(self, why: str) -> None:
-        """The run is gone or has ended elsewhere: its executions stop, nothing is written."""
+    async def abandon(self) -> None:
+        """The run was deleted: its executions stop, nothing is written."""
+        self.ending = True
         for _, task in self._tries.values():
             task.cancel()
-        await self._stop_leftovers(why)
+        await self._stop_leftovers("was deleted")
 
     async def _break(self, error: Exception) -> None:
         """A defect, or a snapshot that is gone: the run fails with the reason, its executions stop."""

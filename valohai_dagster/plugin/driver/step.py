@@ -92,21 +92,24 @@ class StepTry:
     async def _begin(self, mailbox: Mailbox) -> ExecutionView:
         """Hands the execution over, or finds it again, and follows it to its end."""
         service = self._run.service
-        view = await service.view(self.execution_id) if self._run.resumed else None
+        view = await self._run.patiently(self._look) if self._run.resumed else None
         if view is None:
             spec = await self._run.call(self._prepare)
-            view = await service.submit(spec)
+            view = await self._run.patiently(lambda: service.submit(spec))
         else:
             await self._run.call(self._remember)
         await self._write(self._opening(view, mailbox))
         if self._run.terminating and not view.status.final:
-            await self.stop()
+            await self._run.patiently(self.stop)
         while not view.status.final and mailbox.final is None:
             await self._tell(mailbox)
             if mailbox.final is None:
                 await mailbox.wait(self._observe_in())
         await self._tell(mailbox)
         return mailbox.final or view
+
+    async def _look(self) -> ExecutionView | None:
+        return await self._run.service.view(self.execution_id)
 
     async def stop(self) -> None:
         """Asks the service for a soft stop (K-54)."""

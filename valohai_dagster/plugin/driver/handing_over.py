@@ -1,0 +1,95 @@
+"""The launcher's side of the hand-over: a row in the records, RUN_START, and word to the conductor."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import redis
+from dagster import AssetKey, DagsterInstance, DagsterRun
+
+from valohai_agent.protocol import Keys, utcnow
+from valohai_dagster.broker.connection import connect
+from valohai_dagster.embedded.conductor import ensure_conductor
+from valohai_dagster.plugin.compat import BaseWorkspaceRequestContext
+from valohai_dagster.plugin.driver import handed_over
+from valohai_dagster.plugin.driver.events import RunEvents
+from valohai_dagster.plugin.driver.facts import facts_of
+from valohai_dagster.plugin.driver.handover import freeze
+from valohai_dagster.plugin.driver.instances import describe
+from valohai_dagster.records.engine import open_records
+from valohai_dagster.settings import load_settings
+
+if TYPE_CHECKING:
+    from valohai_dagster.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class HandingOver:
+    """Records and Redis of the deployment that this process's settings name; opened once per launcher."""
+
+    def __init__(self, instance: DagsterInstance, settings: Settings | None = None) -> None:
+        self._instance = instance
+        self._settings = settings or load_settings()
+        self._records = open_records(self._settings)
+        ensure_conductor(self._settings)
+        self._redis = connect(self._settings)
+        self._keys = Keys(self._records.deployment_id)
+        self._instance_id: str | None = None
+
+    def close(self) -> None:
+        self._redis.close()
+        self._records.close()
+
+    def launch(self, run: DagsterRun, workspace: BaseWorkspaceRequestContext | None) -> None:
+        """Hands the run over. Doing it twice is the same as once.
+
+        The row comes first: from then on the run is driven whatever happens to this process. RUN_START is written
+        here, so that no time-out for starting runs applies to one that waits for a machine (DAGSTER_NOTES 8).
+        """
+        ensure_conductor(self._settings)
+        if self._instance_id is None:
+            self._instance_id = describe(self._records, self._settings, self._instance)
+        assets = {
+            AssetKey(list(facts.tag.asset_key)).to_user_string(): facts.tag.parents
+            for facts in facts_of(self._instance, run).steps.values()
+        }
+        handover = freeze(self._instance, run, self._instance_id, assets, workspace)
+        shard = self._records.shard_of(run.run_id)
+        with self._records.write() as connection:
+            new = handed_over.record(connection, handover, shard=shard, now=utcnow())
+        if new:
+            for entry in RunEvents(run.job_name, run.run_id).start():
+                self._instance.handle_new_event(entry)
+        self._send("launch", run.run_id)
+
+    def terminate(self, run_id: str) -> None:
+        self._send("terminate", run_id)
+
+    def remind(self, run_id: str) -> None:
+        self._send("launch", run_id)
+
+    def has_ended(self, run_id: str) -> bool:
+        with self._records.read() as connection:
+            rows = handed_over.find(connection, [run_id])
+        return bool(rows) and rows[0].state == handed_over.RunState.ended.value
+
+    def explain(self, run_id: str) -> str:
+        """What the run waits for or does, in words."""
+        with self._records.read() as connection:
+            rows = handed_over.find(connection, [run_id])
+        if not rows:
+            return "the run was not handed over to a conductor"
+        return "the run was handed over to the conductor"
+
+    def _send(self, kind: str, run_id: str) -> None:
+        """The conductor also looks by itself, within half a minute, so a Redis that is away only delays."""
+        stream = self._keys.runs(self._records.shard_of(run_id))
+        message: Any = {"kind": kind, "run_id": run_id}
+        try:
+            self._redis.xadd(stream, message)
+        except redis.RedisError as error:
+            log.warning(
+                "Redis is away (%s); the conductor takes up run %s when it is back", error, run_id
+            )
