@@ -133,10 +133,14 @@ class ExecutionService(ServiceCore):
             except redis.ResponseError as error:
                 if "unction not found" not in str(error):
                     raise
-                await asyncio.to_thread(load_functions, make_client(self._broker_url))
+                await self.load_functions()
             except OUTAGES as error:
                 log.warning("%s waits: %s", name, error, extra={"action": "outage", "step": name})
                 await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
+
+    async def load_functions(self) -> None:
+        """A Redis that came back empty knows none of them, and agents cannot load them."""
+        await asyncio.to_thread(load_functions, make_client(self._broker_url))
 
     # -- submissions -----------------------------------------------------------------------------------------
 

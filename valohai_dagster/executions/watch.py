@@ -71,6 +71,8 @@ class Watched(Protocol):
 
     async def queue_again(self, execution_id: str) -> None: ...
 
+    async def load_functions(self) -> None: ...
+
 
 class LeaseWatch:
     """Part of the service; `tick()` about once a second."""
@@ -254,6 +256,9 @@ class LeaseWatch:
         """Redis came back without its data: what waited is queued again; what ran is claimed by its agents."""
         service = self._service
         epoch = service.keys.epoch()
+        if await service.dispatch.redis.exists(epoch):
+            return
+        await service.load_functions()  # also when nothing waits: agents need them to renew
         if not await service.dispatch.redis.set(epoch, "1", nx=True):
             return
         waiting = [a for a in service.active.values() if a.status is ExecutionStatus.queued]
