@@ -120,10 +120,12 @@ class LiveLog:
         for line in batch:
             pipeline.xadd(self._key, _fields(line), maxlen=trim, approximate=True)
         now = time.monotonic()
-        if now >= self._expire_at:
+        due = now >= self._expire_at
+        if due:
             pipeline.expire(self._key, EXPIRE_SECONDS)
-            self._expire_at = now + EXPIRE_EVERY_SECONDS
         pipeline.execute()
+        if due:
+            self._expire_at = now + EXPIRE_EVERY_SECONDS
 
 
 def _fields(line: LogLine) -> dict[str, str | int]:
