@@ -29,6 +29,7 @@ def conductor(
     from valohai_dagster.web.conductor import run_conductor
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     settings = load_settings()
     if not run_conductor(settings, on_demand=on_demand):
         typer.echo(f"a conductor serves {settings.state_dir} already", err=True)

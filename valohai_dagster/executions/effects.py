@@ -75,8 +75,12 @@ def _(body: p.Leased, cause: Cause) -> list[FollowEvent]:
     )
     started = {} if report.attempt > 1 else {"started_at": cause.now}
     ledger.update(cause.conn, active.id, status=status.value, **started)
-    message = f"leased by worker {report.worker} on {body.host or 'an unnamed host'} ({body.runtime} runtime)"
+    message = leased_text(report.worker, body.host, body.runtime)
     return [cause.state(message, status=status.value, worker=report.worker)]
+
+
+def leased_text(worker: str, host: str | None, runtime: str | None) -> str:
+    return f"leased by worker {worker} on {host or 'an unnamed host'} ({runtime} runtime)"
 
 
 @_apply.register

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from dagster import DagsterInstance
 
 from valohai_dagster.plugin.compat import is_database_outage
-from valohai_dagster.plugin.driver.lanes import LaneClosed
-
-if TYPE_CHECKING:
-    from valohai_dagster.plugin.driver.lanes import Lanes
-    from valohai_dagster.plugin.driver.run import RunDrive
+from valohai_dagster.plugin.driver.lanes import LaneClosed, Lanes
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
+
+
+class Waiting(Protocol):
+    """A run with steps that wait."""
+
+    run_id: str
+    instance: DagsterInstance
+
+    def wake(self) -> None: ...
 
 
 class Pools:
@@ -25,9 +30,9 @@ class Pools:
 
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
-        self._waiting: dict[str, set[RunDrive]] = {}  # pool -> runs with a step that waits for it
+        self._waiting: dict[str, set[Waiting]] = {}  # pool -> runs with a step that waits for it
 
-    def expect(self, run: RunDrive, pools: set[str]) -> None:
+    def expect(self, run: Waiting, pools: set[str]) -> None:
         """The pools that the run waits for from now on."""
         for pool in set(self._waiting) | pools:
             runs = self._waiting.setdefault(pool, set())
@@ -35,7 +40,7 @@ class Pools:
             if not runs:
                 del self._waiting[pool]
 
-    def forget(self, run: RunDrive) -> None:
+    def forget(self, run: Waiting) -> None:
         self.expect(run, set())
 
     async def watch(self) -> None:
@@ -46,7 +51,7 @@ class Pools:
                 await self._look(pool)
 
     async def _look(self, pool: str) -> None:
-        by_instance: dict[int, tuple[DagsterInstance, list[RunDrive]]] = {}
+        by_instance: dict[int, tuple[DagsterInstance, list[Waiting]]] = {}
         for run in self._waiting.get(pool, ()):
             by_instance.setdefault(id(run.instance), (run.instance, []))[1].append(run)
         for instance, runs in by_instance.values():

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, EventLogEntry
 
@@ -25,17 +25,16 @@ from valohai_dagster.plugin.compat import (
 from valohai_dagster.plugin.driver.events import RunEvents, StepEvents
 from valohai_dagster.plugin.driver.facts import JobFacts, StepFacts, facts_of
 from valohai_dagster.plugin.driver.handover import HandOver
-from valohai_dagster.plugin.driver.lanes import LaneClosed
+from valohai_dagster.plugin.driver.instances import Instances
+from valohai_dagster.plugin.driver.lanes import LaneClosed, Lanes
 from valohai_dagster.plugin.driver.mailbox import Mailbox
 from valohai_dagster.plugin.driver.plan import Limits, Plan, limits_of
 from valohai_dagster.plugin.driver.platform import Platform
+from valohai_dagster.plugin.driver.pools import Pools
 from valohai_dagster.plugin.driver.recovery import Past, identity, read_past
 from valohai_dagster.plugin.driver.step import StepTry
 from valohai_dagster.plugin.launching import config_with_defaults
 from valohai_dagster.plugin.partitions import RunPartitions
-
-if TYPE_CHECKING:
-    from valohai_dagster.plugin.driver.driver import RunDriver
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -49,12 +48,41 @@ POOL_SECONDS = (
 )
 
 
+class Driver(Protocol):
+    """The driver, as far as its runs use it."""
+
+    @property
+    def service(self) -> ExecutionService: ...
+
+    @property
+    def platform(self) -> Platform: ...
+
+    @property
+    def lanes(self) -> Lanes: ...
+
+    @property
+    def pools(self) -> Pools: ...
+
+    @property
+    def instances(self) -> Instances: ...
+
+    def open_mailbox(self, execution_id: str) -> Mailbox: ...
+
+    def close_mailbox(self, execution_id: str) -> None: ...
+
+    def log_links(self, instance: DagsterInstance, view: ExecutionView) -> Mapping[str, str]: ...
+
+    async def stop_executions(self, run_id: str, reason: str) -> None: ...
+
+    async def patiently(self, call: Callable[[], Awaitable[T]]) -> T: ...
+
+
 class RunDrive:
     """`drive()` ends when the run has ended, or raises `LaneClosed` when somebody else must go on."""
 
     def __init__(
         self,
-        driver: RunDriver,
+        driver: Driver,
         handover: HandOver,
         *,
         handed_over_at: datetime,

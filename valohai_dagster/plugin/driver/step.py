@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import dagster as dg
-from dagster import AssetCheckEvaluation, AssetKey, DagsterEventType, EventLogEntry, EventLogRecord
+from dagster import (
+    AssetCheckEvaluation,
+    AssetKey,
+    DagsterEventType,
+    DagsterInstance,
+    DagsterRun,
+    EventLogEntry,
+    EventLogRecord,
+)
 
 from valohai_dagster.errors import ValohaiError
+from valohai_dagster.executions.effects import leased_text
+from valohai_dagster.executions.service import ExecutionService
 from valohai_dagster.executions.spec import LaunchIds
 from valohai_dagster.executions.spec_model import ExecutionSpec, execution_id_of
 from valohai_dagster.executions.stream import (
@@ -18,7 +28,12 @@ from valohai_dagster.executions.stream import (
     ExecutionView,
     FollowEvent,
 )
-from valohai_dagster.plugin.compat import CODE_VERSION_TAG, DagsterEvent, log_key_of_event
+from valohai_dagster.plugin.compat import (
+    CODE_VERSION_TAG,
+    DagsterEvent,
+    RetryMode,
+    log_key_of_event,
+)
 from valohai_dagster.plugin.driver.ends import (
     Retries,
     blocking_failure,
@@ -29,6 +44,7 @@ from valohai_dagster.plugin.driver.ends import (
 from valohai_dagster.plugin.driver.events import StepEvents
 from valohai_dagster.plugin.driver.facts import StepFacts
 from valohai_dagster.plugin.driver.mailbox import Mailbox
+from valohai_dagster.plugin.driver.platform import Platform
 from valohai_dagster.plugin.driver.provenance import Parents, Provenance
 from valohai_dagster.plugin.driver.recovery import identity
 from valohai_dagster.plugin.launching import (
@@ -41,13 +57,71 @@ from valohai_dagster.plugin.launching import (
     spec_of,
     upstream_of,
 )
+from valohai_dagster.plugin.partitions import RunPartitions
 from valohai_dagster.plugin.results import materialize_result, numeric_metrics
 
-if TYPE_CHECKING:
-    from valohai_dagster.plugin.driver.run import RunDrive
+T = TypeVar("T")
 
 OBSERVE_SECONDS = 60.0  # between two observations of running metrics, and before the first
 TOLD_PHASES = ("pulling", "downloading", "running")  # each is told once per attempt
+
+
+class Driven(Protocol):
+    """The run, as far as its steps use it."""
+
+    @property
+    def job_name(self) -> str: ...
+
+    @property
+    def run_id(self) -> str: ...
+
+    @property
+    def instance_id(self) -> str: ...
+
+    @property
+    def instance(self) -> DagsterInstance: ...
+
+    @property
+    def dagster_run(self) -> DagsterRun: ...
+
+    @property
+    def platform(self) -> Platform: ...
+
+    @property
+    def service(self) -> ExecutionService: ...
+
+    @property
+    def resumed(self) -> bool: ...
+
+    @property
+    def terminating(self) -> bool: ...
+
+    @property
+    def retry_mode(self) -> RetryMode: ...
+
+    @property
+    def run_config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def resolved_config(self) -> Mapping[str, Any]: ...
+
+    def partitions(self, facts: StepFacts) -> RunPartitions: ...
+
+    def partition_keys(self, facts: StepFacts) -> Sequence[str]: ...
+
+    def parent_partitions(self, facts: StepFacts) -> Mapping[str, Sequence[str]]: ...
+
+    def log_links(self, view: ExecutionView) -> Mapping[str, str]: ...
+
+    def open_mailbox(self, execution_id: str) -> Mailbox: ...
+
+    def close_mailbox(self, execution_id: str) -> None: ...
+
+    async def call(self, call: Callable[[], T]) -> T: ...
+
+    async def patiently(self, call: Callable[[], Awaitable[T]]) -> T: ...
+
+    async def write(self, entries: Sequence[EventLogEntry]) -> None: ...
 
 
 class StepTry:
@@ -55,7 +129,7 @@ class StepTry:
 
     def __init__(
         self,
-        run: RunDrive,
+        run: Driven,
         facts: StepFacts,
         *,
         previous_attempts: int,
@@ -70,7 +144,7 @@ class StepTry:
         self._events = StepEvents(run.job_name, run.run_id, facts.step, facts.output_types)
         self._provenance = Provenance()
         self._told: set[tuple[int, str]] = set()
-        self._leased = (DagsterEventType.STEP_WORKER_STARTED,) in written
+        self._leased = int((DagsterEventType.STEP_WORKER_STARTED,) in written)  # by which attempt
         self._observed_at = started_at
         self._key = AssetKey(list(facts.tag.asset_key))
         self.execution_id = execution_id_of(
@@ -189,13 +263,14 @@ class StepTry:
         for event in events:
             if event is not first:
                 entries += self._told_of(event)
-        if view.worker and not self._leased:  # leased while nobody was there to tell
-            entries += self._leased_by(f"leased by worker {view.worker}", view.worker)
+        if view.worker and not self._leased:  # leased before anybody was there to be told
+            text = leased_text(view.worker, view.host, view.runtime)
+            entries += self._leased_by(text, view.worker, view.attempt)
         return entries
 
-    def _leased_by(self, message: str, worker: str) -> list[EventLogEntry]:
-        self._leased = True
-        return [*self._events.worker_started(message, worker=worker), *self._start()]
+    def _leased_by(self, message: str, worker: str | None, attempt: int) -> list[EventLogEntry]:
+        self._leased = attempt
+        return [*self._events.worker_started(message, worker=worker or ""), *self._start()]
 
     async def _tell(self, mailbox: Mailbox) -> None:
         entries = [entry for event in mailbox.take() for entry in self._told_of(event)]
@@ -206,8 +281,10 @@ class StepTry:
         if event.kind is EventKind.warning:
             return self._events.engine(event.message, execution=self.execution_id)
         status, phase = event.data.get("status"), event.data.get("phase")
+        if status == ExecutionStatus.started.value and event.attempt == self._leased:
+            return []
         if status == ExecutionStatus.started.value and not self._leased:
-            return self._leased_by(event.message, str(event.data.get("worker") or ""))
+            return self._leased_by(event.message, event.data.get("worker"), event.attempt)
         if phase is not None:
             key = (event.attempt, str(phase))
             if phase not in TOLD_PHASES or key in self._told:
