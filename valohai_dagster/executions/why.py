@@ -81,6 +81,7 @@ class Facts:
     max_agents: int | None = None
     lost_grace_seconds: float = 300.0
     # from Redis
+    redis_away: str | None = None  # why nothing of the following is known
     conductor: Conductor = (
         "there"  # who looks after the shard: a conductor, none yet, none that lives
     )
@@ -100,6 +101,8 @@ def explain_execution(facts: Facts) -> Explanation:
     """Where the execution stands and what to do about it."""
     if facts.status.final:
         found = _ended(facts)
+    elif facts.redis_away:
+        found = _without_redis(facts)
     elif facts.stop_requested:
         found = _stopping(facts)
     elif facts.status is Status.created:
@@ -212,6 +215,15 @@ def _ended(facts: Facts) -> Explanation:
         next_step="correct this and launch it again; nothing was started"
         if never_ran
         else NEXT_LOGS,
+    )
+
+
+def _without_redis(facts: Facts) -> Explanation:
+    where = f" with {_who(facts)}" if facts.worker else f" in group {facts.group}"
+    return Explanation(
+        state="no-redis",
+        text=f"{facts.status.value}{where} as far as the records know; Redis is away ({facts.redis_away})",
+        next_step="agents go on and report when it is back; `valohai-dagster doctor` checks it",
     )
 
 

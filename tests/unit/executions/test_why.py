@@ -153,6 +153,13 @@ def test_a_shard_that_is_being_taken_over_is_a_remark():
     assert "shard 3" in found.details[0]
 
 
+def test_while_redis_is_away_the_records_speak():
+    found = explain(**LEASED, redis_away="connection refused")
+    assert found.state == "no-redis"
+    assert "started with worker w1 on host gpu-7" in found.text
+    assert "connection refused" in found.text
+
+
 def test_ended_ones_need_no_conductor():
     assert explain(Status.complete, conductor="nobody").state == "complete"
 
