@@ -7,7 +7,6 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, EventLogEntry
@@ -115,9 +114,9 @@ class RunDrive:
     def run_config(self) -> Mapping[str, Any]:
         return self.dagster_run.run_config
 
-    @cached_property
+    @property
     def resolved_config(self) -> Mapping[str, Any]:
-        return config_with_defaults(self._facts.job, self.run_config)
+        return self._resolved_config
 
     @property
     def job_name(self) -> str:
@@ -188,7 +187,8 @@ class RunDrive:
         self.dagster_run: DagsterRun = found
         self._events = RunEvents(found.job_name, self.run_id)
         self._facts: JobFacts = await self.call(lambda: facts_of(self.instance, found))
-        self._limits: Limits = limits_of(self.resolved_config)
+        self._resolved_config = config_with_defaults(self._facts.job, self.run_config)
+        self._limits: Limits = limits_of(self._resolved_config)
         self._plan = Plan(self._facts, self._limits)
         past = await self._past()
         if not past.started:
