@@ -18,9 +18,11 @@ from valohai_dagster.version import __version__
 if TYPE_CHECKING:
     from valohai_dagster.errors import ProjectError, SpecError, ValohaiError
     from valohai_dagster.plugin.assets import load_valohai_project, project_assets
+    from valohai_dagster.plugin.checks import MetricCheck
     from valohai_dagster.plugin.component import ValohaiProjectComponent
     from valohai_dagster.plugin.compute_logs import ValohaiComputeLogManager
     from valohai_dagster.plugin.git_sensor import build_git_sensor
+    from valohai_dagster.plugin.jobs import valohai_job
     from valohai_dagster.plugin.launcher import ValohaiRunLauncher
     from valohai_dagster.plugin.resources import ValohaiResource
     from valohai_dagster.projects.project import GitAuth, Project, load_project
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "GitAuth": "projects.project",
+    "MetricCheck": "plugin.checks",
     "Project": "projects.project",
     "ProjectError": "errors",
     "Settings": "settings",
@@ -42,10 +45,12 @@ _HOME = {
     "load_settings": "settings",
     "load_valohai_project": "plugin.assets",
     "project_assets": "plugin.assets",
+    "valohai_job": "plugin.jobs",
 }
 
 __all__ = [
     "GitAuth",
+    "MetricCheck",
     "Project",
     "ProjectError",
     "Settings",
@@ -61,6 +66,7 @@ __all__ = [
     "load_settings",
     "load_valohai_project",
     "project_assets",
+    "valohai_job",
 ]
 
 

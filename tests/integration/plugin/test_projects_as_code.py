@@ -178,6 +178,50 @@ def test_the_component_takes_its_attributes_from_yaml(
             assert [sensor.name for sensor in defs.sensors or ()] == ["digits_new_commits"]
 
 
+def test_the_component_declares_partitions_checks_retries_and_pools(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VALOHAI_STATE", str(tmp_path / "state"))
+    from dagster.components.testing import create_defs_folder_sandbox
+
+    check = {"name": "good", "condition": "accuracy > 0.9", "blocking": True}
+    train = {
+        "partitions": {"type": "daily", "start_date": "2026-01-01"},
+        "partitions_per_execution": "all",
+        "checks": [check],
+        "max_retries": 2,
+        "retry_delay_seconds": 5,
+        "retry_backoff": "exponential",
+    }
+    attributes = {"source": str(project), "pool": "gpu", "steps": {"train": train}}
+    with create_defs_folder_sandbox() as sandbox:
+        path = sandbox.scaffold_component(
+            component_cls=ValohaiProjectComponent,
+            defs_yaml_contents={
+                "type": "valohai_dagster.plugin.ValohaiProjectComponent",
+                "attributes": attributes,
+            },
+        )
+        with sandbox.load_component_and_build_defs(defs_path=path) as (_, defs):
+            asset = defs.resolve_assets_def(AssetKey(["digits", "train"]))
+    assert asset.partitions_def == dg.DailyPartitionsDefinition(start_date="2026-01-01")
+    assert asset.backfill_policy == dg.BackfillPolicy.single_run()
+    assert [(spec.name, spec.blocking) for spec in asset.check_specs] == [("good", True)]
+    policy = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL)
+    op: Any = asset.op
+    assert (op.retry_policy, op.pool) == (policy, "gpu")
+
+
+def test_options_that_do_not_fit_the_project_become_one_asset_that_tells(
+    project: Path, tmp_path: Path
+) -> None:
+    defs = load_valohai_project(
+        project, cache_dir=tmp_path / "cache", pool={"trian": "gpu"}, name="digits"
+    )
+    (found,) = specs(defs).values()
+    assert "did you mean `train`?" in (found.description or "")
+
+
 def tick(
     sensor: dg.SensorDefinition, cursor: str | None, instance: DagsterInstance
 ) -> tuple[str | None, str]:

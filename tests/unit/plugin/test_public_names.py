@@ -9,6 +9,7 @@ import valohai_dagster
 
 NAMES = [
     "GitAuth",
+    "MetricCheck",
     "Project",
     "ProjectError",
     "Settings",
@@ -24,6 +25,7 @@ NAMES = [
     "load_settings",
     "load_valohai_project",
     "project_assets",
+    "valohai_job",
 ]
 HEAVY = {
     "alembic",
