@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import textwrap
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +23,15 @@ import pytest
 from dagster import AssetCheckKey, AssetKey, DagsterInstance, DagsterRun
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.definitions.selector import JobSubsetSelector
+from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.remote_origin import InProcessCodeLocationOrigin
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster._core.workspace.context import WorkspaceProcessContext, WorkspaceRequestContext
 from dagster._core.workspace.load_target import InProcessWorkspaceLoadTarget, WorkspaceLoadTarget
+from dagster._daemon.backfill import execute_backfill_iteration
+from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import (
+    QueuedRunCoordinatorDaemon,
+)
 from dagster_graphql.implementation.execution.run_lifecycle import create_valid_pipeline_run
 from dagster_graphql.implementation.utils import ExecutionMetadata, ExecutionParams
 
@@ -34,8 +41,12 @@ from tests.support.service import RunningService
 from tests.support.sim_worker import Plays, SimWorker, sim_worker
 from valohai_dagster.settings import Settings, load_settings
 
+log = logging.getLogger(__name__)
 RUN_SECONDS = 60.0
 LOCATION = "same"
+QUEUED = {
+    "run_coordinator": {"module": "dagster._core.run_coordinator", "class": "QueuedRunCoordinator"}
+}
 DEFS = """
 from pathlib import Path
 
@@ -244,6 +255,47 @@ class Side:
         run = self.create(ask)
         self.launch(run)
         return self.ended(run.run_id)
+
+    def backfill(self, *steps: str, partitions: Sequence[str]) -> str:
+        """A backfill as the UI requests it and Dagster's daemons carry it out, to its end; its id.
+
+        Needs the queued run coordinator (see `QUEUED`), so that runs are launched from here.
+        """
+        graph = self.request().asset_graph
+        made = PartitionBackfill.from_asset_partitions(
+            backfill_id=f"backfill{len(self.instance.get_backfills())}",
+            asset_graph=graph,
+            partition_names=partitions,
+            asset_selection=[key_of(step) for step in steps],
+            backfill_timestamp=time.time(),
+            tags={},
+            dynamic_partitions_store=self.instance,
+            all_partitions=False,
+            title=None,
+            description=None,
+            run_config=self.run_config(Ask()),
+        )
+        self.instance.add_backfill(made)
+        deadline = time.monotonic() + RUN_SECONDS
+        while self._in_progress(made.backfill_id):
+            errors = [e for e in execute_backfill_iteration(self.context, log) if e]
+            assert not errors, errors
+            assert time.monotonic() < deadline, "the backfill does not end"
+            self.dequeue()
+            for run in self.instance.get_runs():
+                self.ended(run.run_id)
+        return made.backfill_id
+
+    def dequeue(self) -> None:
+        """One look of the queue's daemon."""
+        with QueuedRunCoordinatorDaemon(interval_seconds=1) as daemon:
+            errors = [e for e in daemon.run_iteration(self.context) if e]
+        assert not errors, errors
+
+    def _in_progress(self, backfill_id: str) -> bool:
+        found = self.instance.get_backfill(backfill_id)
+        assert found is not None
+        return found.status is BulkActionStatus.REQUESTED
 
     def terminate(self, run_id: str) -> None:
         """What the Terminate button does."""

@@ -7,6 +7,7 @@ is left out stands in `Exclusions`, which a test states with its reasons.
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import json
 import re
@@ -23,6 +24,8 @@ from dagster import (
     RunRecord,
 )
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
+from dagster._core.loader import LoadingContextForTest
+from dagster._core.storage.partition_status_cache import get_partition_subsets
 from dagster._core.workspace.context import WorkspaceRequestContext
 from dagster_shared.serdes import serialize_value
 
@@ -95,7 +98,15 @@ def observe(
     keys = sorted(request.asset_graph.materializable_asset_keys)
     return Observed(
         runs=[plain.of(_run(instance, record, exclusions)) for record in runs],
-        assets={key.to_user_string(): plain.of(_asset(instance, key, resolver)) for key in keys},
+        assets={
+            key.to_user_string(): plain.of(
+                {
+                    **_asset(instance, key, resolver),
+                    "partitions": _partitions(instance, request, key, resolver),
+                }
+            )
+            for key in keys
+        },
         checks={
             str(key): plain.of(_check_history(instance, key))
             for key in sorted(request.asset_graph.asset_check_keys, key=str)
@@ -194,7 +205,28 @@ def _asset(instance: DagsterInstance, key: AssetKey, resolver: CachingStaleStatu
                 if record.asset_materialization is not None
             )
         ],
-        "partitions": sorted(instance.get_materialized_partitions(key)),
+    }
+
+
+def _partitions(
+    instance: DagsterInstance,
+    request: WorkspaceRequestContext,
+    key: AssetKey,
+    resolver: CachingStaleStatusResolver,
+) -> Json:
+    """What the bar of an asset's partitions shows, and each materialized one's staleness."""
+    definition = request.asset_graph.get(key).partitions_def
+    if definition is None:
+        return None
+    context = LoadingContextForTest(instance)
+    loading = get_partition_subsets(instance, context, key, instance, definition)
+    materialized, failed, in_progress = (
+        sorted(subset.get_partition_keys()) if subset else [] for subset in asyncio.run(loading)
+    )
+    return {
+        "materialized": {name: resolver.get_status(key, name).value for name in materialized},
+        "failed": failed,
+        "in_progress": in_progress,
     }
 
 

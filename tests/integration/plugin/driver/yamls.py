@@ -33,13 +33,22 @@ DIAMOND = project(
     edges=(("prep", "left"), ("prep", "right"), ("left", "join"), ("right", "join")),
 )
 
-RETRYING = """
+_LOADING = """
 from pathlib import Path
 
 import dagster as dg
 
-from valohai_dagster import load_valohai_project
+from valohai_dagster import MetricCheck, load_valohai_project
 
-policy = dg.RetryPolicy(max_retries=2, delay=0.05, backoff=dg.Backoff.EXPONENTIAL)
-defs = load_valohai_project(Path(__file__).parent / "digits", retry_policy=policy)
+here = Path(__file__).parent / "digits"
 """
+
+
+def loaded_with(options: str) -> str:
+    """A `defs.py` that loads the project with these options."""
+    return f"{_LOADING}defs = load_valohai_project(here, {options})\n"
+
+
+RETRYING = loaded_with(
+    "retry_policy=dg.RetryPolicy(max_retries=2, delay=0.05, backoff=dg.Backoff.EXPONENTIAL)"
+)
