@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,7 +277,8 @@ def _known(note: Path, directory: Path) -> Tarball | None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    """Processes and threads may write the same note at once."""
+    scratch = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     scratch.write_text(text)
     os.replace(scratch, path)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import os
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -272,6 +275,24 @@ def test_an_archive_is_packed_once_per_content(
     first = archive_of(plain.path, cache)
     monkeypatch.setattr(source, "write_tarball", lambda *a, **k: pytest.fail("packed again"))
     assert archive_of(plain.path, cache).path == first.path
+
+
+def test_many_threads_may_pack_the_same_directory_at_once(plain: Work, cache: Path) -> None:
+    """A conductor does, on its lanes."""
+    for path in plain.path.iterdir():
+        os.utime(path, (10**9, 10**9))
+    tree_of = functools.partial(source.checkout_files, plain.path)
+    for round_number in range(20):
+        directory = cache / str(round_number)
+        barrier = threading.Barrier(6)
+
+        def pack(_: int, directory: Path = directory, barrier: threading.Barrier = barrier) -> str:
+            files = tree_of()
+            barrier.wait(10)
+            return source.pack(plain.path, files, directory).sha256
+
+        with ThreadPoolExecutor(6) as pool:
+            assert len(set(pool.map(pack, range(6)))) == 1
 
 
 def test_old_archives_leave_the_cache(plain: Work, cache: Path) -> None:
