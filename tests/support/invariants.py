@@ -41,7 +41,12 @@ class Findings:
     lost: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)  # keys, slots and entries that nobody will remove
-    restarted: int = 0  # attempts beyond the first; none is called for while workers live
+    restarts: Counter[str] = field(default_factory=Counter)  # why attempts were given up
+
+    @property
+    def restarted(self) -> int:
+        """Attempts beyond the first: user code ran twice, though its effects count once."""
+        return self.restarts.total()
 
     @property
     def good(self) -> bool:
@@ -53,6 +58,7 @@ class Findings:
             lines: list[str] = getattr(self, name)
             parts.append(f"{name}: {len(lines)}")
             parts += [f"  {textwrap.shorten(line, 300)}" for line in lines[:SHOWN]]
+        parts += [f"  restarted {number}: {why}" for why, number in self.restarts.most_common()]
         return "\n".join(parts)
 
 
@@ -99,7 +105,7 @@ def check(
         found.lost += _torn(connection, run_ids)
         found.doubled += _doubled_records(connection)
         found.left += _slots(connection)
-        found.restarted = _restarted(connection)
+        found.restarts = _restarts(connection)
     if broker is not None:
         found.left += _keys(broker, deployment)
     return found
@@ -253,9 +259,12 @@ def _slots(connection: sa.Connection) -> Iterator[str]:
         yield f"step {step} of run {run_id} is still in the line of pool {pool}"
 
 
-def _restarted(connection: sa.Connection) -> int:
-    query = sa.text("SELECT count(*) FROM vh_attempts WHERE number > 1")
-    return connection.execute(query).scalar_one()
+def _restarts(connection: sa.Connection) -> Counter[str]:
+    query = sa.text(
+        "SELECT regexp_replace(o.reason, 'worker [^ ]+', 'a worker') FROM vh_attempts n"
+        " JOIN vh_attempts o ON o.execution_id = n.execution_id AND o.number = n.number - 1"
+    )
+    return Counter(str(reason) for (reason,) in connection.execute(query))
 
 
 def _keys(broker: redis.Redis, deployment: str) -> Iterator[str]:
