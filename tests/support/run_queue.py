@@ -36,11 +36,14 @@ def ours(): ...
 @dg.asset(op_tags=TAG, pool="gpu")
 def pooled(): ...
 
+@dg.asset(op_tags=TAG, deps=["ours"])
+def after(): ...
+
 @dg.asset
 def plain(): ...
 
 defs = dg.Definitions(
-    assets=[ours, pooled, plain],
+    assets=[ours, pooled, after, plain],
     jobs=[dg.define_asset_job("hooked", ["ours"], tags={"valohai/engine": "dagster"})],
 )
 """

@@ -77,7 +77,11 @@ from dagster._core.storage.compute_log_manager import (
     ComputeIOType,
     ComputeLogManager,
 )
-from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES, RunOpConcurrency
+from dagster._core.storage.dagster_run import (
+    ACTIVE_RUN_STATUSES,
+    NOT_FINISHED_STATUSES,
+    RunOpConcurrency,
+)
 from dagster._core.storage.event_log.schema import (
     AssetEventTagsTable,
     AssetKeyTable,
@@ -89,6 +93,7 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
     BACKFILL_ID_TAG,
+    GLOBAL_CONCURRENCY_TAG,
     MULTIDIMENSIONAL_PARTITION_PREFIX,
     PARENT_RUN_ID_TAG,
     PARTITION_NAME_TAG,
@@ -114,10 +119,12 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ACTIVE_RUN_STATUSES",
     "BACKFILL_ID_TAG",
     "CODE_VERSION_TAG",
     "DATA_VERSION_TAG",
     "DEFAULT_DATA_VERSION",
+    "GLOBAL_CONCURRENCY_TAG",
     "NOT_FINISHED_STATUSES",
     "PARENT_RUN_ID_TAG",
     "ActiveExecution",
@@ -179,6 +186,7 @@ __all__ = [
     "input_storage_id",
     "instance_id",
     "is_database_outage",
+    "is_first_load",
     "log_key_of_event",
     "logs_captured",
     "multi_partition_tags",
@@ -282,16 +290,22 @@ def input_partition_keys(context: AssetExecutionContext, key: AssetKey) -> list[
 
 def pin_code_location(name: str, value: str) -> None:
     """Remembers a fact of this load of the code location for the processes that load it again for a run."""
+    from dagster._core.definitions.definitions_load_context import DefinitionsLoadContext
+
+    if is_first_load():
+        DefinitionsLoadContext.get().add_to_pending_reconstruction_metadata(name, value)
+
+
+def is_first_load() -> bool:
+    """Whether a code server loads definitions now, and not the process of a run that loads them again."""
     from dagster._core.definitions.definitions_load_context import (
         DefinitionsLoadContext,
         DefinitionsLoadType,
     )
 
     if not DefinitionsLoadContext.is_set():
-        return
-    load = DefinitionsLoadContext.get()
-    if load.load_type == DefinitionsLoadType.INITIALIZATION:
-        load.add_to_pending_reconstruction_metadata(name, value)
+        return False
+    return DefinitionsLoadContext.get().load_type == DefinitionsLoadType.INITIALIZATION
 
 
 def code_location_pin(name: str) -> str | None:

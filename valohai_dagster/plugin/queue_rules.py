@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from valohai_dagster.executions.waiting import counted
+
 if TYPE_CHECKING:
     from dagster import DagsterRun
 
@@ -72,7 +74,7 @@ def bounds_engine_runs(config: ConcurrencyConfig) -> bool:
 
 
 def _of_runs(limit: int) -> QueueRule:
-    return QueueRule(kind="runs", text=f"at most {limit} runs at once", limit=limit)
+    return QueueRule(kind="runs", text=f"at most {counted(limit, 'run')} at once", limit=limit)
 
 
 def _of_tag(limit: Mapping[str, Any], tags: Mapping[str, str]) -> QueueRule | None:
@@ -84,7 +86,7 @@ def _of_tag(limit: Mapping[str, Any], tags: Mapping[str, str]) -> QueueRule | No
     each = isinstance(value, Mapping) and value.get("applyLimitPerUniqueValue")
     only = carried if each or isinstance(value, str) else None
     shown = f"{key}={only}" if only is not None else key
-    text = f"at most {count} runs with the tag {shown} at once"
+    text = f"at most {counted(count, 'run')} with the tag {shown} at once"
     return QueueRule(kind="tag", text=text, limit=count, name=key, value=only)
 
 

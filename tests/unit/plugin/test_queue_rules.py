@@ -40,7 +40,9 @@ def test_without_limits_nothing_concerns_a_run():
 
 @pytest.mark.parametrize("limit", [0, 1, 25])
 def test_a_limit_of_runs_concerns_every_run(limit: int):
-    assert texts(run(), config(max_concurrent_runs=limit)) == [f"at most {limit} runs at once"]
+    assert texts(run(), config(max_concurrent_runs=limit)) == [
+        f"at most {limit} run{'' if limit == 1 else 's'} at once"
+    ]
 
 
 def test_the_section_concurrency_wins_over_the_coordinators_own():
