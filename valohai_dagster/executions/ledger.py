@@ -14,9 +14,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from valohai_agent.protocol import Job
-from valohai_dagster.executions.spec_model import ExecutionSpec
+from valohai_dagster.executions.spec_model import CommitRef, ExecutionSpec
 from valohai_dagster.executions.stream import ExecutionStatus as Status
 from valohai_dagster.records import tables as t
+from valohai_dagster.records.store import insert_ignore
 
 _UNFINISHED = [status.value for status in Status if not status.final]
 
@@ -40,13 +41,13 @@ class Active:
 
 
 def ensure_project(conn: sa.Connection, name: str, now: datetime) -> str:
-    c = t.projects.c
-    found = conn.execute(sa.select(c.id).where(c.name == name)).scalar_one_or_none()
+    """The project's id; several processes may add it at once."""
+    query = sa.select(t.projects.c.id).where(t.projects.c.name == name)
+    found = conn.execute(query).scalar_one_or_none()
     if found:
         return found
-    project_id = str(uuid.uuid4())
-    conn.execute(t.projects.insert().values(id=project_id, name=name, counter=0, ctime=now))
-    return project_id
+    insert_ignore(conn, t.projects, id=str(uuid.uuid4()), name=name, counter=0, ctime=now)
+    return conn.execute(query).scalar_one()
 
 
 def next_counter(conn: sa.Connection, project_id: str) -> int:
@@ -56,24 +57,33 @@ def next_counter(conn: sa.Connection, project_id: str) -> int:
     return conn.execute(sa.select(c.counter).where(c.id == project_id)).scalar_one()
 
 
-def ensure_commit(conn: sa.Connection, project_id: str, spec: ExecutionSpec, now: datetime) -> None:
-    c, commit = t.commits.c, spec.commit
+def ensure_commit(conn: sa.Connection, project_id: str, commit: CommitRef, now: datetime) -> None:
+    """Adds the commit unless it is there."""
+    c = t.commits.c
     known = sa.select(c.id).where(c.project_id == project_id, c.identifier == commit.identifier)
     if conn.execute(known).first() is None:
-        conn.execute(
-            t.commits.insert().values(
-                id=str(uuid.uuid4()),
-                project_id=project_id,
-                identifier=commit.identifier,
-                ref=commit.ref,
-                adhoc=commit.adhoc,
-                archive_store=commit.archive_store,
-                archive_key=commit.archive_key,
-                archive_sha256=commit.archive_sha256,
-                archive_size=commit.archive_size,
-                ctime=now,
-            )
+        insert_ignore(
+            conn,
+            t.commits,
+            id=str(uuid.uuid4()),
+            project_id=project_id,
+            ctime=now,
+            **commit.model_dump(include=set(CommitRef.model_fields)),
         )
+
+
+def known_commit(conn: sa.Connection, project: str, identifier: str) -> CommitRef | None:
+    """A commit whose archive is in a store, since it ran or was published before."""
+    c = t.commits.c
+    query = (
+        sa.select(t.commits)
+        .join(t.projects, t.projects.c.id == c.project_id)
+        .where(t.projects.c.name == project, c.identifier == identifier)
+    )
+    row = conn.execute(query).one_or_none()
+    if row is None:
+        return None
+    return CommitRef(**{name: getattr(row, name) for name in CommitRef.model_fields})
 
 
 def create_execution(
@@ -81,7 +91,7 @@ def create_execution(
 ) -> Any:
     """Inserts the execution in state `created` (L-01) and returns its row."""
     project_id = ensure_project(conn, spec.project.name, now)
-    ensure_commit(conn, project_id, spec, now)
+    ensure_commit(conn, project_id, spec.commit, now)
     conn.execute(
         t.executions.insert().values(
             id=spec.execution_id,

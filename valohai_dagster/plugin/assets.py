@@ -12,8 +12,8 @@ import dagster as dg
 from dagster import AssetExecutionContext
 from typing_extensions import Unpack
 
-from valohai_dagster.errors import ProjectError
-from valohai_dagster.plugin.compat import code_reference
+from valohai_dagster.errors import ConfigurationError, ProjectError
+from valohai_dagster.plugin.compat import code_reference, is_first_load
 from valohai_dagster.plugin.loaded import (
     BROKEN,
     location_pin,
@@ -87,6 +87,7 @@ def load_valohai_project(
     }
     try:
         project = _load(source, revision, yaml_path, name, auth, cache_dir)
+        _tell_conductors(project)
         assets = project_assets(
             project,
             group_name=group_name,
@@ -131,6 +132,23 @@ def _load(
         raise
     remember_loaded(pin, project.commit.identifier, for_runs=project.source.is_git_url)
     return project
+
+
+def _tell_conductors(project: Project) -> None:
+    """A conductor of a shared deployment may be on a host that cannot read the project: it needs the archive."""
+    if not is_first_load():
+        return
+    from valohai_dagster.settings import load_settings
+
+    try:
+        settings = load_settings()
+    except ConfigurationError as error:
+        log.warning("the commit of project %s is not published: %s", project.name, error)
+        return
+    if settings.redis_url:
+        from valohai_dagster.plugin.commits import publish_in_background
+
+        publish_in_background(project, settings)
 
 
 def project_assets(

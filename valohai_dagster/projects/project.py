@@ -77,12 +77,13 @@ def load_project(
     auth: GitAuth | None = None,
     cache_dir: Path | None = None,
     fetch: bool = False,
+    adhoc: bool = False,
 ) -> Project:
     """Read a project from a local directory or a Git URL; raise ProjectError with every problem found.
 
     A local directory is its HEAD commit when it is clean under Git, else ad-hoc. A Git URL is cloned the first time;
     afterwards the known commits are used without the network unless `fetch` (A-20), so that every process
-    of a deployment sees the same commit. Without `cache_dir` clones and archives go below the configured state
+    of a deployment sees the same commit. `adhoc` takes a directory as it is even when it is clean. Without `cache_dir` clones and archives go below the configured state
     directory.
     """
     where = make_source(
@@ -92,7 +93,7 @@ def load_project(
         auth=auth,
         cache_dir=cache_dir or _default_cache(),
     )
-    return _load(where, open_tree(where, revision, fetch=fetch))
+    return _load(where, open_tree(where, revision, fetch=fetch, adhoc=adhoc))
 
 
 def project_at(project: Project, *, commit: str | None = None, adhoc: bool = False) -> Project:

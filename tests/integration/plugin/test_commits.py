@@ -1,0 +1,314 @@
+"""The commit that a launch runs, found without user code: records, mirrors, directories."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.git import YAML, Work
+from valohai_agent.protocol import utcnow
+from valohai_dagster.errors import ProjectError
+from valohai_dagster.executions.ledger import ensure_commit, ensure_project, known_commit
+from valohai_dagster.executions.spec import StepConfig
+from valohai_dagster.plugin import commits
+from valohai_dagster.plugin.commits import LaunchCommit, commit_for, publish_commit
+from valohai_dagster.plugin.step_tag import StepTag, read_step_tag, step_tag
+from valohai_dagster.projects.project import load_project
+from valohai_dagster.records.engine import Records, open_records
+from valohai_dagster.settings import Settings
+from valohai_dagster.stores.registry import open_stores
+
+
+class Conductor:
+    """The part that looks for commits, with its own state: another host than the one that loaded the project."""
+
+    def __init__(self, root: Path, *, shared: bool) -> None:
+        values: dict[str, Any] = {
+            "state_dir": root,
+            "redis_url": "redis://redis.example" if shared else None,
+        }
+        self.settings = Settings(**values)
+        self.records: Records = open_records(self.settings)
+        self.stores = open_stores(self.settings)
+
+    def find(self, tag: StepTag, **config: Any) -> LaunchCommit:
+        return commit_for(
+            tag,
+            StepConfig(**config),
+            records=self.records,
+            stores=self.stores,
+            settings=self.settings,
+        )
+
+    def content(self, found: LaunchCommit, name: str) -> str:
+        store = self.stores[found.commit.archive_store]
+        with store.open(found.commit.archive_key) as file, tarfile.open(fileobj=file) as archive:
+            member = archive.extractfile(name)
+            assert member is not None
+            return member.read().decode()
+
+
+@pytest.fixture
+def conductor(tmp_path: Path) -> Iterator[Conductor]:
+    found = Conductor(tmp_path / "state", shared=False)
+    yield found
+    found.records.close()
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[Conductor]:
+    found = Conductor(tmp_path / "shared", shared=True)
+    yield found
+    found.records.close()
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Work:
+    work = Work(tmp_path / "digits")
+    work.git("init", "-q", "-b", "main")
+    work.write("valohai.yaml", YAML)
+    work.write("train.py", "print(1)\n")
+    work.commit()
+    return work
+
+
+def tag_of(source: Path | str, tmp_path: Path, **options: Any) -> StepTag:
+    """As a code server writes it into its assets."""
+    project = load_project(source, name="digits", cache_dir=tmp_path / "code-server", **options)
+    tag = step_tag(project, project.step("train"), code_version="v")
+    return read_step_tag(tag.to_text())
+
+
+def remote(work: Work) -> str:
+    """The repository as a bare one, which is read like a Git URL."""
+    bare = work.path.parent / "remote.git"
+    if not bare.exists():
+        work.git("clone", "-q", "--bare", str(work.path), str(bare))
+        work.git("remote", "add", "origin", str(bare))
+    work.git("push", "-q", "origin", "HEAD")
+    return str(bare)
+
+
+def test_a_directory_runs_as_it_is_now_in_the_embedded_default(
+    conductor: Conductor, work: Work, tmp_path: Path
+) -> None:
+    tag = tag_of(work.path, tmp_path)
+    first = conductor.find(tag)
+    assert first.commit.identifier == tag.commit.identifier
+    assert first.tag is tag
+    assert not first.warnings
+    work.write("train.py", "print(2)\n")
+    second = conductor.find(tag)
+    assert second.commit.identifier.startswith("~")
+    assert conductor.content(second, "train.py") == "print(2)\n"
+    assert "the directory changed since the project was loaded" in second.warnings[0]
+    assert second.tag.commit.identifier == second.commit.identifier
+
+
+def test_steps_are_those_of_the_commit_that_runs(
+    conductor: Conductor, work: Work, tmp_path: Path
+) -> None:
+    tag = tag_of(work.path, tmp_path)
+    work.write("valohai.yaml", YAML.replace("default: 3", "default: 9"))
+    newer = work.commit()
+    work.write("valohai.yaml", YAML.replace("default: 3", "default: 11"))
+    found = conductor.find(tag, commit=newer)
+    assert found.tag.step.step.parameters["epochs"].default == 9
+    assert found.tag.asset_key == tag.asset_key
+    assert not found.warnings
+    adhoc = conductor.find(tag, adhoc=True)
+    assert adhoc.commit.adhoc
+    assert adhoc.tag.step.step.parameters["epochs"].default == 11
+
+
+def test_a_shared_deployment_runs_what_its_code_location_loaded(
+    shared: Conductor, work: Work, tmp_path: Path
+) -> None:
+    tag = tag_of(work.path, tmp_path)
+    work.write("train.py", "print(2)\n")
+    found = shared.find(tag)
+    assert found.commit.identifier == tag.commit.identifier
+    assert shared.content(found, "train.py") == "print(1)\n"
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+def test_a_published_commit_needs_no_source(
+    shared: Conductor, work: Work, tmp_path: Path, dirty: bool
+) -> None:
+    if dirty:
+        work.write("train.py", "print(2)\n")
+    project = load_project(work.path, name="digits", cache_dir=tmp_path / "code-server")
+    tag = step_tag(project, project.step("train"), code_version="v")
+    published = publish_commit(project, shared.settings)
+    shutil.rmtree(work.path)
+    found = shared.find(tag)
+    assert found.commit == published
+    assert found.commit.adhoc is dirty
+
+
+def test_a_commit_that_ran_before_needs_no_source(
+    conductor: Conductor, work: Work, tmp_path: Path
+) -> None:
+    tag = tag_of(remote(work), tmp_path)
+    first = conductor.find(tag)
+    with conductor.records.write() as connection:
+        project = ensure_project(connection, "digits", utcnow())
+        ensure_commit(connection, project, first.commit, utcnow())
+    commits._CACHES.clear()
+    shutil.rmtree(tmp_path / "remote.git")
+    shutil.rmtree(conductor.settings.state_dir / "projects")
+    assert conductor.find(tag).commit == first.commit
+
+
+def test_a_remotes_commit_is_fetched_and_stays_known(
+    conductor: Conductor, work: Work, tmp_path: Path
+) -> None:
+    tag = tag_of(remote(work), tmp_path)
+    work.write("train.py", "print(2)\n")
+    work.commit()
+    remote(work)
+    first = conductor.find(tag)
+    assert first.commit.identifier == tag.commit.identifier
+    assert conductor.content(first, "train.py") == "print(1)\n"
+    shutil.rmtree(tmp_path / "remote.git")
+    assert conductor.find(tag).commit == first.commit
+
+
+def test_a_branch_of_a_remote_runs_with_its_steps(
+    conductor: Conductor, work: Work, tmp_path: Path
+) -> None:
+    tag = tag_of(remote(work), tmp_path)
+    work.git("switch", "-q", "-c", "deeper")
+    work.write("valohai.yaml", YAML.replace("default: 3", "default: 30"))
+    deeper = work.commit()
+    remote(work)
+    found = conductor.find(tag, commit="deeper")
+    assert found.commit.identifier == deeper
+    assert found.tag.step.step.parameters["epochs"].default == 30
+
+
+def test_a_source_that_is_elsewhere_is_named_with_what_to_do(
+    shared: Conductor, work: Work, tmp_path: Path
+) -> None:
+    tag = tag_of(work.path, tmp_path)
+    shutil.rmtree(work.path)
+    with pytest.raises(ProjectError) as caught:
+        shared.find(tag)
+    text = str(caught.value)
+    for part in (
+        str(work.path),
+        tag.commit.identifier,
+        "reload the code location",
+        "valohai/engine",
+    ):
+        assert part in text
+
+
+def test_commit_and_adhoc_exclude_each_other(
+    conductor: Conductor, work: Work, tmp_path: Path
+) -> None:
+    with pytest.raises(ProjectError, match="exclude each other"):
+        conductor.find(tag_of(work.path, tmp_path), commit="main", adhoc=True)
+
+
+def test_an_unchanged_directory_is_read_once(
+    conductor: Conductor, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "SETTLED_NS", 0)
+    tag = tag_of(work.path, tmp_path)
+    first = conductor.find(tag)
+    monkeypatch.setattr(commits, "load_project", None)
+    assert conductor.find(tag).commit == first.commit
+    work.write("train.py", "print(2)\n")
+    with pytest.raises(TypeError):
+        conductor.find(tag)
+
+
+def test_a_directory_that_has_just_changed_is_read_again(
+    conductor: Conductor, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tag = tag_of(work.path, tmp_path)
+    conductor.find(tag)
+    monkeypatch.setattr(commits, "load_project", None)
+    with pytest.raises(TypeError):
+        conductor.find(tag)
+
+
+def test_an_archive_that_the_store_lost_is_built_again(
+    conductor: Conductor, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "SETTLED_NS", 0)
+    monkeypatch.setattr(commits, "TRUSTED_SECONDS", 0)
+    tag = tag_of(work.path, tmp_path)
+    found = conductor.find(tag)
+    conductor.stores.code.delete(found.commit.archive_key)
+    assert conductor.content(conductor.find(tag), "train.py") == "print(1)\n"
+
+
+def test_many_launches_at_once_build_one_archive(
+    conductor: Conductor, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[int] = []
+    publish = commits.publish_archive
+
+    def counted(*given: Any) -> Any:
+        built.append(1)
+        return publish(*given)
+
+    monkeypatch.setattr(commits, "publish_archive", counted)
+    tag, found = tag_of(remote(work), tmp_path), list[str]()
+    threads = [
+        threading.Thread(target=lambda: found.append(conductor.find(tag).commit.identifier))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [tag.commit.identifier] * 8
+    assert len(built) == 1
+
+
+# -- code servers --------------------------------------------------------------------------------------------------
+
+
+def test_a_code_server_publishes_what_it_loads_in_a_shared_deployment(
+    shared: Conductor, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from valohai_dagster import load_valohai_project
+    from valohai_dagster.plugin import assets
+
+    monkeypatch.setenv("VALOHAI_STATE", str(shared.settings.state_dir))
+    monkeypatch.setenv("VALOHAI_REDIS_URL", "redis://redis.example")
+    load_valohai_project(work.path, name="digits", cache_dir=tmp_path / "c")
+    monkeypatch.setattr(assets, "is_first_load", lambda: True)
+    load_valohai_project(work.path, name="digits", cache_dir=tmp_path / "c")
+    (thread,) = [one for one in threading.enumerate() if one.name == "publish digits"]
+    thread.join()
+    with shared.records.read() as connection:
+        assert known_commit(connection, "digits", work.git("rev-parse", "HEAD")) is not None
+
+
+def test_publishing_waits_for_the_parts_that_are_not_up_yet(
+    shared: Conductor, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = load_project(work.path, name="digits", cache_dir=tmp_path / "c")
+    tries: list[int] = []
+    publish = commits.publish_commit
+
+    def late(*given: Any) -> Any:
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError("not up yet")
+        return publish(*given)
+
+    monkeypatch.setattr(commits, "publish_commit", late)
+    commits._publish_patiently(project, shared.settings, pauses=(0, 0, 0))
+    assert len(tries) == 3
+    assert shared.find(step_tag(project, project.step("train"), code_version="v")).commit
