@@ -19,6 +19,7 @@ COMMANDS = {
     "up": ("up", "up"),
     "doctor": ("doctor", "doctor"),
     "project": ("project", "app"),
+    "why": ("why", "why"),
     "outputs": ("outputs", "outputs"),
     "metrics": ("metrics", "metrics"),
     "data": ("data", "app"),

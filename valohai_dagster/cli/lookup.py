@@ -34,6 +34,42 @@ def find_executions(conn: sa.Connection, reference: str, *, step: str | None = N
     return [execution for execution, _ in found]
 
 
+def find_run(conn: sa.Connection, reference: str) -> str | None:
+    """The Dagster run that the reference names, None when it names an execution or nothing that the records know.
+
+    Raises RefusedError when a short id fits several runs.
+    """
+    reference = reference.strip()
+    if reference == "latest":
+        return _latest_run(conn)
+    wanted = _id_prefix(reference)
+    if wanted is None or _select(conn, t.executions.c.id.startswith(wanted, autoescape=True)):
+        return None
+    for column in (t.executions.c.run_id, t.runs.c.run_id):
+        _refuse_ambiguous(conn, column, wanted)
+        query = sa.select(column).where(column.startswith(wanted, autoescape=True)).limit(1)
+        if (found := conn.execute(query).scalar()) is not None:
+            return found
+    return None
+
+
+def _latest_run(conn: sa.Connection) -> str | None:
+    """Of what was submitted or handed over last."""
+    newest = [
+        conn.execute(
+            sa.select(table.c.ctime, table.c.run_id).order_by(table.c.ctime.desc()).limit(1)
+        ).one_or_none()
+        for table in (t.executions, t.runs)
+    ]
+    return max((row for row in newest if row is not None), default=(None, None))[1]
+
+
+def _id_prefix(reference: str) -> str | None:
+    wanted = reference.removeprefix("exec-").lower()
+    fits = len(wanted) >= SHORTEST_PREFIX and re.fullmatch(r"[0-9a-f-]+", wanted)
+    return wanted if fits else None
+
+
 def _matching(conn: sa.Connection, reference: str) -> list[tuple[str, str]]:
     e = t.executions.c
     if reference == "latest":
@@ -41,8 +77,8 @@ def _matching(conn: sa.Connection, reference: str) -> list[tuple[str, str]]:
     counter = _COUNTER.match(reference)
     if counter:
         return _select(conn, _by_counter(counter["project"], int(counter["number"])))
-    wanted = reference.removeprefix("exec-").lower()
-    if len(wanted) < SHORTEST_PREFIX or not re.fullmatch(r"[0-9a-f-]+", wanted):
+    wanted = _id_prefix(reference)
+    if wanted is None:
         return []
     for column in (e.id, e.run_id):
         _refuse_ambiguous(conn, column, wanted)

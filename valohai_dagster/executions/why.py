@@ -37,6 +37,12 @@ class Explanation:
         line = f"{self.subject}: {self.text}" if self.subject else self.text
         return line if self.next_step is None else f"{line}. Next: {self.next_step}"
 
+    def lines(self) -> list[str]:
+        """The same and the details, for a terminal or a longer text."""
+        first = f"{self.subject}: {self.text}" if self.subject else self.text
+        more = [*self.details, *([f"next: {self.next_step}"] if self.next_step else [])]
+        return [first, *(f"  {line}" for line in more)]
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "subject": self.subject,

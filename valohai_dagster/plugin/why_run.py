@@ -54,11 +54,9 @@ class RunExplanation:
         return "\n".join(self.lines())
 
     def lines(self) -> Iterator[str]:
-        yield str(self.run)
-        yield from (f"  {detail}" for detail in self.run.details)
+        yield from self.run.lines()
         for step in self.steps:
-            yield f"  {step}"
-            yield from (f"    {detail}" for detail in step.details)
+            yield from (f"  {line}" for line in step.lines())
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.run.to_dict(), "steps": [step.to_dict() for step in self.steps]}

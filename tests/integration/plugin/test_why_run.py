@@ -154,10 +154,11 @@ def test_steps_wait_for_their_upstream_and_executions_for_workers(
     assert found.run.text == "2 of 2 steps left"
     assert step(found, "ours").subject == "step ours (digits#1 train)"
     assert step(found, "after").text == "waits for ours"
-    assert [line.strip().split(":")[0] for line in found.lines()] == [
+    assert [line.split(":")[0] for line in found.lines()] == [
         f"run {run.run_id[:8]}",
-        "step ours (digits#1 train)",
-        "step after",
+        "  step ours (digits#1 train)",
+        "    next",
+        "  step after",
     ]
     as_json = found.to_dict()
     assert (as_json["run"], as_json["steps"][0]["execution"]) == (run.run_id, spec.execution_id)
