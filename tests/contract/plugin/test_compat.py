@@ -38,7 +38,7 @@ def test_private_imports_stand_in_compat_alone() -> None:
     root = Path(valohai_dagster.__file__).parent
     pattern = re.compile(r"^\s*(from|import) dagster(\._|_shared)", re.MULTILINE)
     found = [str(p.relative_to(root)) for p in root.rglob("*.py") if pattern.search(p.read_text())]
-    assert found == ["plugin/compat.py"]
+    assert {name.rpartition("/")[0] for name in found} == {"plugin/compat"}
 
 
 def test_step_key_and_instance_id(instance: DagsterInstance) -> None:

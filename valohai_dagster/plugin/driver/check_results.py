@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dagster import (
-    AssetCheckEvaluation,
-    AssetKey,
-    DagsterEventType,
-    DagsterInstance,
-    EventLogRecord,
-)
+from dagster import AssetCheckEvaluation, AssetKey, DagsterInstance, EventLogRecord
 
 from valohai_dagster.executions.stream import ExecutionView
 from valohai_dagster.plugin.checks import MetricCheck, evaluate
 from valohai_dagster.plugin.compat import AssetCheckEvaluationTargetMaterializationData
+from valohai_dagster.plugin.upstream_results import materializations_of_run
 
 
 def evaluations(
@@ -25,7 +20,7 @@ def evaluations(
     view: ExecutionView,
 ) -> list[AssetCheckEvaluation]:
     """One per check, aimed at the materialization that this run has just made."""
-    target = _target(_materialization(instance, run_id, key))
+    target = _target(next(iter(materializations_of_run(instance, run_id, key)), None))
     out = []
     for check in checks:
         result = evaluate(check, view)
@@ -42,15 +37,6 @@ def evaluations(
             )
         )
     return out
-
-
-def _materialization(
-    instance: DagsterInstance, run_id: str, key: AssetKey
-) -> EventLogRecord | None:
-    records = instance.get_records_for_run(
-        run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION, ascending=False
-    ).records
-    return next((record for record in records if record.asset_key == key), None)
 
 
 def _target(

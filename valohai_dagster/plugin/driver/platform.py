@@ -14,12 +14,12 @@ from valohai_dagster.errors import ValohaiError
 from valohai_dagster.executions.stream import DatumView, ExecutionView
 from valohai_dagster.executions.views import view_of
 from valohai_dagster.plugin.backend import TAIL_BYTES
+from valohai_dagster.plugin.commits import LaunchCommit, commit_for
 from valohai_dagster.plugin.log_source import ServiceLogs, last_lines
 from valohai_dagster.records import tables as t
 
 if TYPE_CHECKING:
     from valohai_dagster.executions.spec import StepConfig
-    from valohai_dagster.executions.spec_model import CommitRef
     from valohai_dagster.plugin.step_tag import StepTag
     from valohai_dagster.records.engine import Records
     from valohai_dagster.settings import Settings
@@ -35,26 +35,11 @@ class Platform:
         self.stores = stores
         self._logs = ServiceLogs(lambda: settings)
 
-    def commit(self, tag: StepTag, config: StepConfig) -> tuple[StepTag, CommitRef, list[str]]:
+    def commit(self, tag: StepTag, config: StepConfig) -> LaunchCommit:
         """The step at the commit that the launch asks for, its archive, and warnings about that."""
-        from valohai_dagster.executions.spec_model import CommitRef
-        from valohai_dagster.plugin.step_tag import tag_at
-        from valohai_dagster.projects.archive import build_archive, publish
-        from valohai_dagster.projects.project import load_project, project_at
-
-        project = load_project(
-            tag.source,
-            revision=None if tag.commit.adhoc else tag.commit.identifier,
-            yaml_path=tag.yaml_path,
-            name=tag.project_name,
-            cache_dir=self.settings.state_dir / "projects",
+        return commit_for(
+            tag, config, records=self.records, stores=self.stores, settings=self.settings
         )
-        if config.commit or config.adhoc:
-            project = project_at(project, commit=config.commit, adhoc=config.adhoc)
-            tag = tag_at(tag, project)
-        archive = build_archive(project)
-        published = publish(archive, self.stores.code)
-        return tag, CommitRef(**vars(published)), list(archive.warnings)
 
     def view(self, execution_id: str) -> ExecutionView | None:
         with self.records.read() as connection:

@@ -203,7 +203,8 @@ class StepTry:
         """Blocks. Raises `ValohaiError` when the launch asks for something that cannot be."""
         run, facts = self._run, self._facts
         config = config_of(self._tag, run.run_config, facts.path, resolved=run.resolved_config)
-        self._tag, commit, warnings = run.platform.commit(self._tag, config)
+        launch = run.platform.commit(self._tag, config)
+        self._tag = launch.tag
         parents = Parents(
             run.instance, run.dagster_run, self._tag.parents, run.parent_partitions(facts)
         )
@@ -221,11 +222,11 @@ class StepTry:
         spec = spec_of(
             self._tag,
             config=config,
-            commit=commit,
+            commit=launch.commit,
             ids=self._ids(),
             upstream=upstream,
             partitions=run.partitions(facts),
-            archive_warnings=[*told, *warnings],
+            archive_warnings=[*told, *launch.warnings],
         )
         return spec.model_copy(update={"client": {"provenance": self._provenance.to_dict()}})
 

@@ -1,4 +1,4 @@
-"""The only file with private Dagster imports; `tests/contract/plugin/test_compat.py` pins each of them.
+"""The only package with private Dagster imports; `tests/contract/plugin/test_compat.py` pins each of them.
 
 A release of Dagster that moves or changes one of these breaks one named test instead of a user's run. Whatever has
 a public name in `dagster` is imported from there by its user, not here.
@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-import sqlalchemy as sa
-from dagster import MultiPartitionsDefinition, PartitionKeyRange, PartitionsDefinition
 from dagster._config.snap import ConfigSchemaSnapshot, ConfigTypeSnap
 from dagster._core.definitions.asset_checks.asset_check_evaluation import (
     AssetCheckEvaluationTargetMaterializationData,
@@ -24,16 +21,7 @@ from dagster._core.definitions.data_version import (
     extract_data_version_from_entry,
     get_input_data_version_tag,
 )
-from dagster._core.definitions.partitions.context import partition_loading_context
-from dagster._core.definitions.partitions.utils import (
-    MultiPartitionKey,
-    get_multipartition_key_from_tags,
-    get_tags_from_multi_partition_key,
-)
 from dagster._core.events import (
-    ASSET_CHECK_EVENTS,
-    ASSET_EVENTS,
-    EVENT_TYPE_TO_PIPELINE_RUN_STATUS,
     DagsterEvent,
     DagsterEventBatchMetadata,
     EngineEventData,
@@ -82,23 +70,11 @@ from dagster._core.storage.dagster_run import (
     NOT_FINISHED_STATUSES,
     RunOpConcurrency,
 )
-from dagster._core.storage.event_log.schema import (
-    AssetEventTagsTable,
-    AssetKeyTable,
-    SqlEventLogStorageTable,
-)
-from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
 from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
 from dagster._core.storage.tags import (
-    ASSET_PARTITION_RANGE_END_TAG,
-    ASSET_PARTITION_RANGE_START_TAG,
     BACKFILL_ID_TAG,
     GLOBAL_CONCURRENCY_TAG,
-    MULTIDIMENSIONAL_PARTITION_PREFIX,
     PARENT_RUN_ID_TAG,
-    PARTITION_NAME_TAG,
-    RUN_FAILURE_REASON_TAG,
-    WILL_RETRY_TAG,
 )
 from dagster._core.workspace.context import BaseWorkspaceRequestContext
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
@@ -117,6 +93,18 @@ if TYPE_CHECKING:
         EventLogRecord,
         MetadataValue,
     )
+
+from valohai_dagster.plugin.compat.partitions import (
+    asset_partitions,
+    multi_partition_tags,
+    parent_partitions,
+)
+from valohai_dagster.plugin.compat.storage import (
+    complete_event,
+    is_database_outage,
+    pooled,
+    steady_schema,
+)
 
 __all__ = [
     "ACTIVE_RUN_STATUSES",
@@ -203,9 +191,6 @@ __all__ = [
     "step_key_of",
     "tagged_ops",
 ]
-
-POOL_RECYCLE_SECONDS = 3600
-STATEMENT_TIMEOUT_MS = 60_000
 
 
 def report_engine_event(
@@ -377,133 +362,6 @@ def logs_captured(
     )
 
 
-def pooled(instance: DagsterInstance, connections: int) -> None:
-    """Keeps connections to Postgres open; the storages open one per statement otherwise (DAGSTER_NOTES 9)."""
-    from sqlalchemy import event
-    from sqlalchemy.pool import NullPool
-
-    for storage in (instance.run_storage, instance.event_log_storage):
-        engine = getattr(storage, "_engine", None)
-        if engine is None or not isinstance(engine.pool, NullPool):
-            continue
-        from dagster_postgres.utils import create_pg_engine, set_pg_statement_timeout
-
-        options = engine.url.query.get("options")
-        pool = create_pg_engine(
-            getattr(storage, "postgres_url"),  # noqa: B009
-            getattr(storage, "_token_provider", None),
-            isolation_level="AUTOCOMMIT",
-            pool_size=connections,
-            max_overflow=connections,
-            pool_recycle=POOL_RECYCLE_SECONDS,
-            pool_pre_ping=False,
-            **({"connect_args": {"options": options}} if options else {}),
-        )
-        event.listen(
-            pool, "connect", lambda c, _: set_pg_statement_timeout(c, STATEMENT_TIMEOUT_MS)
-        )
-        setattr(storage, "_engine", pool)  # noqa: B010
-
-
-def steady_schema(instance: DagsterInstance) -> None:
-    """Looks once whether a column or table exists, not at every statement: a schema only grows while we run."""
-    questions = (
-        (instance.run_storage, ("has_run_stats_index_cols", "has_backfill_id_column")),
-        (instance.event_log_storage, ("_has_asset_key_col_on_connection", "has_table")),
-    )
-    for storage, names in questions:
-        for name in names:
-            ask = getattr(storage, name, None)
-            if ask is not None:
-                setattr(storage, name, _asked_once(ask))
-
-
-def _asked_once(ask: Any) -> Any:
-    yes: set[Any] = set()
-
-    def answer(*args: Any) -> bool:
-        key = args[-1] if args else None  # the name of the column or table
-        if key not in yes and ask(*args):
-            yes.add(key)
-        return key in yes
-
-    return answer
-
-
-def is_database_outage(error: BaseException) -> bool:
-    """Whether a storage call failed because its database is away or busy, so that trying again helps."""
-    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-
-    if isinstance(error, (OperationalError, InterfaceError)):
-        return True
-    if isinstance(error, DBAPIError):
-        return error.connection_invalidated
-    return type(error).__name__ == "DagsterPostgresException"  # the package is an extra
-
-
-def complete_event(instance: DagsterInstance, record: EventLogRecord) -> None:
-    """Does what storing an event does after its log row, as far as that is still to be done.
-
-    Storing is several commits (DAGSTER_NOTES 9); a process that was killed between them leaves an event that the log
-    shows, but neither the asset's page nor the run's status.
-    """
-    entry = record.event_log_entry
-    event = entry.dagster_event
-    if event is None:
-        return
-    if event.event_type in ASSET_EVENTS and event.asset_key:
-        _complete_asset_event(instance.event_log_storage, record)
-    if event.event_type in ASSET_CHECK_EVENTS:
-        instance.event_log_storage.store_asset_check_event(entry, record.storage_id)  # type: ignore[attr-defined]
-    status = EVENT_TYPE_TO_PIPELINE_RUN_STATUS.get(event.event_type)
-    run = instance.get_run_by_id(entry.run_id) if status else None
-    if run is not None and run.status != status and not run.is_finished:
-        when = datetime.fromtimestamp(entry.timestamp, timezone.utc)
-        instance.run_storage.handle_run_event(entry.run_id, event, when)
-        _tell_whether_run_retries(instance, event, entry.run_id)
-
-
-def _tell_whether_run_retries(instance: DagsterInstance, event: DagsterEvent, run_id: str) -> None:
-    run = instance.get_run_by_id(run_id)
-    if run is None or not event.is_run_failure or not instance.run_retries_enabled:
-        return
-    text = run.tags.get(RUN_FAILURE_REASON_TAG)
-    retries = instance._should_retry_run(run, RunFailureReason(text) if text else None)
-    instance.add_run_tags(run_id, {WILL_RETRY_TAG: str(retries).lower()})
-
-
-def _complete_asset_event(storage: Any, record: EventLogRecord) -> None:
-    """Adds the event to the tables that span runs, unless it is there."""
-    entry = record.event_log_entry
-    event: Any = entry.dagster_event
-    columns = SqlEventLogStorageTable.c
-    with storage.index_transaction() as connection:
-        event_id = record.storage_id
-        if isinstance(storage, SqliteEventLogStorage):  # keeps a second copy of asset events
-            where = (
-                columns.run_id == entry.run_id,
-                columns.dagster_event_type == event.event_type_value,
-                columns.asset_key == event.asset_key.to_string(),
-                columns.partition == event.partition,
-            )
-            if connection.execute(sa.select(columns.id).where(*where)).first() is not None:
-                return
-            inserted = connection.execute(storage.prepare_insert_event(entry))
-            event_id = inserted.inserted_primary_key[0]
-        tags = AssetEventTagsTable.c
-        known = sa.select(tags.event_id).where(tags.event_id == event_id).limit(1)
-        if connection.execute(known).first() is not None:
-            return
-        storage._store_asset_event_tags(connection, [entry], [event_id])
-        key = AssetKeyTable.c.asset_key == event.asset_key.to_string()
-        latest = connection.execute(
-            sa.select(AssetKeyTable.c.last_materialization_timestamp).where(key)
-        ).scalar()
-        when = datetime.fromtimestamp(entry.timestamp, timezone.utc).replace(tzinfo=None)
-        if latest is None or latest <= when:
-            storage._store_asset_event(connection, entry, event_id)
-
-
 def pool_of(step: ExecutionStep) -> str | None:
     """The pool whose slot the step needs; older code locations wrote it as a tag."""
     return _pool_key_for_step(step)
@@ -530,54 +388,7 @@ def data_version_tags(
     return _build_data_version_tags(version, code_version, inputs, True)
 
 
-def multi_partition_tags(partition: str | None) -> dict[str, str]:
-    """Tags that name the dimensions of a key of several dimensions; none for other keys."""
-    if isinstance(partition, MultiPartitionKey):
-        return dict(get_tags_from_multi_partition_key(partition))
-    return {}
-
-
 def serializable_error(error: BaseException) -> SerializableErrorInfo:
     """An exception as events hold it, with its trace."""
     info: Any = (type(error), error, error.__traceback__)
     return serializable_error_info_from_exc_info(info)
-
-
-def asset_partitions(
-    instance: DagsterInstance, run: DagsterRun, graph: Any, key: AssetKey
-) -> Sequence[str]:
-    """Partition keys of an asset that the run makes, by its tags: one, a range, or none."""
-    definition = graph.get(key).partitions_def if graph.has(key) else None
-    if definition is None:
-        return []
-    tags = run.tags
-    with partition_loading_context(dynamic_partitions_store=instance):
-        if any(tag.startswith(MULTIDIMENSIONAL_PARTITION_PREFIX) for tag in tags):
-            return [get_multipartition_key_from_tags(tags)]
-        if PARTITION_NAME_TAG in tags:
-            return [_typed_key(definition, tags[PARTITION_NAME_TAG])]
-        if ASSET_PARTITION_RANGE_START_TAG in tags:
-            start, end = tags[ASSET_PARTITION_RANGE_START_TAG], tags[ASSET_PARTITION_RANGE_END_TAG]
-            keys = PartitionKeyRange(_typed_key(definition, start), _typed_key(definition, end))
-            return definition.get_partition_keys_in_range(keys)
-    return []
-
-
-def _typed_key(definition: PartitionsDefinition, text: str) -> str:
-    if isinstance(definition, MultiPartitionsDefinition):
-        return definition.get_partition_key_from_str(text)
-    return text
-
-
-def parent_partitions(
-    instance: DagsterInstance, graph: Any, key: AssetKey, parent: AssetKey, keys: Sequence[str]
-) -> Sequence[str] | None:
-    """Partitions of `parent` that these partitions of `key` depend on; None when it has no partitions."""
-    if not graph.has(parent) or graph.get(parent).partitions_def is None:
-        return None
-    upstream, own = graph.get(parent).partitions_def, graph.get(key).partitions_def
-    mapping = graph.get_partition_mapping(key, parent)
-    with partition_loading_context(dynamic_partitions_store=instance):
-        subset = own.subset_with_partition_keys(keys) if own is not None else None
-        found = mapping.get_upstream_mapped_partitions_result_for_partitions(subset, own, upstream)
-        return list(found.partitions_subset.get_partition_keys())
