@@ -131,7 +131,7 @@ class ValohaiRunLauncher(RunLauncher, ConfigurableClass):
             return self._inner.check_run_worker_health(run)
         try:
             ended = self._conductor.has_ended(run.run_id)
-            text = "its end is recorded" if ended else self._conductor.explain(run.run_id)
+            text = "its end is recorded" if ended else self._conductor.explain(run)
             status = WorkerStatus.SUCCESS if ended else WorkerStatus.RUNNING
         except (ValohaiError, ServiceUnavailable, *self._conductor_outages()) as error:
             status = WorkerStatus.RUNNING
@@ -145,7 +145,7 @@ class ValohaiRunLauncher(RunLauncher, ConfigurableClass):
         if not self._is_driven(run):
             return self._inner.get_run_worker_debug_info(run, include_container_logs)
         try:
-            return self._conductor.explain(run.run_id)
+            return self._conductor.explain(run)
         except (ValohaiError, *self._conductor_outages()) as error:
             return f"the conductor's records cannot be read now: {error}"
 

@@ -11,12 +11,14 @@ from dagster import AssetKey, DagsterInstance, DagsterRun
 from valohai_agent.protocol import Keys, utcnow
 from valohai_dagster.broker.connection import connect
 from valohai_dagster.embedded.conductor import ensure_conductor
+from valohai_dagster.executions.why_reader import Sources
 from valohai_dagster.plugin.compat import BaseWorkspaceRequestContext
 from valohai_dagster.plugin.driver import handed_over
 from valohai_dagster.plugin.driver.events import RunEvents
 from valohai_dagster.plugin.driver.facts import facts_of
 from valohai_dagster.plugin.driver.handover import freeze
 from valohai_dagster.plugin.driver.instances import describe
+from valohai_dagster.plugin.why_run import why_run
 from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import load_settings
 
@@ -75,13 +77,12 @@ class HandingOver:
             rows = handed_over.find(connection, [run_id])
         return bool(rows) and rows[0].state == handed_over.RunState.ended.value
 
-    def explain(self, run_id: str) -> str:
+    def explain(self, run: DagsterRun) -> str:
         """What the run waits for or does, in words."""
-        with self._records.read() as connection:
-            rows = handed_over.find(connection, [run_id])
-        if not rows:
-            return "the run was not handed over to a conductor"
-        return "the run was handed over to the conductor"
+        sources = Sources(
+            records=self._records, broker=self._redis, keys=self._keys, settings=self._settings
+        )
+        return str(why_run(self._instance, run, sources))
 
     def _send(self, kind: str, run_id: str) -> None:
         """The conductor also looks by itself, within half a minute, so a Redis that is away only delays."""
