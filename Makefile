@@ -11,6 +11,7 @@ VENV        ?= .venv
 BIN         := $(VENV)/bin
 PORT        ?= 3000
 PYTEST_ARGS ?=
+BENCH_ARGS  ?=
 WORKERS     ?= 2
 
 MANIFESTS   := pyproject.toml agent/pyproject.toml
@@ -19,7 +20,7 @@ DEV_STAMP   := $(VENV)/.valohai-dev
 
 export DAGSTER_DISABLE_TELEMETRY ?= yes
 
-.PHONY: help setup setup-dev demo up down test lint format docs bench-dispatch clean
+.PHONY: help setup setup-dev demo up down test lint format docs bench-dispatch bench-fleet bench-recovery clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -57,6 +58,12 @@ docs: $(RUN_STAMP)  ## Write the generated pages (docs/settings.md)
 
 bench-dispatch: $(RUN_STAMP)  ## Time from launch to first output line, against Dagster's default launcher
 	@$(BIN)/python -m bench.dispatch
+
+bench-fleet: $(DEV_STAMP)  ## Thousands of executions at once: memory, CPU, throughput and lag (BENCH_ARGS)
+	@$(BIN)/python -W ignore -m bench.fleet $(BENCH_ARGS)
+
+bench-recovery: $(DEV_STAMP)  ## Conductors, Redis and Postgres killed under load: what is lost, what happens twice (BENCH_ARGS)
+	@$(BIN)/python -W ignore -m bench.recovery $(BENCH_ARGS)
 
 clean:  ## Stop what runs and remove everything that make made
 	-@if [ -x $(BIN)/valohai-dagster ]; then $(BIN)/valohai-dagster down; fi

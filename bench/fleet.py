@@ -110,8 +110,8 @@ def parse() -> Options:
     )
     given = parser.parse_args()
     if given.quick:
-        given.in_flight, given.executions, given.conductors = [10, 40], 40, [1]
-        given.rate, given.rate_seconds = 5.0, 4.0
+        given.in_flight, given.executions, given.conductors = [20], 20, [1]
+        given.rate, given.rate_seconds = 3.0, 4.0
     return Options(
         kind="service" if given.service_only else "runs",
         durable=not given.no_disk_wait,

