@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import BinaryIO
 
 import dagster as dg
-from dagster import AssetKey, DagsterInstance
+from dagster import AssetKey, AssetRecordsFilter, DagsterInstance
 from pydantic import Field, PrivateAttr
 
 from valohai_dagster.errors import NotFoundError
@@ -28,15 +28,24 @@ class ValohaiResource(dg.ConfigurableResource[object]):
     )
     _opened: object = PrivateAttr(default=None)
 
-    def latest(self, instance: DagsterInstance, asset_key: AssetKey | list[str]) -> ExecutionView:
-        """The execution behind the newest materialization of a step's asset."""
+    def latest(
+        self,
+        instance: DagsterInstance,
+        asset_key: AssetKey | list[str],
+        *,
+        partition_key: str | None = None,
+    ) -> ExecutionView:
+        """The execution behind the newest materialization of a step's asset, or of one partition of it."""
         key = AssetKey.from_coercible(asset_key)
-        found = instance.get_latest_materialization_event(key)
-        materialization = found.asset_materialization if found else None
+        partitions = None if partition_key is None else [partition_key]
+        wanted = AssetRecordsFilter(asset_key=key, asset_partitions=partitions)
+        record = next(iter(instance.fetch_materializations(wanted, limit=1).records), None)
+        materialization = record.asset_materialization if record else None
         value = materialization.metadata.get(EXECUTION_ID_KEY) if materialization else None
         if value is None:
+            of = f"partition {partition_key} of " if partition_key is not None else ""
             raise NotFoundError(
-                f"asset {key.to_user_string()} has no materialization by an execution; materialize it first"
+                f"{of}asset {key.to_user_string()} has no materialization by an execution; materialize it first"
             )
         return self.execution(str(value.value))
 

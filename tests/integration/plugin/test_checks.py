@@ -70,6 +70,19 @@ def test_a_blocking_check_fails_the_step_after_its_outputs(
     )
 
 
+def test_a_retry_policy_does_not_repeat_what_a_check_has_failed(
+    instance: DagsterInstance, backend: FakeBackend
+) -> None:
+    assets = project_assets(
+        project_of(TWO_STEPS),
+        open_backend=lambda: backend,
+        checks={"Prepare data": [check("rows_kept > 90", blocking=True)]},
+        retry_policy=dg.RetryPolicy(max_retries=2),
+    )
+    assert not dg.materialize(assets, instance=instance, raise_on_error=False).success
+    assert len(backend.submitted) == 1
+
+
 @pytest.mark.parametrize("options", [{}, {"blocking": True, "severity": "WARN"}])
 def test_other_failed_checks_are_told_and_stop_nothing(
     instance: DagsterInstance, backend: FakeBackend, options: dict[str, Any]

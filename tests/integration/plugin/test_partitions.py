@@ -11,8 +11,10 @@ import pytest
 from dagster import AssetKey, AssetRecordsFilter, DagsterEventType, DagsterInstance
 
 from tests.support.dagster_face import FakeBackend, project_of
+from valohai_dagster.errors import NotFoundError
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.plugin.assets import project_assets
+from valohai_dagster.plugin.resources import ValohaiResource
 
 DAILY = """
 - step:
@@ -208,3 +210,18 @@ def provenance(instance: DagsterInstance, key: AssetKey, index: int) -> dict[str
     record = instance.fetch_materializations(wanted, limit=50, ascending=True).records[index]
     assert record.asset_materialization is not None
     return {"storage_id": record.storage_id, **(record.asset_materialization.tags or {})}
+
+
+def test_the_resource_finds_the_execution_of_a_partition(
+    instance: DagsterInstance, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ValohaiResource, "execution", lambda self, ident: backend.views[ident])
+    assets = assets_of(backend)
+    for day in ("2026-01-01", "2026-01-02"):
+        run(assets, instance, partition_key=day, selection=[PREP])
+    first, second = (spec.execution_id for spec in backend.submitted)
+    resource = ValohaiResource()
+    assert resource.latest(instance, PREP).id == second
+    assert resource.latest(instance, PREP, partition_key="2026-01-01").id == first
+    with pytest.raises(NotFoundError, match="partition 2026-01-03 of asset digits/prep has no"):
+        resource.latest(instance, PREP, partition_key="2026-01-03")
