@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,10 +138,3 @@ def _same(one: EventLogEntry, other: EventLogEntry) -> bool:
         and one.step_key == other.step_key
         and identity(one) == identity(other)
     )
-
-
-def not_written(
-    entries: Sequence[EventLogEntry], written: set[tuple[Any, ...]]
-) -> list[EventLogEntry]:
-    """The entries that are not in the log yet."""
-    return [entry for entry in entries if identity(entry) not in written]
