@@ -169,7 +169,7 @@ class RunDriver:
         for message in messages:
             if message.get("kind") == "terminate" and message.get("run_id") in self._runs:
                 run, _ = self._runs[message["run_id"]]
-                await self.patiently(run.terminate)
+                await run.terminate(message.get("request"))
 
     async def _sweep(self) -> None:
         """Hand-overs that nobody told us of: Redis was away or was emptied."""
@@ -232,7 +232,7 @@ class RunDriver:
         going, canceling = await self.lanes.run(ids[0], lambda: _statuses(instance, ids))
         for run in runs:
             if run.run_id in canceling:
-                await self.patiently(run.terminate)
+                await run.terminate()
             elif run.run_id not in going and run.run_id in self._runs:
                 await self._look_closely(run)
 
@@ -248,7 +248,7 @@ class RunDriver:
                 task.cancel()
             await self.patiently(lambda: self._close(run.run_id))
         elif found.is_finished and not run.ending:
-            await self.patiently(run.terminate)
+            await run.terminate()
 
     async def _forever(self, step: Callable[[], Awaitable[None]]) -> None:
         while True:

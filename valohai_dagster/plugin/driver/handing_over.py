@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -87,7 +88,7 @@ class HandingOver:
     def _send(self, kind: str, run_id: str) -> None:
         """The conductor also looks by itself, within half a minute, so a Redis that is away only delays."""
         stream = self._keys.runs(self._records.shard_of(run_id))
-        message: Any = {"kind": kind, "run_id": run_id}
+        message: Any = {"kind": kind, "run_id": run_id, "request": uuid.uuid4().hex}
         try:
             self._redis.xadd(stream, message)
         except redis.RedisError as error:

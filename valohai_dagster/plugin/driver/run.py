@@ -99,6 +99,7 @@ class RunDrive:
         self.ending = False  # its end is being written
         self._tries: dict[str, tuple[StepTry, asyncio.Task[DagsterEvent]]] = {}
         self._failed: list[DagsterEvent] = []
+        self._requests: set[str] = set()  # to terminate
         self._wake = asyncio.Event()
 
     # -- what steps ask for -------------------------------------------------------------------------------------------
@@ -311,14 +312,21 @@ class RunDrive:
         entries = [e for out in facts.step.step_outputs for e in events.output(out.name, {})]
         return [entry.dagster_event for entry in entries if entry.dagster_event]
 
-    async def terminate(self) -> None:
-        """K-54: stops what runs; nothing new begins; the run ends as canceled."""
-        if self.terminating:
+    async def terminate(self, request: str | None = None) -> None:
+        """K-54, L-20: stops what runs; nothing new begins; the run ends as canceled.
+
+        A second request is a hard stop. Requests have ids, since one may be delivered twice; None means that somebody
+        saw the run being cancelled.
+        """
+        if request is not None:
+            self._requests.add(request)
+        hard = len(self._requests) > 1
+        if self.terminating and not hard:
             return
         self.terminating = True
         for attempt, task in list(self._tries.values()):
             if not task.done():
-                await attempt.stop()
+                await self.patiently(lambda attempt=attempt: attempt.stop(hard=hard))
         self._wake.set()
 
     def wake(self) -> None:

@@ -185,10 +185,10 @@ class StepTry:
     async def _look(self) -> ExecutionView | None:
         return await self._run.service.view(self.execution_id)
 
-    async def stop(self) -> None:
-        """Asks the service for a soft stop (K-54)."""
+    async def stop(self, *, hard: bool = False) -> None:
+        """Asks the service to stop the execution (K-54)."""
         reason = f"Dagster run {self._run.run_id} was terminated"
-        await self._run.service.stop(self.execution_id, hard=False, reason=reason)
+        await self._run.service.stop(self.execution_id, hard=hard, reason=reason)
 
     async def _end(self, view: ExecutionView) -> DagsterEvent:
         if view.status is ExecutionStatus.complete:
