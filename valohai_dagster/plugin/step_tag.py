@@ -174,12 +174,13 @@ def read_step_tag(text: str) -> StepTag:
 
 
 def tag_at(tag: StepTag, project: Project) -> StepTag:
-    """The same step of another commit; its checks, retries and asset key stay those that were loaded."""
+    """The same step of another commit; what belongs to the loaded asset graph stays: key, checks, retries, exports."""
     step = project.step(tag.step.name)
     fresh = step_tag(project, step, code_version=code_version_of(step, project.commit.identifier))
     return replace(
         fresh,
         asset_key=tag.asset_key,
+        exported=tag.exported,
         retry=tag.retry,
         checks=tag.checks,
         partition_parameter=tag.partition_parameter,

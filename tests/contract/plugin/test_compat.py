@@ -73,6 +73,64 @@ def test_observations_are_written_at_once(instance: DagsterInstance) -> None:
     assert run_with(tell, instance).success
 
 
+DAYS = dg.StaticPartitionsDefinition(["a", "b", "c"])
+
+
+def run_partitioned(function: Any, instance: DagsterInstance) -> None:
+    """`function` in a step without partitions, below an asset whose partitions a and b were made."""
+
+    @dg.asset(key=["p", "parent"], partitions_def=DAYS)
+    def parent(context):
+        version = dg.DataVersion(f"v{context.partition_key}{len(instance.get_runs())}")
+        return dg.MaterializeResult(data_version=version)
+
+    @dg.asset(key=["p", "child"], deps=[parent])
+    def child(context):
+        function(context)
+
+    for key in ("a", "b"):
+        dg.materialize([parent], instance=instance, partition_key=key)
+    assert dg.materialize([parent, child], instance=instance, selection=[child]).success
+
+
+def test_the_partitions_that_a_step_depends_on(instance: DagsterInstance) -> None:
+    seen: list[Any] = []
+    parent = AssetKey(["p", "parent"])
+    run_partitioned(lambda c: seen.append(compat.input_partition_keys(c, parent)), instance)
+    run_with(lambda c: seen.append(compat.input_partition_keys(c, parent)), instance)
+    assert seen == [["a", "b", "c"], None]
+
+
+def test_pinned_partitions_get_the_version_that_the_engine_gives_them(
+    instance: DagsterInstance,
+) -> None:
+    parent, child = AssetKey(["p", "parent"]), AssetKey(["p", "child"])
+
+    def pin(context: AssetExecutionContext) -> None:
+        step = context.op_execution_context.get_step_execution_context()
+        engine = step.maybe_fetch_and_get_input_asset_version_info(parent)
+        records = instance.fetch_materializations(parent, limit=5).records
+        compat.pin_input(context, parent, records, partitioned=True)
+        assert step.maybe_fetch_and_get_input_asset_version_info(parent) == engine
+
+    run_partitioned(pin, instance)
+    assert instance.get_latest_materialization_event(child) is not None
+
+
+def test_a_code_server_is_told_from_the_processes_of_runs() -> None:
+    from dagster._core.definitions.definitions_load_context import (
+        DefinitionsLoadContext,
+        DefinitionsLoadType,
+    )
+
+    seen: list[bool] = [compat.is_first_load()]
+    for kind in (DefinitionsLoadType.INITIALIZATION, DefinitionsLoadType.RECONSTRUCTION):
+        DefinitionsLoadContext.set(DefinitionsLoadContext(kind))
+        seen.append(compat.is_first_load())
+    DefinitionsLoadContext._instance = None
+    assert seen == [False, True, False]
+
+
 def test_the_engine_records_the_pinned_input(instance: DagsterInstance) -> None:
     parent = AssetKey(["p", "parent"])
     instance.report_runless_asset_event(

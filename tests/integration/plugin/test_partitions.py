@@ -220,7 +220,7 @@ def test_the_resource_finds_the_execution_of_a_partition(
     for day in ("2026-01-01", "2026-01-02"):
         run(assets, instance, partition_key=day, selection=[PREP])
     first, second = (spec.execution_id for spec in backend.submitted)
-    resource = ValohaiResource()
+    resource = ValohaiResource(settings_file=None)
     assert resource.latest(instance, PREP).id == second
     assert resource.latest(instance, PREP, partition_key="2026-01-01").id == first
     with pytest.raises(NotFoundError, match="partition 2026-01-03 of asset digits/prep has no"):

@@ -73,6 +73,12 @@ def test_a_tag_of_an_older_code_location_is_read() -> None:
     assert read.partition_parameter is None
 
 
+def test_other_steps_still_get_what_they_take_from_another_commit() -> None:
+    tag = tag_of("prep", EXPORTS)
+    alone = project_of(EXPORTS.partition("- pipeline")[0], commit="b" * 40)
+    assert tag_at(tag, alone).exported == {"parameter": ["rows"]}
+
+
 def test_a_newer_tag_is_refused_with_both_versions() -> None:
     with pytest.raises(ValueError, match="version 99, this side reads 1"):
         read_step_tag('{"v": 99}')
