@@ -99,12 +99,6 @@ from valohai_dagster.plugin.compat.partitions import (
     multi_partition_tags,
     parent_partitions,
 )
-from valohai_dagster.plugin.compat.storage import (
-    complete_event,
-    is_database_outage,
-    pooled,
-    steady_schema,
-)
 
 __all__ = [
     "ACTIVE_RUN_STATUSES",
@@ -165,7 +159,6 @@ __all__ = [
     "asset_partitions",
     "code_location_pin",
     "code_reference",
-    "complete_event",
     "data_version_tags",
     "extract_data_version_from_entry",
     "finish_subscription",
@@ -173,7 +166,6 @@ __all__ = [
     "input_partition_keys",
     "input_storage_id",
     "instance_id",
-    "is_database_outage",
     "is_first_load",
     "log_key_of_event",
     "logs_captured",
@@ -183,11 +175,9 @@ __all__ = [
     "pin_code_location",
     "pin_input",
     "pool_of",
-    "pooled",
     "put_back",
     "report_engine_event",
     "serializable_error",
-    "steady_schema",
     "step_key_of",
     "tagged_ops",
 ]

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from dagster import DagsterInstance, EventLogEntry
 
-from valohai_dagster.plugin.compat import is_database_outage
+from valohai_dagster.plugin.compat.storage import is_database_outage
 from valohai_dagster.plugin.driver.recovery import complete_last_event
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from dagster import DagsterInstance
 
-from valohai_dagster.plugin.compat import is_database_outage
+from valohai_dagster.plugin.compat.storage import is_database_outage
 from valohai_dagster.plugin.driver.lanes import LaneClosed, Lanes
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from typing import Any
 
 from dagster import DagsterEventType, DagsterInstance, EventLogEntry, EventLogRecord
 
-from valohai_dagster.plugin.compat import DagsterEvent, complete_event
+from valohai_dagster.plugin.compat import DagsterEvent
+from valohai_dagster.plugin.compat.storage import complete_event
 
 PAGE = 1_000  # records per read
 NEWEST = 20  # records that are searched for an event whose writing was cut off
