@@ -33,6 +33,7 @@ from valohai_dagster.records.engine import Records
 from valohai_dagster.records.tables import datums, executions
 
 MANY = 1_000  # records of one query; tests make a few dozen
+LINE = 120  # characters of a line in a diff
 Json = Any
 
 
@@ -63,7 +64,21 @@ class Observed:
     def lines(self, *, total_order: bool) -> list[str]:
         runs = [run if total_order else _per_step(run) for run in self.runs]
         data = {"runs": runs, "assets": self.assets, "checks": self.checks, "pools": self.pools}
-        return json.dumps(data, indent=1, sort_keys=True).splitlines()
+        return list(_written(data))
+
+
+def _written(value: Json, indent: int = 0, name: str = "") -> Iterator[str]:
+    """JSON in which what fits on a line is on one, so that a difference is easy to read."""
+    start = " " * indent + name
+    text = json.dumps(value, sort_keys=True)
+    if len(start) + len(text) <= LINE or not isinstance(value, (dict, list)):
+        yield start + text
+        return
+    yield start + ("{" if isinstance(value, dict) else "[")
+    items = sorted(value.items()) if isinstance(value, dict) else enumerate(value)
+    for key, item in items:
+        yield from _written(item, indent + 1, f"{key}: " if isinstance(value, dict) else "")
+    yield " " * indent + ("}" if isinstance(value, dict) else "]")
 
 
 def differences(engine: Observed, other: Observed, *, total_order: bool) -> str:

@@ -57,11 +57,14 @@ class RunningService:
             secret_key=load_secret_key(self.settings),
         )
         self._loop = asyncio.get_running_loop()
-        self._task = asyncio.create_task(self.service.run())
+        self._task = asyncio.create_task(self._serve(self.service))
         ready.set()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
         await broker.aclose()
+
+    async def _serve(self, service: ExecutionService) -> None:
+        await service.run()
 
     def kill(self) -> None:
         """Ends the service wherever it stands; nothing is said to anyone."""

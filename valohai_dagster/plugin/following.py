@@ -27,7 +27,7 @@ from valohai_dagster.plugin.compat import (
 from valohai_dagster.plugin.compute_logs import ValohaiComputeLogManager
 from valohai_dagster.plugin.results import numeric_metrics
 
-OBSERVE_SECONDS = 60.0  # at most one observation of running metrics in this time
+OBSERVE_SECONDS = 60.0  # between two observations of running metrics, and before the first
 Interrupts = (DagsterExecutionInterruptedError, KeyboardInterrupt)
 
 
@@ -59,7 +59,7 @@ class Follower:
         clock: Callable[[], float],
     ) -> None:
         self._context, self._backend, self._spec, self._clock = context, backend, spec, clock
-        self._observed: float | None = None
+        self._observed_at = clock()
         self._latest: dict[str, Any] = {}
         self._seen: set[tuple[Any, ...]] = (
             set()
@@ -153,12 +153,12 @@ class Follower:
 
     # -- metrics while running ----------------------------------------------------------------------------------------
     def _observe(self) -> None:
-        """One observation at most per minute, and none when nothing is new."""
+        """One observation at most per minute, and none when nothing is new; the last values are in the materialization."""
         numbers = numeric_metrics(self._latest)
         now = self._clock()
-        if not numbers or (self._observed is not None and now - self._observed < OBSERVE_SECONDS):
+        if not numbers or now - self._observed_at < OBSERVE_SECONDS:
             return
-        self._observed, self._latest = now, {}
+        self._observed_at, self._latest = now, {}
         metadata = {
             f"metrics/{name}": dg.MetadataValue.float(value) for name, value in numbers.items()
         }

@@ -123,8 +123,15 @@ def _of_run(instance: DagsterInstance, run: DagsterRun, key: AssetKey) -> list[E
     """Newest first. A run that did not select the asset is not asked."""
     if run.asset_selection and key not in run.asset_selection:
         return []
+    return materializations_of_run(instance, run.run_id, key)
+
+
+def materializations_of_run(
+    instance: DagsterInstance, run_id: str, key: AssetKey
+) -> list[EventLogRecord]:
+    """Newest first, with the storage ids that the asset's history has."""
     found = instance.get_records_for_run(
-        run.run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION, ascending=False
+        run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION, ascending=False
     ).records
     records = [record for record in found if record.asset_key == key]
     sharded = instance.event_log_storage.is_run_sharded

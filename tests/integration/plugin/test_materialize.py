@@ -209,24 +209,32 @@ def test_a_new_commit_makes_assets_stale(instance: DagsterInstance, backend: Fak
     assert staleness(changed, instance) == {"Prepare_data": "FRESH", "train": "FRESH"}
 
 
-def test_an_observation_of_running_metrics_makes_nothing_stale(
-    instance: DagsterInstance, backend: FakeBackend
-) -> None:
-    def script(backend: FakeBackend, spec: ExecutionSpec) -> Iterator[FollowEvent | None]:
-        yield event(EventKind.metadata, latest={"loss": 0.5, "epoch": 1})
-        yield event(EventKind.metadata, latest={"loss": 0.4, "epoch": 2})
-        yield from backend.success(spec)
+def two_metrics(backend: FakeBackend, spec: ExecutionSpec) -> Iterator[FollowEvent | None]:
+    yield event(EventKind.metadata, latest={"loss": 0.5, "epoch": 1})
+    yield event(EventKind.metadata, latest={"loss": 0.4, "epoch": 2})
+    yield from backend.success(spec)
 
-    backend.script = script
+
+def test_an_observation_of_running_metrics_makes_nothing_stale(
+    instance: DagsterInstance, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("valohai_dagster.plugin.following.OBSERVE_SECONDS", 0.0)
+    backend.script = two_metrics
     assets = assets_of(backend)
     result = run(assets, instance)
     observations = events_of(instance, result.run_id, DagsterEventType.ASSET_OBSERVATION)
-    assert len(observations) == 2  # one per execution: the second value came within the same minute
-    assert (
-        observations[0].asset_observation_data.asset_observation.metadata["metrics/loss"].value
-        == 0.5
-    )
+    first = observations[0].asset_observation_data.asset_observation
+    assert len(observations) == 2  # the fake tells both at one moment, which is told once
+    assert first.metadata["metrics/loss"].value == 0.5
     assert staleness(assets, instance) == {"Prepare_data": "FRESH", "train": "FRESH"}
+
+
+def test_what_ends_within_a_minute_is_not_observed_before(
+    instance: DagsterInstance, backend: FakeBackend
+) -> None:
+    backend.script = two_metrics
+    result = run(assets_of(backend), instance)
+    assert not events_of(instance, result.run_id, DagsterEventType.ASSET_OBSERVATION)
 
 
 def test_a_re_execution_uses_its_parent_runs_files_and_not_the_latest(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.integration.plugin.driver.exclusions import IN_PROCESS
+from tests.support.conductor import ConductorSide
 from tests.support.dagster_side import DEFS, Code, EngineSide, Side
 from tests.support.observed_runs import Exclusions, Observed, differences, observe
 from tests.support.redis_server import RedisServer
@@ -41,7 +42,7 @@ class Comparison:
     def __call__(self, case: Case) -> Observed:
         code = Code.write(self._root / "code", case.yaml, defs=case.defs)
         engine = self.observed(case, code, case.engine)
-        ours = self.observed(case, code, EngineSide)
+        ours = self.observed(case, code, ConductorSide)
         found = differences(engine, ours, total_order=case.total_order)
         assert not found, f"engine (-) and conductor (+) differ:\n{found}"
         return engine
