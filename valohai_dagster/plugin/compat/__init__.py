@@ -7,46 +7,21 @@ a public name in `dagster` is imported from there by its user, not here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dagster._config.snap import ConfigSchemaSnapshot, ConfigTypeSnap
-from dagster._core.definitions.asset_checks.asset_check_evaluation import (
-    AssetCheckEvaluationTargetMaterializationData,
-)
 from dagster._core.definitions.data_version import (
     CODE_VERSION_TAG,
     DATA_VERSION_TAG,
-    DEFAULT_DATA_VERSION,
     extract_data_version_from_entry,
     get_input_data_version_tag,
 )
 from dagster._core.events import (
     DagsterEvent,
-    DagsterEventBatchMetadata,
     EngineEventData,
-    RunFailureReason,
 )
-from dagster._core.execution.context.data_version_cache import DataVersionCache
-from dagster._core.execution.context.system import IPlanContext, IStepContext
-from dagster._core.execution.plan.active import ActiveExecution, _pool_key_for_step
-from dagster._core.execution.plan.execute_step import _build_data_version_tags
-from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
-from dagster._core.execution.plan.objects import (
-    ErrorSource,
-    StepFailureData,
-    StepRetryData,
-    StepSuccessData,
-    TypeCheckData,
-    UserFailureData,
-)
-from dagster._core.execution.plan.outputs import StepOutputData, StepOutputHandle
-from dagster._core.execution.plan.plan import ExecutionPlan
-from dagster._core.execution.plan.step import ExecutionStep
-from dagster._core.execution.retries import RetryMode
-from dagster._core.execution.step_dependency_config import StepDependencyConfig
 from dagster._core.instance.config import ConcurrencyConfig
-from dagster._core.instance.ref import InstanceRef
 from dagster._core.launcher.base import (
     CheckRunHealthResult,
     LaunchRunContext,
@@ -76,11 +51,8 @@ from dagster._core.storage.tags import (
     GLOBAL_CONCURRENCY_TAG,
     PARENT_RUN_ID_TAG,
 )
-from dagster._core.workspace.context import BaseWorkspaceRequestContext
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
-from dagster._utils.error import serializable_error_info_from_exc_info
 from dagster._utils.warnings import disable_dagster_warnings
-from dagster_shared.error import SerializableErrorInfo
 
 if TYPE_CHECKING:
     from dagster import (
@@ -89,29 +61,19 @@ if TYPE_CHECKING:
         AssetObservation,
         DagsterInstance,
         DagsterRun,
-        DataVersion,
         EventLogRecord,
         MetadataValue,
     )
 
-from valohai_dagster.plugin.compat.partitions import (
-    asset_partitions,
-    multi_partition_tags,
-    parent_partitions,
-)
 
 __all__ = [
     "ACTIVE_RUN_STATUSES",
     "BACKFILL_ID_TAG",
     "CODE_VERSION_TAG",
     "DATA_VERSION_TAG",
-    "DEFAULT_DATA_VERSION",
     "GLOBAL_CONCURRENCY_TAG",
     "NOT_FINISHED_STATUSES",
     "PARENT_RUN_ID_TAG",
-    "ActiveExecution",
-    "AssetCheckEvaluationTargetMaterializationData",
-    "BaseWorkspaceRequestContext",
     "CapturedLogContext",
     "CapturedLogData",
     "CapturedLogMetadata",
@@ -125,41 +87,19 @@ __all__ = [
     "ConfigurableClass",
     "ConfigurableClassData",
     "DagsterEvent",
-    "DagsterEventBatchMetadata",
-    "DataVersionCache",
     "EngineEventData",
-    "ErrorSource",
-    "ExecutionPlan",
     "ExecutionPlanSnapshot",
-    "ExecutionStep",
-    "IPlanContext",
-    "IStepContext",
-    "InstanceConcurrencyContext",
-    "InstanceRef",
     "JobSnap",
     "LaunchRunContext",
     "LocalComputeLogManager",
     "ResumeRunContext",
-    "RetryMode",
-    "RunFailureReason",
     "RunLauncher",
     "RunOpConcurrency",
     "RunQueueConfig",
-    "SerializableErrorInfo",
-    "StepDependencyConfig",
-    "StepFailureData",
-    "StepOutputData",
-    "StepOutputHandle",
-    "StepRetryData",
-    "StepSuccessData",
     "SubmitRunContext",
-    "TypeCheckData",
-    "UserFailureData",
     "WorkerStatus",
-    "asset_partitions",
     "code_location_pin",
     "code_reference",
-    "data_version_tags",
     "extract_data_version_from_entry",
     "finish_subscription",
     "get_input_data_version_tag",
@@ -168,16 +108,10 @@ __all__ = [
     "instance_id",
     "is_first_load",
     "log_key_of_event",
-    "logs_captured",
-    "multi_partition_tags",
     "observe",
-    "parent_partitions",
     "pin_code_location",
     "pin_input",
-    "pool_of",
-    "put_back",
     "report_engine_event",
-    "serializable_error",
     "step_key_of",
     "tagged_ops",
 ]
@@ -331,54 +265,3 @@ def tagged_ops(instance: DagsterInstance, run: DagsterRun | None, tag: str) -> f
 def log_key_of_event(run_id: str, file_key: str) -> Sequence[str]:
     """Compute-log key of a LOGS_CAPTURED event (`ComputeLogManager.build_log_key_for_run`)."""
     return [run_id, "compute_logs", file_key]
-
-
-# -- for the run driver ---------------------------------------------------------------------------------------------
-
-
-def logs_captured(
-    context: IPlanContext, step_key: str, log_key: Sequence[str], links: Mapping[str, str]
-) -> None:
-    """LOGS_CAPTURED of one step; `links` are the addresses of its streams where Dagster cannot read them itself."""
-    DagsterEvent.capture_logs(
-        context,
-        [step_key],
-        log_key,
-        CapturedLogContext(
-            list(log_key),
-            external_stdout_url=links.get("stdout"),
-            external_stderr_url=links.get("stderr"),
-        ),
-    )
-
-
-def pool_of(step: ExecutionStep) -> str | None:
-    """The pool whose slot the step needs; older code locations wrote it as a tag."""
-    return _pool_key_for_step(step)
-
-
-def put_back(active: ActiveExecution, keep: Collection[str]) -> list[ExecutionStep]:
-    """After a replay: steps that are in flight without being in `keep` become executable again.
-
-    A replay takes every step that could run; which of them really began is for the caller to say. Returns those kept.
-    """
-    for key in sorted(active._in_flight - set(keep)):
-        active._in_flight.discard(key)
-        active._executable.append(key)
-    return [active.get_step_by_key(key) for key in sorted(active._in_flight)]
-
-
-def data_version_tags(
-    version: DataVersion, code_version: str, inputs: Mapping[AssetKey, Any]
-) -> dict[str, str]:
-    """Provenance tags of a materialization whose data version the step itself gave.
-
-    `inputs`: per parent asset `data_version` (DataVersion) and `storage_id` (int or None).
-    """
-    return _build_data_version_tags(version, code_version, inputs, True)
-
-
-def serializable_error(error: BaseException) -> SerializableErrorInfo:
-    """An exception as events hold it, with its trace."""
-    info: Any = (type(error), error, error.__traceback__)
-    return serializable_error_info_from_exc_info(info)

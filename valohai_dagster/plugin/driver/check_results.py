@@ -8,7 +8,9 @@ from dagster import AssetCheckEvaluation, AssetKey, DagsterInstance, EventLogRec
 
 from valohai_dagster.executions.stream import ExecutionView
 from valohai_dagster.plugin.checks import MetricCheck, evaluate
-from valohai_dagster.plugin.compat import AssetCheckEvaluationTargetMaterializationData
+from valohai_dagster.plugin.compat.engine import (
+    AssetCheckEvaluationTargetMaterializationData,
+)
 from valohai_dagster.plugin.upstream_results import materializations_of_run
 
 

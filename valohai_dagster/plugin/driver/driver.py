@@ -20,7 +20,9 @@ from valohai_dagster.errors import ConfigurationError
 from valohai_dagster.executions.core import run_all
 from valohai_dagster.executions.service import OUTAGES, ExecutionService
 from valohai_dagster.executions.stream import ExecutionView, FollowEvent
-from valohai_dagster.plugin.compat import NOT_FINISHED_STATUSES
+from valohai_dagster.plugin.compat.engine import (
+    NOT_FINISHED_STATUSES,
+)
 from valohai_dagster.plugin.compute_logs import ValohaiComputeLogManager
 from valohai_dagster.plugin.driver import handed_over
 from valohai_dagster.plugin.driver.handover import HandOver

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import dagster as dg
 from dagster import AssetCheckEvaluation, AssetCheckSeverity, AssetMaterialization, EventLogEntry
 
-from valohai_dagster.plugin.compat import (
+from valohai_dagster.plugin.compat.engine import (
     ErrorSource,
     RetryMode,
     SerializableErrorInfo,
     UserFailureData,
+)
+from valohai_dagster.plugin.compat.partitions import (
     multi_partition_tags,
 )
 from valohai_dagster.plugin.driver.events import INTERRUPTED, StepEvents

@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 from dagster import AssetCheckEvaluation, AssetMaterialization, EventLogEntry
 
-from valohai_dagster.plugin.compat import (
+from valohai_dagster.plugin.compat.engine import (
     DagsterEvent,
     DagsterEventBatchMetadata,
     EngineEventData,

@@ -10,7 +10,12 @@ from typing import Any
 from dagster import DagsterInstance, DagsterRun
 
 from valohai_dagster.errors import ValohaiError
-from valohai_dagster.plugin.compat import ExecutionPlan, ExecutionStep, JobSnap, pool_of
+from valohai_dagster.plugin.compat import JobSnap
+from valohai_dagster.plugin.compat.engine import (
+    ExecutionPlan,
+    ExecutionStep,
+    pool_of,
+)
 from valohai_dagster.plugin.step_tag import STEP_TAG, StepTag, read_step_tag
 
 REMEMBERED = 256

@@ -13,7 +13,9 @@ from valohai_agent.protocol import Keys, utcnow
 from valohai_dagster.broker.connection import connect
 from valohai_dagster.embedded.conductor import ensure_conductor
 from valohai_dagster.executions.why_reader import Sources
-from valohai_dagster.plugin.compat import BaseWorkspaceRequestContext
+from valohai_dagster.plugin.compat.engine import (
+    BaseWorkspaceRequestContext,
+)
 from valohai_dagster.plugin.driver import handed_over
 from valohai_dagster.plugin.driver.events import RunEvents
 from valohai_dagster.plugin.driver.facts import facts_of

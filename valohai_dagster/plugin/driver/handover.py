@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dagster import AssetKey, DagsterInstance, DagsterRun, MultiPartitionKey
 from pydantic import BaseModel, ConfigDict, Field
 
-from valohai_dagster.plugin.compat import (
+from valohai_dagster.plugin.compat.engine import (
     BaseWorkspaceRequestContext,
+)
+from valohai_dagster.plugin.compat.partitions import (
     asset_partitions,
     parent_partitions,
 )

@@ -15,7 +15,10 @@ from dagster import DagsterInstance
 
 from valohai_dagster.data.secrets import load_secret_key
 from valohai_dagster.errors import ConfigurationError
-from valohai_dagster.plugin.compat import InstanceRef, instance_id
+from valohai_dagster.plugin.compat import instance_id
+from valohai_dagster.plugin.compat.engine import (
+    InstanceRef,
+)
 from valohai_dagster.plugin.compat.storage import pooled, steady_schema
 from valohai_dagster.plugin.driver.lanes import LANES
 from valohai_dagster.records.store import get_fact, set_fact

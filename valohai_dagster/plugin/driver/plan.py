@@ -9,7 +9,7 @@ from typing import Any
 
 from dagster import DagsterInstance, DagsterRun
 
-from valohai_dagster.plugin.compat import (
+from valohai_dagster.plugin.compat.engine import (
     ActiveExecution,
     DagsterEvent,
     ExecutionStep,

@@ -11,7 +11,7 @@ from typing import Any
 import dagster as dg
 from dagster import AssetKey, DagsterInstance, DagsterRun, EventLogRecord
 
-from valohai_dagster.plugin.compat import (
+from valohai_dagster.plugin.compat.engine import (
     DEFAULT_DATA_VERSION,
     DataVersionCache,
     data_version_tags,

@@ -9,7 +9,9 @@ from typing import Any
 
 from dagster import DagsterEventType, DagsterInstance, EventLogEntry, EventLogRecord
 
-from valohai_dagster.plugin.compat import DagsterEvent
+from valohai_dagster.plugin.compat.engine import (
+    DagsterEvent,
+)
 from valohai_dagster.plugin.compat.storage import complete_event
 
 PAGE = 1_000  # records per read

@@ -14,7 +14,7 @@ from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, EventLogEntry
 from valohai_dagster.errors import ConfigurationError
 from valohai_dagster.executions.service import ExecutionService
 from valohai_dagster.executions.stream import ExecutionView
-from valohai_dagster.plugin.compat import (
+from valohai_dagster.plugin.compat.engine import (
     DagsterEvent,
     ErrorSource,
     ExecutionStep,

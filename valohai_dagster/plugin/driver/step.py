@@ -28,11 +28,10 @@ from valohai_dagster.executions.stream import (
     ExecutionView,
     FollowEvent,
 )
-from valohai_dagster.plugin.compat import (
-    CODE_VERSION_TAG,
+from valohai_dagster.plugin.compat import CODE_VERSION_TAG, log_key_of_event
+from valohai_dagster.plugin.compat.engine import (
     DagsterEvent,
     RetryMode,
-    log_key_of_event,
 )
 from valohai_dagster.plugin.driver.ends import (
     Retries,

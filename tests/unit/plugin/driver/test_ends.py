@@ -7,7 +7,10 @@ import pytest
 from dagster import AssetCheckEvaluation, AssetCheckSeverity, AssetKey, DagsterEventType
 
 from tests.unit.plugin.driver.test_recovery import events
-from valohai_dagster.plugin.compat import ErrorSource, RetryMode
+from valohai_dagster.plugin.compat.engine import (
+    ErrorSource,
+    RetryMode,
+)
 from valohai_dagster.plugin.driver.ends import (
     Retries,
     blocking_failure,

@@ -6,7 +6,9 @@ import dagster as dg
 import pytest
 
 from tests.unit.plugin.driver.test_recovery import ERROR, dg_plan, records
-from valohai_dagster.plugin.compat import RetryMode
+from valohai_dagster.plugin.compat.engine import (
+    RetryMode,
+)
 from valohai_dagster.plugin.driver.events import StepEvents
 from valohai_dagster.plugin.driver.facts import JobFacts
 from valohai_dagster.plugin.driver.plan import Limits, Plan, limits_of

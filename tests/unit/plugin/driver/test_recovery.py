@@ -8,7 +8,10 @@ from typing import Any
 import dagster as dg
 from dagster import DagsterEventType, EventLogEntry, EventLogRecord
 
-from valohai_dagster.plugin.compat import ExecutionPlan, SerializableErrorInfo
+from valohai_dagster.plugin.compat.engine import (
+    ExecutionPlan,
+    SerializableErrorInfo,
+)
 from valohai_dagster.plugin.driver.events import RunEvents, StepEvents
 from valohai_dagster.plugin.driver.recovery import identity, past_of
 
