@@ -66,7 +66,10 @@ defs = load_valohai_project(
 KINDS = (("alone",), ("alone",), ("first", "second"), ("pooled",))  # of runs, by share
 GRACE_SECONDS = 15.0  # after which a silent worker's execution is given to another
 MORTAL = ("tests.support.mortal_conductor",)
-UNREACHED_SECONDS = 12.0  # a point that was not passed by then is given up for another
+UNREACHED_SECONDS = 10.0  # without any progress: the point is given up for another
+STUCK_SECONDS = 10.0  # the longest wait for progress between two disasters
+START_SECONDS = 5.0  # of a conductor
+REPORTS = 10  # of one execution
 TIDY_SECONDS = 30.0  # for what follows the last end: acknowledgements, keys, slots
 
 
@@ -79,7 +82,6 @@ class Plan:
     disasters: int = 20
     seconds: float = 60.0  # longest command; the load should outlive the disasters
     fail_share: float = 0.03
-    pause: tuple[float, float] = (0.1, 3.0)  # between two disasters
     patience: float = 600.0  # for the load to end after the last disaster
 
 
@@ -189,8 +191,19 @@ class Scene:
         )
 
     # -- disasters --------------------------------------------------------------------------------------------------
-    def pause(self) -> None:
-        time.sleep(self.random.uniform(*self.plan.pause))
+    def go_on(self) -> None:
+        """Lets the load go on for a while: some reports more, or, one time in four, just a moment."""
+        if self.random.random() < 0.25:
+            time.sleep(self.random.uniform(0.0, 2.0))
+            return
+        share = REPORTS * self.plan.executions / self.plan.disasters
+        enough = self.reports() + self.random.uniform(0.0, 2.0 * share)
+        deadline = time.monotonic() + STUCK_SECONDS
+        while self.reports() < enough and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def reports(self) -> int:
+        return self.fleet.stats().get("reports", 0)
 
     def note(self, what: str) -> None:
         """Disaster strikes: what was going on at this moment."""
@@ -205,10 +218,13 @@ class Scene:
         environment = {VARIABLE: f"{point}:{number}"}
         conductor.start(wait=False, module=MORTAL, environment=environment)
 
-    def dies(self, conductor: Conductor, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while conductor.alive and time.monotonic() < deadline:
+    def dies(self, conductor: Conductor) -> bool:
+        """False when nothing has moved for so long that it will not die any more."""
+        seen, moved_at = self.reports(), time.monotonic() + START_SECONDS
+        while conductor.alive and time.monotonic() < moved_at + UNREACHED_SECONDS:
             time.sleep(0.05)
+            if (now := self.reports()) != seen:
+                seen, moved_at = now, max(moved_at, time.monotonic())
         return not conductor.alive
 
 
@@ -275,7 +291,7 @@ def killed_and_restarted(on: Scene) -> None:
     conductor = on.installation.add_conductor()
     on.launch(at_leisure=True)
     for number in range(on.plan.disasters):
-        on.pause()
+        on.go_on()
         on.kill(conductor)
         conductor.start(wait=number % 4 != 3)
     wait_for(conductor.serves, seconds=60, what="the last conductor")
@@ -286,7 +302,7 @@ def killed_with_a_stand_by(on: Scene) -> None:
     pair = [on.installation.add_conductor(), on.installation.add_conductor()]
     on.launch(at_leisure=True)
     for _ in range(on.plan.disasters):
-        on.pause()
+        on.go_on()
         victim = on.random.choice(pair)
         on.kill(victim)
         time.sleep(on.random.choice((0.0, 1.0, TAKE_OVER_SECONDS)))
@@ -296,23 +312,22 @@ def killed_with_a_stand_by(on: Scene) -> None:
 TAKE_OVER_SECONDS = 17.0  # a little longer than a lease of a shard lives
 
 
-def killed_between_commits(on: Scene, points: Collection[str] = POINTS) -> None:
+def killed_between_commits(on: Scene, points: Collection[str] = tuple(POINTS)) -> None:
     """The conductor dies at a chosen point of its writing, again and again."""
     conductor = on.installation.add_conductor(start=False)
     on.launch(at_leisure=True)
-    names = list(points)
+    share = on.plan.executions / on.plan.disasters
+    names: list[str] = []
     while on.points.total() < on.plan.disasters and on.unfinished():
-        point = on.random.choice(names)
-        on.start_mortal(conductor, point, on.random.randint(1, 40))
-        if on.dies(conductor, START_SECONDS + UNREACHED_SECONDS):
+        names = names or on.random.sample(list(points), len(points))
+        point = names.pop()
+        most = max(1, int(share * POINTS[point]))
+        on.start_mortal(conductor, point, on.random.randint(1, most))
+        if on.dies(conductor):
             on.note(point)
         else:
             conductor.kill()
-            names = [name for name in names if name != point] or list(points)
     conductor.start()
-
-
-START_SECONDS = 5.0
 
 
 def redis_restarted(on: Scene) -> None:
@@ -327,7 +342,7 @@ def _redis(on: Scene, *, empty: bool) -> None:
     on.installation.add_conductor()
     on.launch(at_leisure=False)
     for _ in range(on.plan.disasters):
-        on.pause()
+        on.go_on()
         on.note("emptied" if empty else "restarted")
         on.installation.redis.restart(empty=empty, pause_seconds=on.random.uniform(0.0, 2.0))
 
@@ -336,7 +351,7 @@ def postgres_stopped(on: Scene) -> None:
     on.installation.add_conductor()
     on.launch(at_leisure=False)
     for _ in range(on.plan.disasters):
-        on.pause()
+        on.go_on()
         on.note("stopped")
         on.installation.postgres.halt()
         time.sleep(on.random.uniform(0.5, 6.0))

@@ -68,6 +68,7 @@ class RunFacts:
 
     run_id: str
     status: str
+    timed: bool  # start and end are in its row
     events: Counter[tuple[str, str | None]]  # (type, step key)
     state: str | None  # of its row in vh_runs
     executions: Sequence[Any]
@@ -122,6 +123,8 @@ def _lost(run: RunFacts, expected: str) -> Iterator[str]:
         yield f"run {run.run_id} ended as {run.status} instead of {expected}: {_account(run)}"
     if run.status not in {TERMINAL_EVENTS[k] for k in TERMINAL_EVENTS if run.count(k)}:
         yield f"run {run.run_id} is {run.status} without the event that says so"
+    if not run.timed:
+        yield f"run {run.run_id} is {run.status} without times of its start and end"
     if run.state not in (None, "ended"):
         yield f"run {run.run_id} is {run.status}, but vh_runs says {run.state}"
     for execution in run.executions:
@@ -198,11 +201,15 @@ def _facts(connection: sa.Connection, run_ids: Collection[str]) -> Iterator[RunF
     for row in connection.execute(query, ids):
         executions.setdefault(row.run_id, []).append(row)
     states = _states(connection)
-    query = sa.text("SELECT run_id, status FROM runs WHERE run_id = ANY(:ids)")
-    for run_id, status in connection.execute(query, ids):
+    query = sa.text(
+        "SELECT run_id, status, start_time IS NOT NULL AND end_time IS NOT NULL FROM runs"
+        " WHERE run_id = ANY(:ids)"
+    )
+    for run_id, status, timed in connection.execute(query, ids):
         yield RunFacts(
             run_id=run_id,
             status=status,
+            timed=timed,
             events=events.get(run_id, Counter()),
             state=states.get(run_id),
             executions=executions.get(run_id, []),

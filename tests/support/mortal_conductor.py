@@ -107,13 +107,28 @@ def _service(death: Death) -> None:
     _around_async(redis.asyncio.Redis, "xdel", "acknowledged", death)
 
 
-POINTS = (
-    "before-log-row", "before-asset-index", "after-asset-index", "before-run-status", "after-run-status",
-    "before-slot-freed", "after-slot-freed", "after-slot-claimed", "before-records-commit",
-    "after-records-commit", "before-queued", "after-queued", "before-told", "after-told", "before-granted",
-    "after-granted", "before-forgotten", "after-forgotten", "before-acknowledged",
-    "after-acknowledged",
-)  # fmt: skip
+POINTS: dict[str, float] = {  # point -> roughly how often one execution passes it
+    "before-log-row": 10,
+    "before-asset-index": 1,
+    "after-asset-index": 10,
+    "before-run-status": 1,
+    "after-run-status": 1,
+    "before-slot-freed": 1,
+    "after-slot-freed": 1,
+    "after-slot-claimed": 0.2,
+    "before-records-commit": 10,
+    "after-records-commit": 10,
+    "before-queued": 1,
+    "after-queued": 1,
+    "before-told": 6,
+    "after-told": 6,
+    "before-granted": 3,
+    "after-granted": 3,
+    "before-forgotten": 1,
+    "after-forgotten": 1,
+    "before-acknowledged": 10,
+    "after-acknowledged": 10,
+}
 BETWEEN_COMMITS = ("before-asset-index", "before-run-status", "after-run-status")
 WRAPPERS: tuple[Callable[[Death], None], ...] = (_dagster, _service)
 
