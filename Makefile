@@ -81,5 +81,5 @@ $(RUN_STAMP): $(MANIFESTS) | $(BIN)/python
 	@touch $@
 
 $(DEV_STAMP): $(MANIFESTS) | $(BIN)/python
-	@sh deploy/make-venv.sh install "$(VENV)" -e ./agent -e '.[embedded,postgres,ssh]' --group dev
+	@sh deploy/make-venv.sh install "$(VENV)" -e ./agent -e '.[embedded,observability,postgres,ssh]' --group dev
 	@touch $@ $(RUN_STAMP)

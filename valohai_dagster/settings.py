@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -31,11 +30,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 from pydantic_settings.sources import PydanticBaseSettingsSource
 
 from valohai_dagster.errors import ConfigurationError, RefusedError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from valohai_dagster.settings_file import anchor_paths, merge_tables, read_toml
 
 CONFIG_NAME = "valohai.toml"
 STATE_NAME = ".valohai"
@@ -193,6 +188,17 @@ class Settings(BaseSettings):
     webserver_url: str = Field(
         default="http://127.0.0.1:3000", description="Address of the Dagster webserver, for links."
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text",
+        description="How the conductor and the local agents log: lines for people, or one JSON object per line.",
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        repr=False,
+        description="Where OpenTelemetry spans of executions are sent, an OTLP/HTTP address such as "
+        "`http://collector:4318`. Default: the variable OTEL_EXPORTER_OTLP_ENDPOINT; without both none are made. "
+        "Other OTEL_EXPORTER_OTLP_* variables (headers, time-outs, certificates) apply. Needs the extra `observability`.",
+    )
     idle_exit_seconds: float = Field(
         default=300.0,
         ge=0,
@@ -319,6 +325,11 @@ class Settings(BaseSettings):
         return self.database_url or f"sqlite:///{self.state_dir / 'records.db'}"
 
     @property
+    def spans_endpoint(self) -> str | None:
+        """Where spans go; None when nobody wants them."""
+        return self.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+
+    @property
     def redis_dir(self) -> Path:
         """Data of the embedded Redis."""
         return self.state_dir / "redis"
@@ -399,29 +410,14 @@ def _load(
     config: Path | None, cwd: Path, stamp: int, environ: tuple[tuple[str, str], ...]
 ) -> Settings:
     base = config.parent if config is not None else cwd
-    data = _merge(_read_file(config), _read_environment())
+    data = merge_tables(read_toml(config), _read_environment())
     state = dict(environ).get("VALOHAI_STATE")
     data["state_dir"] = base / Path(state or data.get("state_dir") or STATE_NAME).expanduser()
-    data = _anchor(data, base)
+    data = anchor_paths(data, base)
     try:
         return Settings(**data, config_file=config)
     except ValidationError as error:
         raise ConfigurationError(_explain(error, config)) from None
-
-
-def _read_file(config: Path | None) -> dict[str, Any]:
-    if config is None:
-        return {}
-    try:
-        return tomllib.loads(config.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot read the settings file {config}: {error.strerror}"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"the settings file {config} is not valid TOML: {error}"
-        ) from error
 
 
 def _read_environment() -> dict[str, Any]:
@@ -432,40 +428,6 @@ def _read_environment() -> dict[str, Any]:
         raise ConfigurationError(
             f"an environment variable VALOHAI_* cannot be read: {error}{cause}"
         ) from error
-
-
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(low)
-    for key, value in high.items():
-        below = merged.get(key)
-        merged[key] = (
-            _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-        )
-    return merged
-
-
-def _anchor(data: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Relative paths of stores, file inputs and key file count from the settings file."""
-
-    def fix(path: Any) -> Any:
-        return base / Path(path).expanduser() if isinstance(path, (str, Path)) else path
-
-    data = dict(data)
-    for table, key in (("stores", "path"), ("groups", "file_inputs")):
-        sections = data.get(table)
-        if isinstance(sections, dict):
-            data[table] = {
-                name: {
-                    **section,
-                    key: [fix(p) for p in value] if isinstance(value, list) else fix(value),
-                }
-                if isinstance(section, dict) and (value := section.get(key)) is not None
-                else section
-                for name, section in sections.items()
-            }
-    if data.get("secret_key_file"):
-        data["secret_key_file"] = fix(data["secret_key_file"])
-    return data
 
 
 def _explain(error: ValidationError, config: Path | None) -> str:

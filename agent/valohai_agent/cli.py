@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -33,6 +34,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
+
+
+class LogFormat(str, Enum):
+    text = "text"
+    json = "json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +123,10 @@ def run(
         Optional[float],
         typer.Option(help="Exit after so many idle seconds.", envvar="VALOHAI_AGENT_IDLE_EXIT"),
     ] = None,
-    json_logs: Annotated[
-        bool,
-        typer.Option("--json-logs", help="Log as JSON lines.", envvar="VALOHAI_AGENT_JSON_LOGS"),
-    ] = False,
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(help="Lines for people, or JSON objects.", envvar="VALOHAI_AGENT_LOG_FORMAT"),
+    ] = LogFormat.text,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
     """Takes jobs of one queue until told to stop.
@@ -130,7 +136,7 @@ def run(
     """
     from valohai_agent.json_logging import set_up_logging
 
-    set_up_logging(as_json=json_logs, verbose=verbose)
+    set_up_logging(as_json=log_format is LogFormat.json, verbose=verbose)
     _warn_about_password(redis)
     options = AgentOptions(
         queue=queue,

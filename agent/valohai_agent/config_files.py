@@ -17,6 +17,7 @@ from valohai_agent.workspace import Workspace
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, where it was built
 TRUE_VALUES = frozenset({"1", "yes", "true"})
 FORBIDDEN = frozenset({"VALOHAI_PORT"})  # valohai-utils would think it is in a deployment (K-12)
+TRACE_VARIABLES = {"traceparent": "TRACEPARENT", "tracestate": "TRACESTATE"}  # W3C trace context
 CONFIG_KEYS = {  # identity variables that come from execution.json, when they apply
     "VH_TASK_ID": "valohai.task-id",
     "VH_PIPELINE_ID": "valohai.pipeline-id",
@@ -70,9 +71,10 @@ def build_environment(
     """The command's variables: secrets, then the job's own, then the identity variables (K-73).
 
     Nobody overrides the identity variables of CONTRACT 4.2; the agent switches of 4.3 users may set.
-    PYTHONUNBUFFERED=1 unless given (C-28); VALOHAI_PORT is never set (K-12).
+    PYTHONUNBUFFERED=1 unless given (C-28); TRACEPARENT where the control plane sends spans; VALOHAI_PORT is never set (K-12).
     """
-    environment = {"PYTHONUNBUFFERED": "1", **secrets, **job.environment_variables}
+    trace = {TRACE_VARIABLES[k]: v for k, v in job.trace.items() if k in TRACE_VARIABLES}
+    environment = {"PYTHONUNBUFFERED": "1", **trace, **secrets, **job.environment_variables}
     environment.update(_identity(job, valohai_dir, facts))
     return {k: v for k, v in environment.items() if k not in FORBIDDEN}
 

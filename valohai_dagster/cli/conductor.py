@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import time
@@ -26,11 +25,11 @@ def conductor(
     ),
 ) -> None:
     """Run the conductor: the service that follows all executions. The embedded default starts it by itself."""
+    from valohai_dagster.observability.logs import set_up_logging
     from valohai_dagster.web.conductor import run_conductor
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     settings = load_settings()
+    set_up_logging(settings.log_format)
     if not run_conductor(settings, on_demand=on_demand):
         typer.echo(f"a conductor serves {settings.state_dir} already", err=True)
 

@@ -12,10 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from valohai_dagster.cli.render import (
-    PHASES,
     in_columns,
     metrics_text,
-    phase_seconds,
     seconds_text,
     size_text,
     status_text,
@@ -24,6 +22,7 @@ from valohai_dagster.cli.render import (
 from valohai_dagster.data.printable import printable
 from valohai_dagster.executions.client import ExecutionClient
 from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
+from valohai_dagster.executions.timing import PHASES, phase_seconds
 from valohai_dagster.records import tables as t
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import open_stores

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from valohai_agent.protocol import PhaseSpan
 from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
 
-PHASES: tuple[str, ...] = ("queued", "preparing", "pulling", "downloading", "running", "uploading")
 STYLE = {
     ExecutionStatus.complete: "green",
     ExecutionStatus.error: "red",
@@ -66,23 +64,8 @@ def status_text(status: ExecutionStatus) -> str:
     return f"[{style}]{status.value}[/{style}]" if style else status.value
 
 
-def phase_seconds(view: ExecutionView) -> dict[str, float]:
-    """Seconds by phase of the last attempt; `queued` is from the queue to the first phase."""
-    spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-    for span in view.phases:
-        spent[span.phase] = spent.get(span.phase, 0.0) + _length(span)
-    begun = min((span.started_at for span in view.phases), default=view.started_at)
-    if view.qtime and begun:
-        spent["queued"] = max(0.0, (begun - view.qtime).total_seconds())
-    return {name: round(seconds, 3) for name, seconds in spent.items()}
-
-
 def total_seconds(view: ExecutionView) -> float | None:
     return _between(view.ctime, view.ended_at)
-
-
-def _length(span: PhaseSpan) -> float:
-    return max(0.0, (span.ended_at - span.started_at).total_seconds())
 
 
 def _between(start: datetime | None, end: datetime | None) -> float | None:

@@ -30,6 +30,7 @@ class LocalGroups(dict[str, LocalGroup]):
                     deployment=core.records.deployment_id,
                     on_gone=on_gone,
                     drain=lambda worker, reason, name=name: self._drain(name, worker, reason),
+                    log_format=core.settings.log_format,
                     clock=core.clock,
                 )
 

@@ -23,6 +23,7 @@ from valohai_dagster.data.secrets import (
 from valohai_dagster.errors import RefusedError, SpecError
 from valohai_dagster.executions.credentials import open_credentials
 from valohai_dagster.executions.spec_model import ExecutionSpec
+from valohai_dagster.executions.trace_context import traceparent_of
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import Stores
 
@@ -100,6 +101,7 @@ def prepare(
         time_limit_seconds=spec.time_limit_seconds or settings.time_limit_seconds,
         no_output_timeout_seconds=spec.no_output_timeout_seconds
         or settings.no_output_timeout_seconds,
+        trace=_trace(spec, settings),
         notices=[
             *spec.warnings,
             *notices,
@@ -108,6 +110,13 @@ def prepare(
         ],
     )
     return Prepared(job=job, sources=dict(resolved.sources))
+
+
+def _trace(spec: ExecutionSpec, settings: Settings) -> dict[str, str]:
+    """Only where spans are sent: user code must not hang its own below one that nobody will see."""
+    if settings.spans_endpoint is None:
+        return {}
+    return {"traceparent": traceparent_of(spec.run_id, spec.execution_id)}
 
 
 def variable_groups(spec: ExecutionSpec) -> list[str]:

@@ -102,6 +102,9 @@ class ExecutionView(View):
     reason: str | None = None
     exit_code: int | None = None
     environment: str
+    group: str = Field("", description="Worker group whose queue it is in.")
+    run_id: str | None = None
+    step_key: str | None = None
     worker: str | None = None
     host: str | None = None
     runtime: str | None = None

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import uvicorn
+from starlette.applications import Starlette
 
 from valohai_dagster.broker.connection import broker_url, connect_async
 from valohai_dagster.data.secrets import load_secret_key
@@ -21,6 +22,7 @@ from valohai_dagster.embedded.redis import EmbeddedRedis
 from valohai_dagster.errors import ConfigurationError
 from valohai_dagster.executions.core import run_all
 from valohai_dagster.executions.service import ExecutionService
+from valohai_dagster.observability.hub import observing
 from valohai_dagster.records.engine import Records, open_records
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import Stores, open_stores
@@ -64,9 +66,29 @@ async def _serve(settings: Settings, on_demand: bool) -> None:
         secret_key=load_secret_key(settings),
     )
     listener = _listen(settings)
-    server = _http_server(settings, records, stores)
-    stop = _stop_event()
     driving = Driving(settings, service, records, stores)
+    with observing(service, lambda: driving.driver) as hub:
+        app = make_app(records, stores, host=settings.http_host, metrics=hub.render)
+        idle = await _serve_until_told(
+            settings, service, driving, _http_server(app), listener, on_demand=on_demand
+        )
+    await broker.aclose()
+    records.close()
+    if idle and settings.redis_url is None:
+        EmbeddedRedis(settings).stop(only_if_unused=True)
+
+
+async def _serve_until_told(
+    settings: Settings,
+    service: ExecutionService,
+    driving: Driving,
+    server: uvicorn.Server,
+    listener: socket.socket,
+    *,
+    on_demand: bool,
+) -> bool:
+    """Whether it ended because there was nothing to do."""
+    stop = _stop_event()
     tasks = [
         asyncio.create_task(_serve_executions(service, driving)),
         asyncio.create_task(server.serve([listener])),
@@ -78,10 +100,7 @@ async def _serve(settings: Settings, on_demand: bool) -> None:
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     idle = on_demand and tasks[-1] in done
     await _wind_down(settings, service, server, tasks, idle=idle)
-    await broker.aclose()
-    records.close()
-    if idle and settings.redis_url is None:
-        EmbeddedRedis(settings).stop(only_if_unused=True)
+    return idle
 
 
 async def _serve_executions(service: ExecutionService, driving: Driving) -> None:
@@ -100,6 +119,11 @@ class Driving:
     ) -> None:
         self._parts = (settings, service, records, stores)
         self._driver: RunDriver | None = None
+
+    @property
+    def driver(self) -> RunDriver | None:
+        """None while it is being imported."""
+        return self._driver
 
     @property
     def busy(self) -> bool:
@@ -175,9 +199,11 @@ def _listen(settings: Settings) -> socket.socket:
     )
 
 
-def _http_server(settings: Settings, records: Records, stores: Stores) -> uvicorn.Server:
-    app = make_app(records, stores, host=settings.http_host)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
+def _http_server(app: Starlette) -> uvicorn.Server:
+    """Its log goes where ours goes, in the same form."""
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", log_config=None
+    )
     server = uvicorn.Server(config)
     setattr(server, "capture_signals", contextlib.nullcontext)  # noqa: B010 - signals: see _stop_event
     return server

@@ -1,6 +1,7 @@
 """The conductor's small HTTP server: files and logs at addresses that never expire.
 
-`/datum/<id>` opens an output, `/log/<execution>/<attempt>/<stream>` a stored log. Read-only and without state.
+`/datum/<id>` opens an output, `/log/<execution>/<attempt>/<stream>` a stored log, `/metrics` is for Prometheus. Read-only
+and without state.
 What users stored is not trusted: only harmless types are shown inline, everything runs sandboxed, and a server on a
 loopback address answers only to loopback names, so no web page can read it through a rebound name.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import mimetypes
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import quote
@@ -22,6 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from valohai_dagster.errors import StoreError, StoreMissing
+from valohai_dagster.observability.prometheus import CONTENT_TYPE, EXTRA
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import Records
 from valohai_dagster.stores.registry import Stores
@@ -44,11 +46,17 @@ _SAFE_HEADERS = {
 }
 
 
-def make_app(records: Records, stores: Stores, *, host: str) -> Starlette:
-    """`host` is the address that the server listens on."""
+RenderMetrics = Callable[[], Awaitable[bytes | None]]
+
+
+def make_app(
+    records: Records, stores: Stores, *, host: str, metrics: RenderMetrics | None = None
+) -> Starlette:
+    """`host` is the address that the server listens on; `metrics` gives the page, None without the extra."""
     files = _Files(records, stores)
     routes = [
         Route("/health", _health),
+        Route("/metrics", _metrics(metrics)),
         Route("/datum/{datum_id}", files.datum),
         Route("/datum/{datum_id}/{name:path}", files.datum),
         Route("/log/{execution_id}/{attempt:int}/{stream}", files.log),
@@ -61,6 +69,16 @@ def make_app(records: Records, stores: Stores, *, host: str) -> Starlette:
 
 async def _health(request: Request) -> Response:
     return JSONResponse({"status": "ok", "version": __version__})
+
+
+def _metrics(render: RenderMetrics | None) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        page = await render() if render is not None else None
+        if page is None:
+            return PlainTextResponse(f"metrics need {EXTRA}\n", 501)
+        return Response(page, media_type=CONTENT_TYPE)
+
+    return answer
 
 
 class _LoopbackNamesOnly(BaseHTTPMiddleware):

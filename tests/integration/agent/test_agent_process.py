@@ -462,7 +462,7 @@ def test_an_agent_with_the_rights_of_its_group_alone_runs_a_job(
 def test_the_log_can_be_json(
     conductor: Conductor, start_agent: StartAgent, redis_server: RedisServer
 ) -> None:
-    agent = start_agent(redis_server.unix_url, "--json-logs", "--idle-exit", "0.5")
+    agent = start_agent(redis_server.unix_url, "--log-format", "json", "--idle-exit", "0.5")
     assert agent.wait() == 0
     actions = [json.loads(line)["action"] for line in agent.log.splitlines()]
     assert actions == ["start", "draining", "exit"]

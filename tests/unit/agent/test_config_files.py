@@ -121,3 +121,15 @@ def test_c28_python_is_unbuffered_unless_the_user_says_otherwise() -> None:
 def test_switches_know_three_words_for_yes() -> None:
     assert all(switch({"X": value}, "X") for value in ("1", "yes", "TRUE"))
     assert not any(switch({"X": value}, "X") for value in ("0", "no", "", "on"))
+
+
+def test_the_command_gets_the_trace_that_its_execution_belongs_to() -> None:
+    def variables(**fields: Any) -> dict[str, str]:
+        facts = HostFacts(hostname="h")
+        return build_environment(_job(**fields), secrets={}, valohai_dir="/v", facts=facts)
+
+    trace = {"traceparent": "00-1-2-01", "other": "x"}
+    assert variables(trace=trace)["TRACEPARENT"] == "00-1-2-01"
+    own = variables(trace=trace, environment_variables={"TRACEPARENT": "mine"})
+    assert own["TRACEPARENT"] == "mine"
+    assert "TRACEPARENT" not in variables()

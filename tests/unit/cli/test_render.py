@@ -9,6 +9,7 @@ import pytest
 from valohai_agent.protocol import PhaseSpan
 from valohai_dagster.cli import render
 from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
+from valohai_dagster.executions.timing import phase_seconds
 
 NOON = datetime(2026, 1, 5, 12, tzinfo=timezone.utc)
 
@@ -63,7 +64,7 @@ def test_queued_is_the_time_before_the_first_phase_and_phases_are_their_own_span
             PhaseSpan(phase="running", started_at=at(6), ended_at=at(18)),
         ],
     )
-    spent = render.phase_seconds(view)
+    spent = phase_seconds(view)
     assert (spent["queued"], spent["preparing"], spent["running"], spent["pulling"]) == (
         4,
         1,

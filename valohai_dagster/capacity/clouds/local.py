@@ -78,6 +78,7 @@ class LocalGroup:
         deployment: str,
         on_gone: AgentGone,
         drain: DrainWorker,
+        log_format: str = "text",
         clock: Callable[[], datetime] = utcnow,
     ) -> None:
         self.name = name
@@ -88,6 +89,7 @@ class LocalGroup:
         self._deployment = deployment
         self._on_gone = on_gone
         self._drain = drain
+        self._log_format = log_format
         self._clock = clock
         self._idle_since: dict[str, datetime] = {}
         self._draining: set[str] = set()
@@ -261,7 +263,11 @@ class LocalGroup:
 
     def _environment(self) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(_WITHHELD)}
-        return {**inherited, "VALOHAI_AGENT_REDIS": self._redis_url, **self._settings.env}
+        ours = {
+            "VALOHAI_AGENT_REDIS": self._redis_url,
+            "VALOHAI_AGENT_LOG_FORMAT": self._log_format,
+        }
+        return {**inherited, **ours, **self._settings.env}
 
 
 def _host() -> str:
