@@ -56,7 +56,8 @@ def conductor_of(broker: redis.Redis, keys: Keys, shard: int) -> Conductor:
     if broker.exists(keys.shard(shard)):
         return "there"
     now: Any = broker.time()
-    living: Any = broker.zcount(keys.conductors(), now[0], "+inf")
+    milliseconds = now[0] * 1000 + now[1] // 1000
+    living: Any = broker.zcount(keys.conductors(), milliseconds, "+inf")
     if living:
         return "elsewhere"
     return "there" if broker.exists(keys.service()) else "nobody"
