@@ -72,7 +72,9 @@ def run_step(
             context.log.warning(warning)
         view = follow_to_end(context, backend, spec)
     except ValohaiError as error:
-        raise failure_of(error).to_dagster() from error
+        raise failure_of(
+            error
+        ).to_dagster() from None  # a cause would only show the same text again
     if view.status is not ExecutionStatus.complete:
         raise failed(view, backend.last_stderr(view.id, STDERR_LINES)).to_dagster()
     result = materialize_result(view, exported=tag.exported, read_small=backend.read_small)
@@ -95,17 +97,27 @@ def prepare(
         project = project_at(project, commit=config.commit, adhoc=config.adhoc)
         tag = tag_at(tag, project)
     commit, archive_warnings = backend.publish(project)
-    spec = spec_of(
-        tag,
-        config=config,
-        commit=commit,
-        ids=launch_ids(context),
-        partitions=partitions_of(context),
-        upstream=upstream_of(
-            tag, lambda key: used_materializations(context, key), backend.view, context.log.warning
-        ),
-        archive_warnings=archive_warnings,
-    )
+    told: list[str] = []
+    try:
+        upstream = upstream_of(
+            tag,
+            lambda key: used_materializations(context, key, told.append),
+            backend.view,
+            told.append,
+        )
+        spec = spec_of(
+            tag,
+            config=config,
+            commit=commit,
+            ids=launch_ids(context),
+            partitions=partitions_of(context),
+            upstream=upstream,
+            archive_warnings=[*told, *archive_warnings],
+        )
+    except ValohaiError:
+        for text in told:  # they may explain it
+            context.log.warning(text)
+        raise
     return tag, spec
 
 
@@ -121,11 +133,13 @@ def partitions_of(context: AssetExecutionContext) -> RunPartitions:
     return RunPartitions.of_keys(context.partition_keys)
 
 
-def used_materializations(context: AssetExecutionContext, key: AssetKey) -> list[EventLogRecord]:
+def used_materializations(
+    context: AssetExecutionContext, key: AssetKey, warn: Callable[[str], None]
+) -> list[EventLogRecord]:
     """What this step uses of an upstream asset; the engine's provenance tags are told about it."""
     partition_keys = input_partition_keys(context, key)
     if partition_keys is not None:
-        return _used_partitions(context, key, partition_keys)
+        return _used_partitions(context, key, partition_keys, warn)
     latest_id = input_storage_id(context, key)
     record = used_record(context.instance, context.run, key, latest_id)
     if record is None:
@@ -136,10 +150,13 @@ def used_materializations(context: AssetExecutionContext, key: AssetKey) -> list
 
 
 def _used_partitions(
-    context: AssetExecutionContext, key: AssetKey, partition_keys: list[str]
+    context: AssetExecutionContext,
+    key: AssetKey,
+    partition_keys: list[str],
+    warn: Callable[[str], None],
 ) -> list[EventLogRecord]:
     instance = context.instance
-    records = used_records(instance, context.run, key, partition_keys, context.log.warning)
+    records = used_records(instance, context.run, key, partition_keys, warn)
     newest = set(latest_ids(instance, key, partition_keys).values())
     if any(record.storage_id not in newest for record in records):
         pin_input(context, key, records, partitioned=True)

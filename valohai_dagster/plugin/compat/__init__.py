@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         AssetObservation,
         DagsterInstance,
         DagsterRun,
+        DataVersion,
         EventLogRecord,
         MetadataValue,
     )
@@ -114,6 +115,7 @@ __all__ = [
     "report_engine_event",
     "step_key_of",
     "tagged_ops",
+    "version_of_records",
 ]
 
 
@@ -169,16 +171,10 @@ def pin_input(
     used; the asset would then look fresh though it is not (DAGSTER_NOTES 11). Of partitions the engine takes the
     digest of all versions, and of their events the newest.
     """
-    from dagster import DataVersion
     from dagster._core.execution.context.data_version_cache import InputAssetVersionInfo
 
     newest = max(records, key=lambda record: record.storage_id)
-    version = extract_data_version_from_entry(newest.event_log_entry)
-    if partitioned:
-        ordered = sorted(records, key=lambda record: record.partition_key or "")
-        versions = [extract_data_version_from_entry(record.event_log_entry) for record in ordered]
-        text = "".join(found.value for found in versions if found is not None)
-        version = DataVersion(hashlib.sha256(text.encode()).hexdigest())
+    version = version_of_records(records, partitioned=partitioned)
     event = newest.event_log_entry.dagster_event
     known = context.op_execution_context.get_step_execution_context().input_asset_records
     assert event is not None
@@ -186,6 +182,21 @@ def pin_input(
     known[key] = InputAssetVersionInfo(
         newest.storage_id, event.event_type, version, newest.run_id, newest.timestamp
     )
+
+
+def version_of_records(
+    records: Sequence[EventLogRecord], *, partitioned: bool
+) -> DataVersion | None:
+    """The data version of these materializations of an asset: of partitions the digest of all, else the newest's."""
+    from dagster import DataVersion
+
+    if not partitioned:
+        newest = max(records, key=lambda record: record.storage_id)
+        return extract_data_version_from_entry(newest.event_log_entry)
+    ordered = sorted(records, key=lambda record: record.partition_key or "")
+    versions = [extract_data_version_from_entry(record.event_log_entry) for record in ordered]
+    text = "".join(found.value for found in versions if found is not None)
+    return DataVersion(hashlib.sha256(text.encode()).hexdigest())
 
 
 def input_partition_keys(context: AssetExecutionContext, key: AssetKey) -> list[str] | None:

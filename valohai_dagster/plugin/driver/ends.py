@@ -20,7 +20,10 @@ from valohai_dagster.plugin.compat.partitions import (
 from valohai_dagster.plugin.driver.events import INTERRUPTED, StepEvents
 from valohai_dagster.plugin.launching import StepFailure
 
-RETRY_REQUESTED = "dagster._core.execution.plan.utils.RetryRequestedFromPolicy\n"
+RETRY_MODULES = {  # where the engine's exceptions are, as error messages show it
+    "RetryRequested": "dagster._core.definitions.events",
+    "RetryRequestedFromPolicy": "dagster._core.execution.plan.utils",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,30 +49,38 @@ def failure_entries(
         description=failure.description,
         metadata=dict(failure.metadata),
     )
-    policy = retries.policy
-    if policy is None or not failure.allow_retries:
+    if retries.policy is None or not failure.allow_retries:
         return events.failure(error, user=user)
+    return _retry_or_failure(events, retries, error, "RetryRequestedFromPolicy", user)
+
+
+def interrupted_entries(events: StepEvents, retries: Retries) -> list[EventLogEntry]:
+    """Of a step whose run is being cancelled. The engine lets a retry policy count here too, though no try follows."""
+    if retries.policy is None:
+        return events.failure(INTERRUPTED, source=ErrorSource.INTERRUPT)
+    return _retry_or_failure(events, retries, INTERRUPTED, "RetryRequested", None)
+
+
+def _retry_or_failure(
+    events: StepEvents,
+    retries: Retries,
+    cause: SerializableErrorInfo,
+    kind: str,
+    user: UserFailureData | None,
+) -> list[EventLogEntry]:
+    policy = retries.policy
+    assert policy is not None
+
+    def error(message: str) -> SerializableErrorInfo:
+        return SerializableErrorInfo(message=message, stack=[], cls_name=kind, cause=cause)
+
     if retries.mode.disabled:
-        return events.failure(
-            _retry_error("RetryRequested but retries are disabled", error), user=user
-        )
+        return events.failure(error("RetryRequested but retries are disabled"), user=user)
     if retries.previous_attempts >= policy.max_retries:
         text = f"Exceeded max_retries of {policy.max_retries}\n"
-        return events.failure(
-            _retry_error(text, error), user=user, source=ErrorSource.USER_CODE_ERROR
-        )
+        return events.failure(error(text), user=user, source=ErrorSource.USER_CODE_ERROR)
     delay = policy.calculate_delay(retries.previous_attempts + 1)
-    return events.retry(_retry_error(RETRY_REQUESTED, error), delay)
-
-
-def _retry_error(message: str, cause: SerializableErrorInfo) -> SerializableErrorInfo:
-    return SerializableErrorInfo(
-        message=message, stack=[], cls_name="RetryRequestedFromPolicy", cause=cause
-    )
-
-
-def interrupted_entries(events: StepEvents) -> list[EventLogEntry]:
-    return events.failure(INTERRUPTED, source=ErrorSource.INTERRUPT)
+    return events.retry(error(f"{RETRY_MODULES[kind]}.{kind}\n"), delay)
 
 
 def materializations(

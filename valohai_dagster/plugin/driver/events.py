@@ -226,6 +226,11 @@ class StepEvents:
     def engine(self, message: str, **metadata: Any) -> list[EventLogEntry]:
         return engine_event(self._context, message, metadata)
 
+    def warning(self, message: str) -> list[EventLogEntry]:
+        """A log line, as `context.log.warning` writes it."""
+        self._context.line(30, message, self._step.key)
+        return self._context.take()
+
     def pool_blocked(self, pool: str, *, initial: bool) -> list[EventLogEntry]:
         DagsterEvent.step_concurrency_blocked(self._context, pool, initial=initial)
         return self._context.take()

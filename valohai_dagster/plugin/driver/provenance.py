@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 import dagster as dg
 from dagster import AssetKey, DagsterInstance, DagsterRun, EventLogRecord
 
+from valohai_dagster.plugin.compat import version_of_records
 from valohai_dagster.plugin.compat.engine import (
     DEFAULT_DATA_VERSION,
     DataVersionCache,
     data_version_tags,
-    extract_data_version_from_entry,
 )
 from valohai_dagster.plugin.launching import used_record, used_records
+from valohai_dagster.plugin.upstream_results import latest_ids
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Parents:
     ) -> None:
         self._instance, self._run, self._partitions = instance, run, partitions
         self._keys = [AssetKey(list(path)) for path in parents]
+        self._used: dict[AssetKey, Sequence[EventLogRecord]] = {}
         self._infos = self._read() if self._keys else {}
 
     def _read(self) -> Mapping[AssetKey, Any]:
@@ -70,31 +72,44 @@ class Parents:
         cache._fetch_input_asset_version_info(self._keys)
         return cache.input_asset_version_info
 
-    def records(self, key: AssetKey) -> list[EventLogRecord]:
+    def records(self, key: AssetKey, warn: Callable[[str], None]) -> Sequence[EventLogRecord]:
         """The materializations of an upstream asset that the step takes its inputs from."""
         partitions = self._partitions.get(key.to_user_string())
         if partitions is not None:
-            return used_records(self._instance, self._run, key, list(partitions), log.warning)
-        info = self._infos.get(key)
-        latest = info.storage_id if info else None
-        record = used_record(self._instance, self._run, key, latest)
-        return [record] if record is not None else []
+            found = used_records(self._instance, self._run, key, list(partitions), warn)
+        else:
+            info = self._infos.get(key)
+            latest = info.storage_id if info else None
+            record = used_record(self._instance, self._run, key, latest)
+            found = [record] if record is not None else []
+        self._used[key] = found
+        return found
 
-    def provenance(self, used: Mapping[AssetKey, EventLogRecord]) -> Provenance:
-        """`used`: materializations that the step took although a newer one may be there."""
+    def provenance(self) -> Provenance:
+        """The newest versions, but of what the step took although newer ones are there: those."""
         versions: dict[str, str] = {}
         pointers: dict[str, int | None] = {}
         for key in self._keys:
-            info, record = self._infos.get(key), used.get(key)
+            info = self._infos.get(key)
             version = info.data_version if info else None
             storage_id = info.storage_id if info else None
-            if record is not None and record.storage_id != storage_id:
-                version = extract_data_version_from_entry(record.event_log_entry)
-                storage_id = record.storage_id
+            if records := self._older(key, storage_id):
+                partitioned = key.to_user_string() in self._partitions
+                version = version_of_records(records, partitioned=partitioned)
+                storage_id = max(record.storage_id for record in records)
             name = key.to_user_string()
             versions[name] = (version or DEFAULT_DATA_VERSION).value
             pointers[name] = storage_id
         return Provenance(versions=versions, pointers=pointers)
+
+    def _older(self, key: AssetKey, latest_id: int | None) -> Sequence[EventLogRecord]:
+        """What was used of the asset when there is something newer; else nothing."""
+        records = self._used.get(key, ())
+        partitions = self._partitions.get(key.to_user_string())
+        newest = {latest_id}
+        if partitions is not None:
+            newest = set(latest_ids(self._instance, key, partitions).values())
+        return records if any(record.storage_id not in newest for record in records) else ()
 
 
 class _StepContext:

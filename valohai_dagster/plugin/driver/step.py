@@ -14,7 +14,6 @@ from dagster import (
     DagsterInstance,
     DagsterRun,
     EventLogEntry,
-    EventLogRecord,
 )
 
 from valohai_dagster.errors import ValohaiError
@@ -142,6 +141,7 @@ class StepTry:
         self._started_at = started_at
         self._events = StepEvents(run.job_name, run.run_id, facts.step, facts.output_types)
         self._provenance = Provenance()
+        self._warnings: list[str] = []  # about what the launch asks for
         self._told: set[tuple[int, str]] = set()
         self._leased = int((DagsterEventType.STEP_WORKER_STARTED,) in written)  # by which attempt
         self._observed_at = started_at
@@ -193,7 +193,8 @@ class StepTry:
         if view.status is ExecutionStatus.complete:
             return await self._succeed(view)
         if view.status is ExecutionStatus.stopped and self._run.terminating:
-            return await self._finish([*self._start(), *interrupted_entries(self._events)])
+            entries = interrupted_entries(self._events, self._retries())
+            return await self._finish([*self._start(), *entries])
         stderr = await self._run.call(lambda: self._run.platform.last_stderr(view.id, STDERR_LINES))
         return await self._fail(failed(view, stderr))
 
@@ -207,17 +208,11 @@ class StepTry:
         parents = Parents(
             run.instance, run.dagster_run, self._tag.parents, run.parent_partitions(facts)
         )
-        used: dict[AssetKey, EventLogRecord] = {}
-
-        def find(key: AssetKey) -> list[EventLogRecord]:
-            records = parents.records(key)
-            if len(records) == 1:
-                used[key] = records[0]
-            return records
-
-        told: list[str] = []
-        upstream = upstream_of(self._tag, find, run.platform.view, told.append)
-        self._provenance = parents.provenance(used)
+        warn = self._warnings.append
+        upstream = upstream_of(
+            self._tag, lambda key: parents.records(key, warn), run.platform.view, warn
+        )
+        self._provenance = parents.provenance()
         spec = spec_of(
             self._tag,
             config=config,
@@ -225,9 +220,11 @@ class StepTry:
             ids=self._ids(),
             upstream=upstream,
             partitions=run.partitions(facts),
-            archive_warnings=[*told, *launch.warnings],
+            archive_warnings=[*self._warnings, *launch.warnings],
         )
-        return spec.model_copy(update={"client": {"provenance": self._provenance.to_dict()}})
+        self._warnings = spec.warnings
+        kept = {"provenance": self._provenance.to_dict(), "warnings": self._warnings}
+        return spec.model_copy(update={"client": kept})
 
     def _ids(self) -> LaunchIds:
         run = self._run
@@ -249,6 +246,7 @@ class StepTry:
         """What the process that submitted the execution knew."""
         kept = self._run.platform.client_data(self.execution_id)
         self._provenance = Provenance.from_dict(kept.get("provenance") or {})
+        self._warnings = list(kept.get("warnings") or [])
 
     # -- while it runs --------------------------------------------------------------------------------------------------
     def _opening(self, view: ExecutionView, mailbox: Mailbox) -> list[EventLogEntry]:
@@ -298,7 +296,7 @@ class StepTry:
             return []
         entries = self._events.start(self._previous_attempts)
         self._started_at = self._observed_at = entries[0].timestamp
-        return entries
+        return [*entries, *(e for text in self._warnings for e in self._events.warning(text))]
 
     def _observe_in(self) -> float | None:
         if self._observed_at is None:
@@ -318,16 +316,18 @@ class StepTry:
 
     # -- after ----------------------------------------------------------------------------------------------------------
     async def _fail(self, failure: StepFailure) -> DagsterEvent:
-        retries = Retries(
-            policy=self._tag.retry.policy() if self._tag.retry else None,
-            mode=self._run.retry_mode,
-            previous_attempts=self._previous_attempts,
-        )
         opening = []
         if not self._written:  # refused before an execution was there
             opening = self._events.logs_captured(self._log_key(), {})
         return await self._finish(
-            [*opening, *self._start(), *failure_entries(self._events, failure, retries)]
+            [*opening, *self._start(), *failure_entries(self._events, failure, self._retries())]
+        )
+
+    def _retries(self) -> Retries:
+        return Retries(
+            policy=self._tag.retry.policy() if self._tag.retry else None,
+            mode=self._run.retry_mode,
+            previous_attempts=self._previous_attempts,
         )
 
     async def _succeed(self, view: ExecutionView) -> DagsterEvent:

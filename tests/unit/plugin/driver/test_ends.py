@@ -7,10 +7,7 @@ import pytest
 from dagster import AssetCheckEvaluation, AssetCheckSeverity, AssetKey, DagsterEventType
 
 from tests.unit.plugin.driver.test_recovery import events
-from valohai_dagster.plugin.compat.engine import (
-    ErrorSource,
-    RetryMode,
-)
+from valohai_dagster.plugin.compat.engine import DagsterEvent, ErrorSource, RetryMode
 from valohai_dagster.plugin.driver.ends import (
     Retries,
     blocking_failure,
@@ -66,10 +63,20 @@ def test_a_run_may_switch_retries_off() -> None:
     assert data.error.message == "RetryRequested but retries are disabled"
 
 
-def test_an_interrupted_step_says_so() -> None:
-    (entry,) = interrupted_entries(events())
+def interrupted(policy: dg.RetryPolicy | None, previous_attempts: int = 0) -> DagsterEvent:
+    retries = Retries(policy=policy, mode=RetryMode.ENABLED, previous_attempts=previous_attempts)
+    (entry,) = interrupted_entries(events(), retries)
     assert entry.dagster_event is not None
-    assert entry.dagster_event.step_failure_data.error_source is ErrorSource.INTERRUPT
+    return entry.dagster_event
+
+
+def test_an_interrupted_step_says_so() -> None:
+    assert interrupted(None).step_failure_data.error_source is ErrorSource.INTERRUPT
+
+
+def test_an_interrupted_step_with_tries_left_asks_for_one_as_with_the_engine() -> None:
+    assert interrupted(TWICE).event_type is DagsterEventType.STEP_UP_FOR_RETRY
+    assert interrupted(TWICE, 2).event_type is DagsterEventType.STEP_FAILURE
 
 
 def check(*, passed: bool, blocking: bool, severity=AssetCheckSeverity.ERROR):
