@@ -10,8 +10,8 @@ from valohai_agent.runtimes.base import ExitStatus, Running, RunSpec, Runtime
 __all__ = ["ExitStatus", "RunSpec", "Running", "Runtime", "select_runtime"]
 
 
-def select_runtime(name: str, *, work_dir: Path) -> Runtime:
-    """`auto` takes docker if its daemon answers, else process; `docker` and `process` insist.
+def select_runtime(name: str, *, work_dir: Path, slots: int = 1) -> Runtime:
+    """For `slots` jobs at a time. `auto` takes docker if its daemon answers, else process; `docker` and `process` insist.
 
     Raises RuntimeUnavailable with the reason of each that was tried.
     """
@@ -19,7 +19,7 @@ def select_runtime(name: str, *, work_dir: Path) -> Runtime:
         raise RuntimeUnavailable(f"There is no runtime {name!r}; use auto, docker or process.")
     reasons = []
     for candidate in ("docker", "process") if name == "auto" else (name,):
-        runtime = _make(candidate, work_dir)
+        runtime = _make(candidate, work_dir, slots)
         reason = runtime.available()
         if reason is None:
             return runtime
@@ -30,11 +30,11 @@ def select_runtime(name: str, *, work_dir: Path) -> Runtime:
     )
 
 
-def _make(name: str, work_dir: Path) -> Runtime:
+def _make(name: str, work_dir: Path, slots: int) -> Runtime:
     if name == "docker":
         from valohai_agent.runtimes.docker import DockerRuntime
 
         return DockerRuntime()
     from valohai_agent.runtimes.process import ProcessRuntime
 
-    return ProcessRuntime(work_dir)
+    return ProcessRuntime(work_dir, slots=slots)

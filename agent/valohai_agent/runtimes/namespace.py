@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import marshal
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from valohai_agent.protocol import JobMount
 from valohai_agent.workspace import Workspace
@@ -56,17 +58,42 @@ def _probe(argv: Sequence[str], base: Path) -> str | None:
     return f"mount namespaces are not available here ({reason})"
 
 
-def prepare(run: Path, binds: Sequence[Bind], argv: Sequence[str], *, cwd: str) -> list[str]:
-    """Writes the spec below `run`; gives the command line that starts `argv` in the namespace."""
-    spec = {
+def entry_spec(
+    run: Path,
+    binds: Sequence[Bind],
+    argv: Sequence[str],
+    *,
+    cwd: str,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What `namespace_entry` needs to start `argv`; without `environment` that of its own process.
+
+    Raises ValueError for what no process can be given.
+    """
+    variables = None if environment is None else _encoded(environment)
+    return {
         "root": str(_made(run / "root")),
         "binds": [asdict(bind) for bind in binds],
         "cwd": cwd,
         "argv": list(argv),
+        "environment": variables,
         "error_file": str(run / "namespace.error"),
     }
+
+
+def _encoded(environment: Mapping[str, str]) -> dict[bytes, bytes]:
+    for name, value in environment.items():
+        if "\0" in name + value or "=" in name:
+            raise ValueError(
+                f"the variable {name!r} cannot be set: it holds a NUL, or its name a `=`"
+            )
+    return {os.fsencode(name): os.fsencode(value) for name, value in environment.items()}
+
+
+def prepare(run: Path, binds: Sequence[Bind], argv: Sequence[str], *, cwd: str) -> list[str]:
+    """Writes the spec below `run`; gives the command line that starts `argv` in the namespace."""
     path = run / "namespace.spec"
-    path.write_bytes(marshal.dumps(spec))
+    path.write_bytes(marshal.dumps(entry_spec(run, binds, argv, cwd=cwd)))
     return [sys.executable, "-I", "-S", str(ENTRY), str(path)]
 
 

@@ -1,8 +1,9 @@
 """Starts a command with `/valohai` bound in a mount namespace of its own. Run as a file, standard library only.
 
-    python -I -S namespace_entry.py spec
+    python -I -S namespace_entry.py SPEC
 
-Each import here delays the command by milliseconds: the spec comes marshalled, since `json` loads `re`, and signals
+SPEC is a file, or the number of a descriptor: then the process may be started long before there is a command, and
+ends in silence if none comes. Each import here delays the command by milliseconds: the spec comes marshalled, since `json` loads `re`, and signals
 are set through libc.
 
 A new root is put together in a tmpfs: everything of the host's root directory is bound into it, and
@@ -30,9 +31,10 @@ FAILED = 125
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def main(spec_file: str) -> None:
-    with open(spec_file, "rb") as file:
-        spec = marshal.load(file)  # noqa: S302 - written by the agent
+def main(source: str) -> None:
+    spec = read_spec(source)
+    if spec is None:
+        return
     try:
         enter_namespace()
         build_root(spec["root"])
@@ -48,11 +50,20 @@ def main(spec_file: str) -> None:
     for number in (SIGPIPE, SIGXFSZ):
         _libc.signal(number, SIG_DFL)
     try:
-        os.execv(spec["argv"][0], spec["argv"])  # noqa: S606 - the point of this program
+        argv, environment = spec["argv"], spec["environment"]
+        variables = os.environb if environment is None else environment
+        os.execve(argv[0], argv, variables)  # noqa: S606 - the point of this program
     except OSError as error:
         sys.stderr.write(f"{spec['argv'][0]}: {error.strerror}\n")
         sys.stderr.flush()
         os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+
+
+def read_spec(source: str) -> dict | None:
+    """None when the agent ended before it had a command."""
+    with open(int(source) if source.isdigit() else source, "rb") as file:
+        text = file.read()
+    return marshal.loads(text) if text else None  # noqa: S302 - written by the agent
 
 
 def enter_namespace() -> None:

@@ -13,6 +13,7 @@ from valohai_agent.processes import kill_attempt
 from valohai_agent.protocol import Job, RegistryLogin
 from valohai_agent.runtimes import namespace
 from valohai_agent.runtimes.base import OnOutput, PullProgress, RunSpec
+from valohai_agent.runtimes.entries import Entries
 from valohai_agent.runtimes.mount_checks import first_problem
 from valohai_agent.runtimes.process_running import ProcessRunning
 from valohai_agent.runtimes.script import build_script, names_valohai
@@ -54,6 +55,7 @@ NO_IMAGE = (
     "with a private virtual environment first on PATH."
 )
 ALLOWED_PREFIXES = ("LC_", "PIP_", "UV_", "NVIDIA_", "OMP_")
+LEAVE_ALONE_SECONDS = 1.0  # a command that starts has the machine for itself
 CONTAINER_ONLY = (
     "VH_CPU_LIMIT",
     "VH_MEMORY_LIMIT",
@@ -73,15 +75,19 @@ class ProcessRuntime:
     name = "process"
     uses_images = False
 
-    def __init__(self, work_dir: Path, *, without_namespace: str | None = None) -> None:
+    def __init__(
+        self, work_dir: Path, *, slots: int = 1, without_namespace: str | None = None
+    ) -> None:
         """`without_namespace` is a reason to do without, for tests."""
+        self._slots = slots
         self._venvs = Venvs(work_dir / "venvs")
+        self._entries = Entries()
         self._no_namespace = without_namespace or namespace.available()
 
     def available(self) -> str | None:
         if os.name != "posix":
             return "the process runtime needs Linux or macOS"
-        self._venvs.warm_up()
+        self._warm_up(self._slots)
         return None
 
     def valohai_dir(self, workspace: Workspace) -> str:
@@ -132,20 +138,8 @@ class ProcessRuntime:
         (workspace.run / "namespace.error").unlink(missing_ok=True)
         venv = self._venvs.take()
         environment = self._environment(spec.environment, venv)
-        argv, cwd = script.argv(str(path)), str(workspace.repository)
-        if self._no_namespace is None:
-            binds = namespace.job_binds(workspace, spec.writable_inputs, spec.mounts)
-            argv = namespace.prepare(workspace.run, binds, argv, cwd="/valohai/repository")
         try:
-            process = subprocess.Popen(
-                argv,
-                cwd=cwd,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
+            process = self._popen(spec, script.argv(str(path)), environment)
         except (OSError, ValueError) as error:
             self._venvs.give_back(venv)
             raise StartError(f"The command cannot be started: {error}.") from error
@@ -160,8 +154,39 @@ class ProcessRuntime:
             namespaced=self._no_namespace is None,
         )
         running.start()
-        self._venvs.warm_up()
+        self._warm_up_later()
         return running
+
+    def _popen(
+        self, spec: RunSpec, argv: list[str], environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        workspace = spec.workspace
+        if self._no_namespace is None:
+            binds = namespace.job_binds(workspace, spec.writable_inputs, spec.mounts)
+            cwd = "/valohai/repository"
+            return self._entries.start(
+                namespace.entry_spec(workspace.run, binds, argv, cwd=cwd, environment=environment)
+            )
+        return subprocess.Popen(
+            argv,
+            cwd=workspace.repository,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def _warm_up_later(self) -> None:
+        timer = threading.Timer(LEAVE_ALONE_SECONDS, self._warm_up, args=(self._slots + 1,))
+        timer.daemon = True
+        timer.start()
+
+    def _warm_up(self, environments: int) -> None:
+        """Makes what the next job would wait for."""
+        self._venvs.warm_up(environments)
+        if self._no_namespace is None:
+            self._entries.warm_up()
 
     def api_hosts(self, environment: Mapping[str, str]) -> tuple[str, str]:
         return "127.0.0.1", "127.0.0.1"

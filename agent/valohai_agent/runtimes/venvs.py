@@ -19,7 +19,7 @@ MAKE_SECONDS = 300
 
 
 class Venvs:
-    """Gives each job an environment of its own. A spare one waits, so that the start takes no time.
+    """Gives each job an environment of its own. Spare ones wait, so that the start takes no time.
 
     An environment that its job left as it was becomes a spare one; any other is thrown away.
     """
@@ -30,16 +30,21 @@ class Venvs:
         self._changed = threading.Condition()
         self._spares: list[Path] = []
         self._taken: set[Path] = set()
+        self._returning = 0
         self._as_made: dict[Path, int | None] = {}
         self._making = False
+        self._wanted = 0
+        self._template: Path | None = None
+        self._template_lock = threading.Lock()
 
-    def warm_up(self) -> None:
-        """Makes a spare environment in the background, unless there is one."""
+    def warm_up(self, count: int) -> None:
+        """Makes more in the background until there are `count`, those that jobs have included."""
         with self._changed:
-            if self._spares or self._making:
+            self._wanted = count
+            if self._making or not self._too_few():
                 return
             self._making = True
-        threading.Thread(target=self._make_spare, name="venv", daemon=True).start()
+        threading.Thread(target=self._make_spares, name="venv", daemon=True).start()
 
     def take(self) -> Path:
         """An environment for one job, if need be the one that is being made; raises StartError."""
@@ -63,21 +68,31 @@ class Venvs:
             if venv not in self._taken:
                 return
             self._taken.remove(venv)
+            self._returning += 1
         as_made = self._as_made[venv] if reusable else None
         threading.Thread(
             target=self._take_back, args=(venv, as_made), name="venv", daemon=True
         ).start()
 
     def _take_back(self, venv: Path, as_made: int | None) -> None:
-        if as_made is not None and as_made == _state(venv):
-            self._add(venv)
-            return
-        del self._as_made[venv]
-        shutil.rmtree(venv, ignore_errors=True)
+        good = as_made is not None and as_made == _state(venv)
+        with self._changed:
+            self._returning -= 1
+            if good:
+                self._spares.append(venv)
+                self._changed.notify_all()
+        if not good:
+            del self._as_made[venv]
+            self.warm_up(self._wanted)
+            shutil.rmtree(venv, ignore_errors=True)
 
-    def _make_spare(self) -> None:
+    def _make_spares(self) -> None:
         try:
-            self._add(self._make())
+            while self._too_few():
+                venv = self._make()
+                with self._changed:
+                    self._spares.append(venv)
+                    self._changed.notify_all()
         except StartError as error:
             log.warning("%s", error, extra={"action": "venv"})
         finally:
@@ -85,19 +100,28 @@ class Venvs:
                 self._making = False
                 self._changed.notify_all()
 
-    def _add(self, venv: Path) -> None:
-        with self._changed:
-            self._spares.append(venv)
-            self._changed.notify_all()
+    def _too_few(self) -> bool:
+        return len(self._spares) + len(self._taken) + self._returning < self._wanted
 
     def _make(self) -> Path:
+        """A copy of one that is never used, which takes a fraction of the time. Raises StartError."""
+        with self._template_lock:
+            template = self._template = self._template or self._make_template()
+        path = template.with_name(uuid.uuid4().hex[: len(template.name)])
+        _run(["cp", "-RPp", str(template), str(path)])
+        for file in (path / "pyvenv.cfg", *(path / "bin").iterdir()):
+            if not file.is_symlink():
+                _replace(file, os.fsencode(template), os.fsencode(path))
+        self._as_made[path] = _state(path)
+        return path
+
+    def _make_template(self) -> Path:
         """In a process of its own: here it would take the time of the threads that follow running jobs."""
         self._remove_dead()
         path = self._directory / uuid.uuid4().hex[:12]
         virtualenv = [sys.executable, "-m", "virtualenv", "--quiet"]
         _run([*virtualenv, "--no-periodic-update", "--no-download", str(path)])
         _run([str(path / "bin" / "python"), "-c", ""])  # writes what every start would write
-        self._as_made[path] = _state(path)
         return path
 
     def _remove_dead(self) -> None:
@@ -123,6 +147,16 @@ def _run(command: list[str]) -> None:
         raise StartError(
             f"The private virtual environment cannot be made: {words or f'exit code {done.returncode}'}"
         )
+
+
+def _replace(file: Path, old: bytes, new: bytes) -> None:
+    """Scripts and pyvenv.cfg name their environment; nothing else in it does."""
+    try:
+        content = file.read_bytes()
+        if old in content:
+            file.write_bytes(content.replace(old, new))
+    except OSError as error:
+        raise StartError(f"The private virtual environment cannot be made: {error}") from error
 
 
 def _state(venv: Path) -> int | None:

@@ -231,7 +231,7 @@ def test_auto_falls_back_to_processes(monkeypatch: pytest.MonkeyPatch, tmp_path:
     from valohai_agent.runtimes import select_runtime
     from valohai_agent.runtimes.venvs import Venvs
 
-    monkeypatch.setattr(Venvs, "warm_up", lambda self: None)
+    monkeypatch.setattr(Venvs, "warm_up", lambda self, count: None)
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
     assert select_runtime("auto", work_dir=tmp_path).name == "process"
     with pytest.raises(RuntimeUnavailable, match="no runtime 'vm'"):
