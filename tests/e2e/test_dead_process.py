@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from tests.e2e.conftest import LOCATION, Deployment
 from tests.support.dagster_app import DagsterApp
 from tests.support.ports import wait_for
+from valohai_dagster.plugin.step_tag import DAGSTER_ENGINE, ENGINE_TAG
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import Settings
@@ -23,7 +24,8 @@ def test_a_retry_joins_the_execution_whose_op_process_was_killed(
     app: DagsterApp, deployment: Deployment
 ) -> None:
     config = {"ops": {"stubborn__count": {"config": {"parameters": {"steps": 60, "pause": 0.5}}}}}
-    run_id = app.launch(LOCATION, [["stubborn", "count"]], config=config)
+    tags = {ENGINE_TAG: DAGSTER_ENGINE}  # only Dagster's own engine has such a process
+    run_id = app.launch(LOCATION, [["stubborn", "count"]], config=config, tags=tags)
     wait_for(lambda: _says(app, run_id, ": running"), seconds=90, every=0.5, what="the command")
     (pid,) = re.findall(
         r"Capturing logs for process \(pid: (\d+)\)", "\n".join(app.messages(run_id))

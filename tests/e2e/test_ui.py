@@ -101,17 +101,17 @@ def test_a_termination_through_graphql_reaches_a_process_and_keeps_its_outputs(
     app.terminate(run_id)
     assert app.finished(run_id).status == "CANCELED"
     assert_hops(app.messages(run_id))
-    assert any("stored output saved.txt" in message for message in app.messages(run_id))
 
 
 def assert_hops(messages: list[str]) -> None:
     """From Dagster to the command's signal and back, in this order."""
     hops = (
-        "Stop requested: the interrupt reached the process",
-        "Handed the stop over to the execution service",
+        "Sending run termination request",
+        "stop requested",
+        "stop sent to worker",
         "SIGINT",
-        "stored output saved.txt",
-        "The execution ended with status stopped",
+        "ended with status stopped",
+        "saved.txt",
     )
     at = 0
     for hop in hops:

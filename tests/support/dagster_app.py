@@ -212,6 +212,7 @@ class DagsterApp:
         *,
         config: Mapping[str, Any] | None = None,
         job: str = "__ASSET_JOB",
+        tags: Mapping[str, str] | None = None,
     ) -> str:
         """Launches what the Materialize button launches; returns the run id."""
         selector = {
@@ -222,6 +223,9 @@ class DagsterApp:
             "assetCheckSelection": [],
         }
         params = {"selector": selector, "runConfigData": config or {}, "mode": "default"}
+        if tags:
+            listed = [{"key": key, "value": value} for key, value in tags.items()]
+            params["executionMetadata"] = {"tags": listed}
         result = self.graphql(_LAUNCH, params=params)["launchRun"]
         if result["__typename"] != "LaunchRunSuccess":
             raise GraphQLError(str(result))

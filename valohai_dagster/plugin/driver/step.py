@@ -61,6 +61,7 @@ from valohai_dagster.plugin.results import materialize_result, numeric_metrics
 T = TypeVar("T")
 
 OBSERVE_SECONDS = 60.0  # between two observations of running metrics, and before the first
+NAMED_OUTPUTS = 10  # in one line
 TOLD_PHASES = ("pulling", "downloading", "running")  # each is told once per attempt
 
 
@@ -193,8 +194,9 @@ class StepTry:
         if view.status is ExecutionStatus.complete:
             return await self._succeed(view)
         if view.status is ExecutionStatus.stopped and self._run.terminating:
+            told = self._events.engine(_stopped_text(view), execution=self.execution_id)
             entries = interrupted_entries(self._events, self._retries())
-            return await self._finish([*self._start(), *entries])
+            return await self._finish([*self._start(), *told, *entries])
         stderr = await self._run.call(lambda: self._run.platform.last_stderr(view.id, STDERR_LINES))
         return await self._fail(failed(view, stderr))
 
@@ -379,3 +381,11 @@ class StepTry:
         new = [entry for entry in entries if identity(entry) not in self._written]
         await self._run.write(new)
         self._written.update(map(identity, new))
+
+
+def _stopped_text(view: ExecutionView) -> str:
+    kept = ", ".join(datum.name for datum in view.outputs[:NAMED_OUTPUTS])
+    more = len(view.outputs) - NAMED_OUTPUTS
+    outputs = f"; stored outputs: {kept}" + (f" and {more} more" if more > 0 else "")
+    reason = view.reason or "stopped"
+    return f"the execution ended with status {view.status.value}: {reason}{outputs if kept else ''}"
