@@ -145,6 +145,8 @@ class Scene:
             self._launching.result()
         deadline = time.monotonic() + self.plan.patience
         while self.unfinished() and time.monotonic() < deadline:
+            for conductor in self.installation.conductors:
+                assert conductor.alive, f"a conductor ended by itself:\n{conductor.log()}"
             time.sleep(0.5)
 
     def unfinished(self) -> int:

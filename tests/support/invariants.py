@@ -268,7 +268,7 @@ def _slots(connection: sa.Connection) -> Iterator[str]:
 
 def _restarts(connection: sa.Connection) -> Counter[str]:
     query = sa.text(
-        "SELECT regexp_replace(o.reason, 'worker [^ ]+', 'a worker') FROM vh_attempts n"
+        "SELECT regexp_replace(o.reason, 'worker (?!took)[^ ]+', 'a worker') FROM vh_attempts n"
         " JOIN vh_attempts o ON o.execution_id = n.execution_id AND o.number = n.number - 1"
     )
     return Counter(str(reason) for (reason,) in connection.execute(query))

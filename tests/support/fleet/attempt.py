@@ -21,7 +21,7 @@ from valohai_agent import protocol as p
 from valohai_agent.sealing import CannotOpen, PrivateKey, open_grants
 
 LEASE_MS = int(p.LEASE_SECONDS * 1000)
-FIRST_LOOK_SECONDS = 0.02
+FIRST_LOOK_SECONDS = 0.03
 LONGEST_LOOK_SECONDS = 0.5  # between two looks for grants
 ASK_AGAIN_SECONDS = 15.0  # as agents do; doubled each time
 
@@ -179,7 +179,7 @@ class Attempt:
                 asked, patience, generation = time.monotonic(), patience * 2, self._generation
                 await self.report(ask)
             await asyncio.sleep(pause)
-            pause = min(LONGEST_LOOK_SECONDS, pause * 1.5)
+            pause = min(LONGEST_LOOK_SECONDS, pause * 2)
 
     async def _collect(self) -> list[bytes]:
         keys = (self._grant_key, self._lease_key)
