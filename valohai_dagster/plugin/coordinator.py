@@ -58,8 +58,8 @@ class ValohaiRunCoordinator(QueuedRunCoordinator):
         if run.status is not DagsterRunStatus.NOT_STARTED:
             return super().submit_run(context)  # says so and does nothing
         ours = self._drives(run)
-        self._mark(run, BY_CONDUCTOR if ours else BY_DAGSTER)
-        if not ours or self._must_queue(context):
+        marked = self._mark(run, BY_CONDUCTOR if ours else BY_DAGSTER)
+        if not ours or self._must_queue(marked, context):
             return super().submit_run(context)
         try:
             return self._launch(context)
@@ -78,16 +78,17 @@ class ValohaiRunCoordinator(QueuedRunCoordinator):
             isinstance(launcher, ValohaiRunLauncher) and why_not_driven(self._instance, run) is None
         )
 
-    def _mark(self, run: DagsterRun, driver: str) -> None:
+    def _mark(self, run: DagsterRun, driver: str) -> DagsterRun:
         """Runs of the conductor carry the mark only where it corrects one that they took over from a parent run."""
         marked = run.tags.get(DRIVER_TAG)
-        if marked != driver and (driver == BY_DAGSTER or marked is not None):
-            self._instance.add_run_tags(run.run_id, {DRIVER_TAG: driver})
+        if marked == driver or (driver == BY_CONDUCTOR and marked is None):
+            return run
+        self._instance.add_run_tags(run.run_id, {DRIVER_TAG: driver})
+        return run.with_tags({**run.tags, DRIVER_TAG: driver})
 
-    def _must_queue(self, context: SubmitRunContext) -> bool:
-        run = self._instance.get_run_by_id(context.dagster_run.run_id)  # with its new mark
+    def _must_queue(self, run: DagsterRun, context: SubmitRunContext) -> bool:
         config = self._instance.get_concurrency_config()
-        if run is None or rules_for(run, config):
+        if rules_for(run, config):
             return True
         # The queue was told to wait for code locations that do not answer.
         queue, origin = config.run_queue_config, run.remote_job_origin
