@@ -186,7 +186,7 @@ def _run_agent(options: AgentOptions) -> None:
 
     signals = Signals()
     options.work_dir.mkdir(parents=True, exist_ok=True)
-    runtime = select_runtime(options.runtime, work_dir=options.work_dir)
+    runtime = select_runtime(options.runtime, work_dir=options.work_dir, slots=options.slots)
     host = observe_host()
     cache = InputCache(options.work_dir / "cache")
     reap = functools.partial(
