@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dagster import DagsterRunStatus, RunsFilter
+
 from valohai_dagster.executions.waiting import counted, lasting
 from valohai_dagster.executions.why import Explanation
-from valohai_dagster.plugin.compat import ACTIVE_RUN_STATUSES
 from valohai_dagster.plugin.queue_rules import QueueRule, rules_for
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from dagster import DagsterInstance, DagsterRun
 
 SHOWN = 5  # other runs that are named
+# What Dagster's queue counts as in progress.
+IN_PROGRESS = [DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 DAEMON = "QUEUED_RUN_COORDINATOR"
 DAEMON_SILENT_SECONDS = 120.0  # without a heartbeat for this long it is not running
 NEXT_DAEMON = "start `dagster-daemon run -w workspace.yaml` (`make up` and `dagster dev` do it)"
@@ -23,9 +26,7 @@ NEXT_DAEMON = "start `dagster-daemon run -w workspace.yaml` (`make up` and `dags
 
 def why_queued(instance: DagsterInstance, run: DagsterRun, now: datetime) -> Explanation:
     """Of a run with the status QUEUED."""
-    from dagster import DagsterRunStatus, RunsFilter
-
-    active = instance.get_runs(RunsFilter(statuses=list(ACTIVE_RUN_STATUSES)))
+    active = instance.get_runs(RunsFilter(statuses=IN_PROGRESS))
     held = [
         text
         for rule in rules_for(run, instance.get_concurrency_config(), root_pools=True)

@@ -21,7 +21,7 @@ from valohai_agent.protocol import utcnow
 from valohai_dagster.broker.connection import connect
 from valohai_dagster.executions.why import Explanation
 from valohai_dagster.executions.why_reader import Sources
-from valohai_dagster.plugin import compat
+from valohai_dagster.plugin.compat import engine as compat
 from valohai_dagster.plugin.why_queue import DAEMON
 from valohai_dagster.plugin.why_run import RunExplanation, why_run
 from valohai_dagster.records import tables as t

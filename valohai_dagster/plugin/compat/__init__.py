@@ -41,7 +41,6 @@ from dagster._core.storage.compute_log_manager import (
     ComputeLogManager,
 )
 from dagster._core.storage.dagster_run import (
-    ACTIVE_RUN_STATUSES,
     NOT_FINISHED_STATUSES,
     RunOpConcurrency,
 )
@@ -68,7 +67,6 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "ACTIVE_RUN_STATUSES",
     "BACKFILL_ID_TAG",
     "CODE_VERSION_TAG",
     "DATA_VERSION_TAG",
