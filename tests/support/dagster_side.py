@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +21,9 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from dagster import AssetCheckKey, AssetKey, DagsterInstance, DagsterRun
+from dagster import AssetCheckKey, AssetKey, DagsterInstance, DagsterRun, DagsterRunStatus
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
+from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster._core.definitions.selector import JobSubsetSelector
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.remote_origin import InProcessCodeLocationOrigin
@@ -34,6 +36,7 @@ from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import (
 )
 from dagster_graphql.implementation.execution.run_lifecycle import create_valid_pipeline_run
 from dagster_graphql.implementation.utils import ExecutionMetadata, ExecutionParams
+from typing_extensions import Self
 
 from tests.support.ports import wait_for
 from tests.support.redis_server import RedisServer
@@ -46,6 +49,15 @@ RUN_SECONDS = 60.0
 LOCATION = "same"
 QUEUED = {
     "run_coordinator": {"module": "dagster._core.run_coordinator", "class": "QueuedRunCoordinator"}
+}
+ONE_AT_A_TIME = {
+    "run_coordinator": {
+        **QUEUED["run_coordinator"],
+        "config": {
+            "max_concurrent_runs": 1,
+            "block_op_concurrency_limited_runs": {"enabled": False},
+        },
+    }
 }
 DEFS = """
 from pathlib import Path
@@ -122,7 +134,7 @@ class Side:
         self.worker: SimWorker
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> Side:
+    def __enter__(self) -> Self:
         with self._stack as stack:
             stack.enter_context(self._environment())
             home = self.root / "dagster"
@@ -136,6 +148,7 @@ class Side:
             self.worker = stack.enter_context(
                 sim_worker(client, self.service.keys, self.plays, group="local")
             )
+            self._forget_loaded()
             self.context = stack.enter_context(
                 WorkspaceProcessContext(self.instance, self.code.load_target())
             )
@@ -183,7 +196,15 @@ class Side:
     def edit_project(self, old: str, new: str) -> None:
         """Replaces text in valohai.yaml, then reloads the code location."""
         self.code.yaml.write_text(self.code.yaml.read_text().replace(old, new))
+        self._forget_loaded()
         self.context.refresh_workspace()
+
+    @staticmethod
+    def _forget_loaded() -> None:
+        """Loading into this process remembers the module, and the engine the job that it ran last."""
+        sys.modules.pop("defs", None)
+        ReconstructableJob.get_definition.cache_clear()
+        ReconstructableJob.get_repository_definition.cache_clear()
 
     def staleness(self) -> dict[str, str]:
         """Step -> FRESH, STALE or MISSING, as the UI's asset graph shows it."""
@@ -251,6 +272,19 @@ class Side:
         assert found is not None
         return found
 
+    def wait_for_event(self, run_id: str, kind: str, step_key: str | None = None) -> None:
+        def found() -> bool:
+            records = self.instance.get_records_for_run(run_id).records
+            entries = [record.event_log_entry for record in records]
+            return any(
+                entry.dagster_event is not None
+                and entry.dagster_event.event_type_value == kind
+                and entry.step_key == step_key
+                for entry in entries
+            )
+
+        wait_for(found, seconds=RUN_SECONDS, what=f"{kind} of {step_key or run_id}")
+
     def run(self, ask: Ask) -> DagsterRun:
         run = self.create(ask)
         self.launch(run)
@@ -283,7 +317,8 @@ class Side:
             assert time.monotonic() < deadline, "the backfill does not end"
             self.dequeue()
             for run in self.instance.get_runs():
-                self.ended(run.run_id)
+                if run.status is not DagsterRunStatus.QUEUED:
+                    self.ended(run.run_id)
         return made.backfill_id
 
     def dequeue(self) -> None:

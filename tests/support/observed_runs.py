@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import sqlalchemy as sa
 from dagster import (
@@ -33,8 +33,11 @@ from valohai_dagster.records.engine import Records
 from valohai_dagster.records.tables import datums, executions
 
 MANY = 1_000  # records of one query; tests make a few dozen
+POINTER = "dagster/input_event_pointer/"
+WORDING = "<wording>"
 LINE = 120  # characters of a line in a diff
 Json = Any
+AtOnce: TypeAlias = Literal["", "steps", "runs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ class Exclusions:
     """What is not compared; each entry with its reason."""
 
     kinds: Mapping[str, str]  # events of these types
+    wording: Mapping[str, str]  # message and metadata of events of these types
     lines: Mapping[str, str]  # log lines that match these expressions
     fields: Mapping[str, str]  # these keys, wherever they stand
     entries: Mapping[
@@ -61,10 +65,14 @@ class Observed:
     checks: Mapping[str, Json]
     pools: Mapping[str, Json] = field(default_factory=dict)
 
-    def lines(self, *, total_order: bool) -> list[str]:
-        runs = [run if total_order else _per_step(run) for run in self.runs]
-        data = {"runs": runs, "assets": self.assets, "checks": self.checks, "pools": self.pools}
-        return list(_written(data))
+    def lines(self, *, at_once: AtOnce = "") -> list[str]:
+        runs = [_per_step(run) if at_once else run for run in self.runs]
+        assets = {
+            key: _without_history(asset) if at_once == "runs" else asset
+            for key, asset in self.assets.items()
+        }
+        data = {"runs": runs, "assets": assets, "checks": self.checks, "pools": self.pools}
+        return list(_written(_without_pointers(data) if at_once == "runs" else data))
 
 
 def _written(value: Json, indent: int = 0, name: str = "") -> Iterator[str]:
@@ -81,14 +89,31 @@ def _written(value: Json, indent: int = 0, name: str = "") -> Iterator[str]:
     yield " " * indent + ("}" if isinstance(value, dict) else "]")
 
 
-def differences(engine: Observed, other: Observed, *, total_order: bool) -> str:
+def differences(engine: Observed, other: Observed, *, at_once: AtOnce = "") -> str:
     """A diff for people; empty when both are the same.
 
-    Without `total_order`, events of different steps may come in any order, as they do where branches run at once.
+    Where `steps` run at once, only the order of events within each step counts; where `runs` do, which of them was the
+    last to make an asset does not count either.
     """
-    left = engine.lines(total_order=total_order)
-    right = other.lines(total_order=total_order)
+    left, right = engine.lines(at_once=at_once), other.lines(at_once=at_once)
     return "\n".join(difflib.unified_diff(left, right, "engine", "other", n=4, lineterm=""))
+
+
+def _without_pointers(data: Json) -> Json:
+    """Of partitions, Dagster points to the newest one, whichever the step used."""
+    if isinstance(data, dict):
+        return {
+            key: _without_pointers(item)
+            for key, item in data.items()
+            if not key.startswith(POINTER)
+        }
+    return [_without_pointers(item) for item in data] if isinstance(data, list) else data
+
+
+def _without_history(asset: Json) -> Json:
+    kept = {key: value for key, value in asset.items() if not key.startswith(("last_", "planned_"))}
+    lists = {key: sorted(kept[key], key=str) for key in ("materializations", "tags")}
+    return {**kept, **lists}
 
 
 def _per_step(run: Json) -> Json:
@@ -191,8 +216,14 @@ def _events(records: Sequence[EventLogRecord], exclusions: Exclusions) -> Iterat
             skip = event.event_type_value in exclusions.kinds
         else:
             skip = any(re.match(line, entry.user_message) for line in exclusions.lines)
-        if not skip:
-            yield {**_serialized(entry), "shown_message": entry.message}
+        if skip:
+            continue
+        shown = {**_serialized(entry), "shown_message": entry.message}
+        if event is not None and event.event_type_value in exclusions.wording:
+            shown.update(user_message=WORDING, shown_message=WORDING)
+            shown["dagster_event"]["message"] = WORDING
+            shown["dagster_event"]["event_specific_data"]["metadata_entries"] = []
+        yield shown
 
 
 def _asset(instance: DagsterInstance, key: AssetKey, resolver: CachingStaleStatusResolver) -> Json:
@@ -294,14 +325,14 @@ def _names(
     for row in made:
         name = f"{names.get(row['run_id'], 'no-run')}.{row['step_key']}.{row['retry_number']}"
         names[row["id"]] = f"<execution {name}>"
+        names[f"#{row['counter']}"] = f"<number of execution {name}>"
     for row in files:
         names[row["id"]] = f"<datum {row['name']} of {names.get(row['execution_id'])}>"
     for key in instance.all_asset_keys():
-        for n, record in enumerate(_materializations(instance, key), 1):
-            run = names.get(record.run_id)
-            name = f"<materialization {n} of {key.to_user_string()}, of {run}>"
-            pointer = f"dagster/input_event_pointer/{key.to_user_string()}"
-            names[f"{pointer}={record.storage_id}"] = name
+        for record in _materializations(instance, key):
+            what = f"{key.to_user_string()}[{record.partition_key or ''}]"
+            name = f"<materialization of {what} in {names.get(record.run_id)}>"
+            names[f"{POINTER}{key.to_user_string()}={record.storage_id}"] = name
             names[f"storage_id={record.storage_id}"] = name  # of the target of a check
     return names
 
@@ -312,7 +343,7 @@ class Plain:
     def __init__(self, exclusions: Exclusions, names: Mapping[str, str]) -> None:
         self._exclusions, self._names = exclusions, names
         ids = sorted((name for name in names if "=" not in name), key=len, reverse=True)
-        self._ids = re.compile("|".join(map(re.escape, ids)) or r"(?!)")
+        self._ids = re.compile("|".join(rf"{re.escape(name)}(?!\w)" for name in ids) or r"(?!)")
         self._texts = [(re.compile(text), name) for name, text in exclusions.texts.items()]
 
     def of(self, value: Json) -> Json:

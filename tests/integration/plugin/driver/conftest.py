@@ -12,7 +12,7 @@ import pytest
 from tests.integration.plugin.driver.exclusions import IN_PROCESS
 from tests.support.conductor import ConductorSide
 from tests.support.dagster_side import DEFS, Code, EngineSide, Side
-from tests.support.observed_runs import Exclusions, Observed, differences, observe
+from tests.support.observed_runs import AtOnce, Exclusions, Observed, differences, observe
 from tests.support.redis_server import RedisServer
 from tests.support.sim_worker import Play, Plays
 
@@ -29,7 +29,7 @@ class Case:
     defs: str = DEFS
     options: Mapping[str, Any] = field(default_factory=dict)  # of dagster.yaml
     exclusions: Exclusions = IN_PROCESS
-    total_order: bool = True  # False where branches run at once
+    at_once: AtOnce = ""
     engine: type[Side] = EngineSide
 
 
@@ -43,7 +43,7 @@ class Comparison:
         code = Code.write(self._root / "code", case.yaml, defs=case.defs)
         engine = self.observed(case, code, case.engine)
         ours = self.observed(case, code, ConductorSide)
-        found = differences(engine, ours, total_order=case.total_order)
+        found = differences(engine, ours, at_once=case.at_once)
         assert not found, f"engine (-) and conductor (+) differ:\n{found}"
         return engine
 

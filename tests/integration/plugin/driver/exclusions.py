@@ -13,6 +13,10 @@ MULTIPROCESS = Exclusions(
         "RESOURCE_INIT_SUCCESS": "as above",
         "RESOURCE_INIT_FAILURE": "as above",
     },
+    wording={
+        "STEP_WORKER_STARTING": "there a process is started, here a place in a queue is taken",
+        "STEP_WORKER_STARTED": "there a process tells its pid, here the worker its name",
+    },
     lines={
         "execution ": "our own lines on the way of an execution; the conductor tells them as engine events",
     },

@@ -25,6 +25,8 @@ class Terminated:
 
     def _terminate(self, job: p.Job) -> None:
         assert job.run_id
+        assert job.step_key
+        self._side.wait_for_event(job.run_id, "STEP_START", job.step_key)
         self._side.terminate(job.run_id)
 
 
@@ -49,6 +51,7 @@ def test_a_stopped_step_with_a_retry_policy_ends_as_with_dagsters_default_execut
         defs=RETRYING,
         engine=MultiprocessSide,
         exclusions=MULTIPROCESS,
+        at_once="steps",  # see test_same_logs_and_workers_as_the_engine.py
     )
     seen = same(case)
     assert status(seen) == "CANCELED"

@@ -49,7 +49,7 @@ def test_a_chain_hands_its_files_on(same: Comparison) -> None:
 
 def test_a_diamond(same: Comparison) -> None:
     every = ("prep", "left", "right", "join")
-    seen = same(Case(yaml=DIAMOND, scenario=ask(*every), total_order=False))
+    seen = same(Case(yaml=DIAMOND, scenario=ask(*every), at_once="steps"))
     assert status(seen) == "SUCCESS"
 
 
@@ -64,9 +64,7 @@ def test_a_failing_step_and_those_after_it(same: Comparison) -> None:
 
 def test_a_failing_branch_of_a_diamond(same: Comparison) -> None:
     every = ("prep", "left", "right", "join")
-    case = Case(
-        yaml=DIAMOND, scenario=ask(*every), plays={"left": Play.failing()}, total_order=False
-    )
+    case = Case(yaml=DIAMOND, scenario=ask(*every), plays={"left": Play.failing()}, at_once="steps")
     seen = same(case)
     assert kinds(seen, "right")[-1] == "STEP_SUCCESS"
     assert "STEP_START" not in kinds(seen, "join")

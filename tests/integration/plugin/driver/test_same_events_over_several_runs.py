@@ -59,7 +59,7 @@ def test_a_re_execution_from_failure(same: Comparison) -> None:
         again = Ask(assets=["prep", "left", "right", "join"], parent=failed.run_id)
         side.run(replace(again, from_failure=True))
 
-    seen = same(Case(yaml=DIAMOND, scenario=scenario, total_order=False))
+    seen = same(Case(yaml=DIAMOND, scenario=scenario, at_once="steps"))
     assert [status(seen, run) for run in range(3)] == ["FAILURE", "SUCCESS", "SUCCESS"]
     assert "STEP_START" not in kinds(seen, "prep", run=2)
     assert kinds(seen, "join", run=2)[-1] == "STEP_SUCCESS"

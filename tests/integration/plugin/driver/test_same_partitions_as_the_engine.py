@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.integration.plugin.driver.conftest import Case, Comparison
 from tests.integration.plugin.driver.seen import stale, status
 from tests.integration.plugin.driver.yamls import CHAIN, loaded_with
-from tests.support.dagster_side import QUEUED, Ask, Side
+from tests.support.dagster_side import ONE_AT_A_TIME, QUEUED, Ask, Side
 from tests.support.sim_worker import Play
 
 DAYS = ["2026-01-01", "2026-01-02", "2026-01-03"]
@@ -81,7 +81,8 @@ def test_a_backfill_with_a_run_per_partition(same: Comparison) -> None:
     def scenario(side: Side) -> None:
         side.backfill("prep", "train", partitions=DAYS)
 
-    seen = same(Case(yaml=CHAIN, defs=DAILY, scenario=scenario, options=QUEUED))
+    case = Case(yaml=CHAIN, defs=DAILY, scenario=scenario, options=QUEUED, at_once="runs")
+    seen = same(case)
     assert [status(seen, run) for run in range(len(DAYS))] == ["SUCCESS"] * 3
     every = dict.fromkeys(DAYS, "FRESH")
     assert seen.assets["digits/train"]["partitions"]["materialized"] == every
@@ -103,6 +104,6 @@ def test_a_backfill_with_a_failing_run(same: Comparison) -> None:
         side.backfill("prep", "train", partitions=DAYS[:2])
 
     plays = {"train": Play.failing()}
-    case = Case(yaml=CHAIN, defs=DAILY, scenario=scenario, plays=plays, options=QUEUED)
+    case = Case(yaml=CHAIN, defs=DAILY, scenario=scenario, plays=plays, options=ONE_AT_A_TIME)
     seen = same(case)
     assert seen.assets["digits/train"]["partitions"]["failed"] == DAYS[:2]
