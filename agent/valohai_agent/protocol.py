@@ -77,6 +77,10 @@ class Keys:
     def worker(self, group: str, worker: str) -> str:
         return self.group_prefix(group) + f"worker:{worker}"
 
+    def sequence(self, group: str) -> str:
+        """Counts the jobs that were queued; makes the queue first in, first out."""
+        return self.group_prefix(group) + "sequence"
+
     def roster(self, group: str) -> str:
         """Set of the names of workers that checked in; names whose entry has expired are removed on reading."""
         return self.group_prefix(group) + "roster"
@@ -109,9 +113,6 @@ class Keys:
         """Stream of what happened to one execution, for the run driver, op processes and the CLI."""
         return self._key("follow", execution_id)
 
-    def sequence(self) -> str:
-        return self._key("sequence")
-
     def service(self) -> str:
         """Which conductor looks after the local groups; expires when it stops renewing."""
         return self._key("service")
@@ -121,7 +122,7 @@ class Keys:
         return self._key("launching", run_id)
 
     def epoch(self) -> str:
-        """Marker that vanishes when Redis is emptied; the service then reconciles from its records."""
+        """Random name of this Redis' memory: it vanishes when Redis is emptied; conductors then reconcile."""
         return self._key("epoch")
 
 

@@ -114,8 +114,10 @@ class Conductor:
             self.keys.ready(GROUP),
             self.keys.job(GROUP, job.execution_id),
             self.keys.lease(GROUP, job.execution_id),
+            self.keys.sequence(GROUP),
+            self.keys.bell(GROUP),
         ]
-        score = ready_score(self.redis.incr(self.keys.sequence()), front=front)
+        score = ready_score(0, front=front)
         arguments = [
             job.execution_id,
             job.model_dump_json(),
@@ -125,7 +127,6 @@ class Conductor:
             int(force),
         ]
         self.redis.fcall("vh1_enqueue", len(keys), *keys, *arguments)
-        self.redis.lpush(self.keys.bell(GROUP), "1")
         return job.execution_id
 
     def requeue(self, job: Job, attempt: int) -> str:

@@ -86,8 +86,6 @@ def _dagster(death: Death) -> None:
 
 
 def _service(death: Death) -> None:
-    import redis.asyncio
-
     from valohai_dagster.executions.dispatch import Dispatch
     from valohai_dagster.records.engine import Records
 
@@ -101,10 +99,8 @@ def _service(death: Death) -> None:
         death.passes("after-records-commit")
 
     setattr(Records, "write", write)  # noqa: B010 - pyright knows it as a method
-    for method, name in (("enqueue", "queued"), ("publish", "told"), ("push_grants", "granted")):
+    for method, name in (("enqueue", "queued"), ("deliver", "told")):
         _around_async(Dispatch, method, name, death)
-    _around_async(Dispatch, "forget", "forgotten", death)
-    _around_async(redis.asyncio.Redis, "xdel", "acknowledged", death)
 
 
 POINTS: dict[str, float] = {  # point -> roughly how often one execution passes it
@@ -116,18 +112,13 @@ POINTS: dict[str, float] = {  # point -> roughly how often one execution passes 
     "before-slot-freed": 1,
     "after-slot-freed": 1,
     "after-slot-claimed": 0.2,
-    "before-records-commit": 10,
-    "after-records-commit": 10,
-    "before-queued": 1,
-    "after-queued": 1,
-    "before-told": 6,
-    "after-told": 6,
-    "before-granted": 3,
-    "after-granted": 3,
-    "before-forgotten": 1,
-    "after-forgotten": 1,
-    "before-acknowledged": 10,
-    "after-acknowledged": 10,
+    # The service does many at once: under load one passage serves several executions.
+    "before-records-commit": 0.5,
+    "after-records-commit": 0.5,
+    "before-queued": 0.1,
+    "after-queued": 0.1,
+    "before-told": 0.5,
+    "after-told": 0.5,
 }
 BETWEEN_COMMITS = ("before-asset-index", "before-run-status", "after-run-status")
 WRAPPERS: tuple[Callable[[Death], None], ...] = (_dagster, _service)

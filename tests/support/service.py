@@ -67,14 +67,44 @@ class RunningService:
         await service.run()
 
     def kill(self) -> None:
-        """Ends the service wherever it stands; nothing is said to anyone."""
+        """Ends the service without a word to anyone; its leases are left to end by themselves."""
+        if self.service is not None:
+            self.service.shards.release_all = _nothing
+        self.leave()
+
+    def leave(self) -> None:
+        """Ends the service in order."""
         if self._loop is not None and self._task is not None and self._thread is not None:
-            self._loop.call_soon_threadsafe(self._task.cancel)
-            self._thread.join(10)
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._task.cancel)
+            self._thread.join(20)
+            assert not self._thread.is_alive(), "the service does not end"
         self._thread = None
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Its event loop stands still meanwhile, as after SIGSTOP; what it has asked for may still be answered."""
+        assert self._loop is not None
+        paused, resumed = threading.Event(), threading.Event()
+
+        def pause() -> None:
+            paused.set()
+            resumed.wait()
+
+        self._loop.call_soon_threadsafe(pause)
+        assert paused.wait(10)
+        try:
+            yield
+        finally:
+            resumed.set()
+
+    @property
+    def held(self) -> frozenset[int]:
+        """The shards that it looks after."""
+        return self.service.shards.held if self.service is not None else frozenset()
+
     def close(self) -> None:
-        self.kill()
+        self.leave()
         self.records.close()
 
     def call(self, *parts: Callable[[ExecutionService], Awaitable[None]]) -> None:
@@ -107,6 +137,10 @@ class RunningService:
 
     def final(self, execution_id: str, timeout: float = 15.0) -> FollowEvent:
         return self.events(execution_id, lambda e: e.kind is EventKind.final, timeout)[-1]
+
+
+async def _nothing() -> None:
+    """Stands in for an orderly end."""
 
 
 @contextlib.contextmanager

@@ -87,15 +87,19 @@ local function collect_grants(keys, args)
   return out
 end
 
--- KEYS: ready set, job, lease. ARGS: execution id, job JSON, attempt, version, score, force.
--- Puts a job into the queue. Without force it does nothing while the same or a later attempt is known.
+-- KEYS: ready set, job, lease, sequence, bell. ARGS: execution id, job JSON, attempt, version, base score, force.
+-- Puts a job into the queue, behind all of its class and priority, and wakes an agent. Does nothing while a later
+-- attempt is known, nor, without force, the same one. Returns {1, how many are ahead} or {0, 0}.
 local function enqueue(keys, args)
-  local attempt = tonumber(redis.call('HGET', keys[2], 'attempt') or '0')
-  if args[6] ~= '1' and attempt >= tonumber(args[3]) then return 0 end
-  if tonumber(args[3]) > attempt then redis.call('DEL', keys[3]) end
+  local known = tonumber(redis.call('HGET', keys[2], 'attempt') or '0')
+  local attempt = tonumber(args[3])
+  if known > attempt or (known == attempt and args[6] ~= '1') then return {0, 0} end
+  if attempt > known then redis.call('DEL', keys[3]) end
   redis.call('HSET', keys[2], 'job', args[2], 'attempt', args[3], 'v', args[4])
-  redis.call('ZADD', keys[1], tonumber(args[5]), args[1])
-  return 1
+  redis.call('ZADD', keys[1], tonumber(args[5]) + redis.call('INCR', keys[4]), args[1])
+  redis.call('RPUSH', keys[5], '1')
+  redis.call('LTRIM', keys[5], -64, -1)
+  return {1, redis.call('ZRANK', keys[1], args[1])}
 end
 
 -- KEYS: ready set, lease. ARGS: execution id. Takes a job that nobody has leased out of the queue.
@@ -106,6 +110,38 @@ local function withdraw(keys, args)
   return 1
 end
 
+-- KEYS: lease of a shard. ARGS: holder, ttl_ms, prefix of holders that are known to be gone (or '').
+-- Returns 2 when the caller held it, 1 when it was free, 0 when somebody else has it.
+local function claim(keys, args)
+  local holder = redis.call('GET', keys[1])
+  local gone = holder and args[3] ~= '' and string.sub(holder, 1, #args[3]) == args[3]
+  if holder and holder ~= args[1] and not gone then return 0 end
+  redis.call('SET', keys[1], args[1], 'PX', tonumber(args[2]))
+  return holder == args[1] and 2 or 1
+end
+
+-- KEYS: lease of a shard. ARGS: holder. Gives it up, if it is the caller's.
+local function unclaim(keys, args)
+  if redis.call('GET', keys[1]) ~= args[1] then return 0 end
+  return redis.call('DEL', keys[1])
+end
+
+-- KEYS: the conductors. ARGS: caller, ttl_ms, prefix of conductors that are known to be gone (or ''). Returns the living.
+local function muster(keys, args)
+  local now = now_ms()
+  redis.call('ZADD', keys[1], now + tonumber(args[2]), args[1])
+  redis.call('ZREMRANGEBYSCORE', keys[1], '-inf', now)
+  local living = {}
+  for _, name in ipairs(redis.call('ZRANGE', keys[1], 0, -1)) do
+    if args[3] ~= '' and name ~= args[1] and string.sub(name, 1, #args[3]) == args[3] then
+      redis.call('ZREM', keys[1], name)
+    else
+      living[#living + 1] = name
+    end
+  end
+  return living
+end
+
 redis.register_function('vh1_heartbeat', heartbeat)
 redis.register_function('vh1_take', take)
 redis.register_function('vh1_renew', renew)
@@ -113,3 +149,6 @@ redis.register_function('vh1_report', report)
 redis.register_function('vh1_collect_grants', collect_grants)
 redis.register_function('vh1_enqueue', enqueue)
 redis.register_function('vh1_withdraw', withdraw)
+redis.register_function('vh1_claim', claim)
+redis.register_function('vh1_unclaim', unclaim)
+redis.register_function('vh1_muster', muster)

@@ -83,6 +83,11 @@ def project_group(project: str) -> str:
     return f"project:{project}"
 
 
+def variable_groups(named: Sequence[str], project: str) -> list[str]:
+    """Weakest first: the groups that a step names, then the project's own variables (K-70, K-73)."""
+    return [*named, project_group(project)]
+
+
 def load_secret_key(settings: Settings) -> SecretKey:
     """The key from `secret_key`, else from the key file, which is made when missing (mode 0600)."""
     if settings.secret_key is not None:
@@ -138,11 +143,10 @@ def variables_of_groups(
 
     Without a key the values of secret variables are empty.
     """
-    found: list[Variable] = []
-    for group in groups:
-        query = sa.select(secrets).where(secrets.c.group_name == group).order_by(secrets.c.name)
-        found.extend(_variable(row, key) for row in connection.execute(query))
-    return found
+    query = sa.select(secrets).where(secrets.c.group_name.in_(groups)).order_by(secrets.c.name)
+    found = [_variable(row, key) for row in connection.execute(query)]
+    place = {group: number for number, group in enumerate(groups)}
+    return sorted(found, key=lambda variable: place[variable.group])
 
 
 def unknown_groups(connection: sa.Connection, groups: Sequence[str]) -> list[str]:

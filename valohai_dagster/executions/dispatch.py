@@ -5,7 +5,9 @@ Thin: each method is one step of the protocol; what to do and when is decided el
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import redis.asyncio as aioredis
@@ -18,13 +20,31 @@ from valohai_agent.protocol import (
     Worker,
     ready_score,
 )
+from valohai_dagster.executions.outbox import Outbox
 from valohai_dagster.executions.stream import FollowEvent
 
 FOLLOW_LENGTH = 2_000  # entries kept per execution
 FOLLOW_SECONDS = 24 * 3600
 GRANT_SECONDS = 120  # an uncollected grant vanishes after this long
 COMMAND_SECONDS = 24 * 3600
-BELL_LENGTH = 64  # more rings than agents could hear are pointless
+LIVE_LOG_SECONDS = 3600  # how long a live log outlives its execution; the stored one stays
+CHUNK = 100  # executions that one command asks about
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueEntry:
+    """A job for its group's queue. `force`: it replaces an earlier attempt; `front`: it goes before all that waits."""
+
+    job: Job
+    priority: int = 0
+    front: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseFacts:
+    token: str
+    public_key: str
 
 
 class Dispatch:
@@ -32,29 +52,28 @@ class Dispatch:
         self.redis = broker
         self.keys = keys
 
-    async def enqueue(
-        self, job: Job, *, priority: int = 0, front: bool = False, force: bool = False
-    ) -> bool:
-        """Puts the job into its group's queue and wakes an agent; False if that attempt is known already."""
-        keys, group, exec_id = self.keys, job.group, job.execution_id
-        score = ready_score(await self.redis.incr(keys.sequence()), priority=priority, front=front)
-        added = await self.redis.fcall(
-            "vh1_enqueue",
-            3,
-            *(keys.ready(group), keys.job(group, exec_id), keys.lease(group, exec_id)),
-            *(exec_id, job.model_dump_json(), str(job.attempt), str(PROTOCOL_VERSION)),
-            *(str(int(score)), "1" if force else "0"),
-        )
-        if added:
-            await self.ring(group)
-        return bool(added)
+    async def enqueue(self, *entries: QueueEntry) -> list[int | None]:
+        """Puts jobs into their groups' queues and wakes agents, all in one round trip.
 
-    async def ring(self, group: str) -> None:
-        bell = self.keys.bell(group)
+        For each, how many are ahead of it; None if that attempt is known already.
+        """
         async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.rpush(bell, "1")
-            pipe.ltrim(bell, -BELL_LENGTH, -1)
-            await pipe.execute()
+            for entry in entries:
+                self._enqueue(pipe, entry)
+            answers: Any = await pipe.execute()
+        return [rank if added else None for added, rank in answers]
+
+    def _enqueue(self, pipe: Any, entry: QueueEntry) -> None:
+        keys, job = self.keys, entry.job
+        group, exec_id = job.group, job.execution_id
+        base = ready_score(0, priority=entry.priority, front=entry.front)
+        pipe.execute_command(
+            *("FCALL", "vh1_enqueue", 5),
+            *(keys.ready(group), keys.job(group, exec_id), keys.lease(group, exec_id)),
+            *(keys.sequence(group), keys.bell(group)),
+            *(exec_id, job.model_dump_json(), job.attempt, PROTOCOL_VERSION),
+            *(int(base), "1" if entry.force else "0"),
+        )
 
     async def withdraw(self, group: str, execution_id: str) -> bool:
         """Takes a waiting job out of the queue; False when a worker has it already."""
@@ -69,63 +88,120 @@ class Dispatch:
     async def waiting(self, group: str) -> int:
         return await self.redis.zcard(self.keys.ready(group))
 
-    async def lease(self, group: str, execution_id: str) -> dict[str, str]:
-        """The live lease's fields, empty when there is none."""
-        fields: Any = await self.redis.hgetall(self.keys.lease(group, execution_id))
-        return fields
-
-    async def where(self, items: Iterable[tuple[str, str]]) -> dict[str, tuple[bool, bool]]:
-        """For (group, execution id) pairs: whether it waits in the queue, whether a lease is alive."""
+    async def leases(self, items: Iterable[tuple[str, str]]) -> dict[str, LeaseFacts]:
+        """Token and public key of the live leases among these (group, execution) pairs."""
         items = list(items)
+        if not items:
+            return {}
         async with self.redis.pipeline(transaction=False) as pipe:
             for group, execution_id in items:
-                pipe.zscore(self.keys.ready(group), execution_id)
-                pipe.exists(self.keys.lease(group, execution_id))
-            answers = await pipe.execute()
-        pairs = zip(answers[::2], answers[1::2], strict=True)
+                pipe.hmget(self.keys.lease(group, execution_id), "token", "public_key")
+            answers: Any = await pipe.execute()
         return {
-            execution_id: (score is not None, bool(alive))
-            for (_, execution_id), (score, alive) in zip(items, pairs, strict=True)
+            execution_id: LeaseFacts(token=token, public_key=public_key)
+            for (_, execution_id), (token, public_key) in zip(items, answers, strict=True)
+            if token and public_key
+        }
+
+    async def leased(self, items: Iterable[tuple[str, str]]) -> set[str]:
+        """The executions among these (group, execution) pairs whose lease is alive.
+
+        Most are: whole chunks are asked for at once, and only where one is missing each of them.
+        """
+        by_group = _by_group(items)
+        chunks = [(g, ids[i : i + CHUNK]) for g, ids in by_group for i in range(0, len(ids), CHUNK)]
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for group, ids in chunks:
+                pipe.exists(*(self.keys.lease(group, execution_id) for execution_id in ids))
+            counts: Any = await pipe.execute() if chunks else []
+            alive = {
+                execution_id
+                for (_, ids), count in zip(chunks, counts, strict=True)
+                if count == len(ids)
+                for execution_id in ids
+            }
+            unsure = [
+                (group, execution_id)
+                for (group, ids), count in zip(chunks, counts, strict=True)
+                if count < len(ids)
+                for execution_id in ids
+            ]
+            for group, execution_id in unsure:
+                pipe.exists(self.keys.lease(group, execution_id))
+            found: Any = await pipe.execute() if unsure else []
+        return alive | {item[1] for item, there in zip(unsure, found, strict=True) if there}
+
+    async def queued(self, items: Iterable[tuple[str, str]]) -> set[str]:
+        """The executions among these (group, execution) pairs that wait in their queue."""
+        by_group = _by_group(items)
+        chunks = [(g, ids[i : i + CHUNK]) for g, ids in by_group for i in range(0, len(ids), CHUNK)]
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for group, ids in chunks:
+                pipe.execute_command("ZMSCORE", self.keys.ready(group), *ids)
+            answers: Any = await pipe.execute() if chunks else []
+        return {
+            execution_id
+            for (_, ids), scores in zip(chunks, answers, strict=True)
+            for execution_id, score in zip(ids, scores, strict=True)
+            if score is not None
         }
 
     async def drop_lease(self, group: str, execution_id: str) -> None:
         await self.redis.delete(self.keys.lease(group, execution_id))
 
-    async def forget(
-        self, group: str, execution_id: str, attempt: int, live_log_seconds: int
-    ) -> None:
+    async def deliver(self, outbox: Outbox) -> None:
+        """Says all of it in one round trip. The server works in order: what is deleted from a stream last has been
+        answered before.
+        """
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for execution_id, events in outbox.events:
+                self._publish(pipe, execution_id, events)
+            for group, execution_id, sealed in outbox.grants:
+                self._push_grants(pipe, group, execution_id, sealed)
+            for group, worker, command in outbox.commands:
+                self._command(pipe, group, worker, command)
+            for group, execution_id, attempt in outbox.ended:
+                self._forget(pipe, group, execution_id, attempt)
+            for stream, entry in outbox.posts:
+                pipe.xadd(stream, entry)
+            for stream, entries in outbox.handled.items():
+                pipe.xdel(stream, *entries)
+            await pipe.execute()
+
+    def _publish(self, pipe: Any, execution_id: str, events: Iterable[FollowEvent]) -> None:
+        stream = self.keys.follow(execution_id)
+        for event in events:
+            entry = ("e", event.model_dump_json())
+            pipe.execute_command("XADD", stream, "MAXLEN", "~", FOLLOW_LENGTH, "*", *entry)
+        pipe.expire(stream, FOLLOW_SECONDS)
+
+    def _push_grants(self, pipe: Any, group: str, execution_id: str, sealed: bytes) -> None:
+        stream = self.keys.grant(group, execution_id)
+        pipe.xadd(stream, {"g": sealed}, maxlen=1000)
+        pipe.expire(stream, GRANT_SECONDS)
+
+    def _command(self, pipe: Any, group: str, worker: str, command: Command) -> None:
+        stream = self.keys.command(group, worker)
+        pipe.xadd(stream, {"c": command.model_dump_json()}, maxlen=1000)
+        pipe.expire(stream, COMMAND_SECONDS)
+
+    def _forget(self, pipe: Any, group: str, execution_id: str, attempt: int) -> None:
         """Removes an ended execution's keys; its live log stays readable for a while."""
         keys = self.keys
-        async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.zrem(keys.ready(group), execution_id)
-            pipe.delete(keys.job(group, execution_id), keys.lease(group, execution_id))
-            pipe.delete(keys.grant(group, execution_id))
-            pipe.expire(keys.log(group, execution_id, attempt), live_log_seconds)
-            await pipe.execute()
+        pipe.zrem(keys.ready(group), execution_id)
+        pipe.delete(
+            keys.job(group, execution_id),
+            keys.lease(group, execution_id),
+            keys.grant(group, execution_id),
+        )
+        pipe.expire(keys.log(group, execution_id, attempt), LIVE_LOG_SECONDS)
 
-    async def command(self, group: str, worker: str, command: Command) -> None:
-        stream = self.keys.command(group, worker)
-        async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.xadd(stream, {"c": command.model_dump_json()}, maxlen=1000)
-            pipe.expire(stream, COMMAND_SECONDS)
-            await pipe.execute()
-
-    async def push_grants(self, group: str, execution_id: str, sealed: bytes) -> None:
-        stream = self.keys.grant(group, execution_id)
-        async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.xadd(stream, {"g": sealed}, maxlen=1000)
-            pipe.expire(stream, GRANT_SECONDS)
-            await pipe.execute()
-
-    async def publish(self, execution_id: str, events: Iterable[FollowEvent]) -> None:
-        stream = self.keys.follow(execution_id)
-        async with self.redis.pipeline(transaction=False) as pipe:
-            for event in events:
-                pipe.xadd(
-                    stream, {"e": event.model_dump_json()}, maxlen=FOLLOW_LENGTH, approximate=True
-                )
-            pipe.expire(stream, FOLLOW_SECONDS)
-            await pipe.execute()
+    async def read_streams(self, streams: Iterable[str], *, count: int, block_ms: int) -> Any:
+        """What waits at the start of the streams, as (stream, entries) pairs; waits for something to come."""
+        reply: Any = await self.redis.xread(
+            dict.fromkeys(streams, "0-0"), count=count, block=block_ms
+        )
+        return reply or []
 
     async def workers(self, group: str) -> dict[str, Worker]:
         """Workers of the group that have checked in and not fallen silent."""
@@ -141,6 +217,13 @@ class Dispatch:
             await self.redis.srem(roster, *gone)
         found = [worker for fields in entries if (worker := _worker(fields, group))]
         return {worker.name: worker for worker in found}
+
+
+def _by_group(items: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for group, execution_id in items:
+        groups[group].append(execution_id)
+    return list(groups.items())
 
 
 def _worker(fields: Mapping[str, Any], group: str) -> Worker | None:

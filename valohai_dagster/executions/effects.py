@@ -1,14 +1,16 @@
 """What each kind of report changes in the records, and what its followers are told.
 
 One function per report kind, called inside the transaction that also advances the attempt's sequence number:
-an effect happens once, however often its report is delivered.
+an effect happens once, however often its report is delivered. Reports that only tell something change nothing there.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,24 +18,39 @@ import sqlalchemy as sa
 from valohai_agent import protocol as p
 from valohai_dagster.data.printable import printable
 from valohai_dagster.data.sidecar_effects import apply_sidecar_effects
-from valohai_dagster.executions import ledger
 from valohai_dagster.executions.lifecycle import status_after_finish, status_after_lease
+from valohai_dagster.executions.memory import Active, Metrics
 from valohai_dagster.executions.stream import EventKind, FollowEvent
 from valohai_dagster.executions.views import DatumUrl, datum_view
+from valohai_dagster.executions.writing import Writing
 from valohai_dagster.records import tables as t
 
 MAX_METADATA_EVENTS = 100_000  # per execution; later ones only move the latest values
+
+# They tell followers something and are told again by their agent if this process dies before it has; the number of the
+# last one is written with the next report that changes something.
+_ONLY_TOLD = (
+    p.PhaseChanged,
+    p.GrantsWanted,
+    p.Warned,
+    p.StopAcknowledged,
+    p.Preempted,
+    p.LostLease,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
     """A report being applied."""
 
-    conn: sa.Connection
-    active: ledger.Active
+    writing: Writing
+    active: Active
     report: p.Report
-    now: datetime
     datum_url: DatumUrl | None = None
+
+    @property
+    def now(self) -> datetime:
+        return self.writing.now
 
     def event(self, kind: EventKind, message: str = "", **data: Any) -> FollowEvent:
         return FollowEvent(
@@ -43,11 +60,24 @@ class Cause:
     def state(self, message: str, **data: Any) -> FollowEvent:
         return self.event(EventKind.state, message, **data)
 
+    def change(self, **values: Any) -> None:
+        """The execution with other values in memory, on top of what this report has changed already."""
+        current = self.writing.find(self.active.id) or self.active
+        self.writing.change(current, **values)
+
+    def update(self, **values: Any) -> None:
+        self.writing.update(self.active, **values)
+
+    def update_attempt(self, **values: Any) -> None:
+        self.writing.update_attempt(self.active, self.report.attempt, **values)
+
 
 def apply_report(cause: Cause) -> list[FollowEvent]:
     """Applies the report and returns the events to publish, in order."""
     report = cause.report
-    ledger.update_attempt(cause.conn, report.execution_id, report.attempt, last_seq=report.seq)
+    cause.change(last_seq=report.seq)
+    if not isinstance(report.body, _ONLY_TOLD):
+        cause.update_attempt(last_seq=report.seq)
     return _apply(report.body, cause)
 
 
@@ -60,10 +90,7 @@ def _apply(body: Any, cause: Cause) -> list[FollowEvent]:
 def _(body: p.Leased, cause: Cause) -> list[FollowEvent]:
     active, report = cause.active, cause.report
     status = status_after_lease(active.status)
-    ledger.update_attempt(
-        cause.conn,
-        active.id,
-        report.attempt,
+    cause.update_attempt(
         token=report.token,
         worker=report.worker,
         host=body.host,
@@ -74,7 +101,8 @@ def _(body: p.Leased, cause: Cause) -> list[FollowEvent]:
         suspected_at=None,
     )
     started = {} if report.attempt > 1 else {"started_at": cause.now}
-    ledger.update(cause.conn, active.id, status=status.value, **started)
+    cause.update(status=status.value, **started)
+    cause.change(status=status, token=report.token, worker=report.worker, suspected_at=None)
     message = leased_text(report.worker, body.host, body.runtime)
     return [cause.state(message, status=status.value, worker=report.worker)]
 
@@ -94,7 +122,7 @@ def _(body: p.PhaseChanged, cause: Cause) -> list[FollowEvent]:
 
 @_apply.register
 def _(body: p.InputReady, cause: Cause) -> list[FollowEvent]:
-    conn, c = cause.conn, t.execution_inputs.c
+    conn, c = cause.writing.touch(cause.active), t.execution_inputs.c
     mine = sa.and_(c.execution_id == cause.active.id, c.file_id == body.file_id)
     uri = conn.execute(sa.select(c.uri).where(mine)).scalar_one_or_none()
     values = {
@@ -120,18 +148,14 @@ def _changed_since_last_use(cause: Cause, uri: str, sha256: str | None) -> bool:
         .order_by(t.executions.c.ctime.desc())
         .limit(1)
     )
-    last = cause.conn.execute(query).scalar_one_or_none()
+    last = cause.writing.conn.execute(query).scalar_one_or_none()
     return bool(sha256 and last and last != sha256)
 
 
 @_apply.register
 def _(body: p.MetadataEvents, cause: Cause) -> list[FollowEvent]:
-    conn, c = cause.conn, t.metadata_events.c
-    execution_id = cause.active.id
-    highest = conn.execute(
-        sa.select(sa.func.max(c.number)).where(c.execution_id == execution_id)
-    ).scalar()
-    first = (highest or 0) + 1
+    writing, execution_id = cause.writing, cause.active.id
+    known = writing.metrics(execution_id)
     rows = [
         {
             "execution_id": execution_id,
@@ -140,15 +164,16 @@ def _(body: p.MetadataEvents, cause: Cause) -> list[FollowEvent]:
             "time": _event_time(values, cause.now),
             "values": values,
         }
-        for number, values in enumerate(body.events, first)
+        for number, values in enumerate(body.events, known.count + 1)
         if number <= MAX_METADATA_EVENTS
     ]
     if rows:
-        conn.execute(t.metadata_events.insert(), rows)
-    latest = dict(ledger.row_of(conn, execution_id).cumulative_metadata or {})
+        writing.insert(cause.active, t.metadata_events, *rows)
+    latest = dict(known.latest)
     for values in body.events:
         latest.update(values)
-    ledger.update(conn, execution_id, cumulative_metadata=latest)
+    writing.keep_metrics(execution_id, Metrics(count=known.count + len(rows), latest=latest))
+    cause.update(cumulative_metadata=latest)
     return [cause.event(EventKind.metadata, events=body.events, latest=latest)]
 
 
@@ -162,7 +187,7 @@ def _event_time(values: dict[str, Any], default: datetime) -> datetime:
 
 @_apply.register
 def _(body: p.OutputStored, cause: Cause) -> list[FollowEvent]:
-    grant = _accept_grant(cause, body.upload_id, "output")
+    grant = _accept_grants(cause, [body.upload_id], "output").get(body.upload_id)
     if grant is None and _is_mine(cause, body.upload_id):
         return _replace_metadata(
             cause, body
@@ -170,35 +195,35 @@ def _(body: p.OutputStored, cause: Cause) -> list[FollowEvent]:
     if grant is None:
         text = f"output {body.name!r} was reported without a grant for it and is left out"
         return [cause.event(EventKind.warning, text)]
-    row = ledger.row_of(cause.conn, cause.active.id)
-    cause.conn.execute(
-        t.datums.insert().values(
-            id=body.upload_id,
-            name=body.name,
-            size=body.size,
-            store=grant.store,
-            key=grant.key,
-            project_id=row.project_id,
-            execution_id=row.id,
-            tags=[],
-            metadata=body.metadata,
-            live=body.live,
-            ctime=cause.now,
-            file_ctime=body.file_ctime,
-            file_mtime=body.file_mtime,
-            **body.checksums.model_dump(),
-        )
-    )
-    events = _sidecar_warnings(cause, body, row.project_id)
-    datum = cause.conn.execute(sa.select(t.datums).where(t.datums.c.id == body.upload_id)).one()
-    view = datum_view(datum, cause.datum_url).model_dump(mode="json")
+    project_id = cause.writing.details(cause.active.id).project_id
+    datum = {
+        "id": body.upload_id,
+        "name": body.name,
+        "size": body.size,
+        "store": grant.store,
+        "key": grant.key,
+        "project_id": project_id,
+        "execution_id": cause.active.id,
+        "tags": [],
+        "metadata": body.metadata,
+        "live": body.live,
+        "ctime": cause.now,
+        "file_ctime": body.file_ctime,
+        "file_mtime": body.file_mtime,
+        **body.checksums.model_dump(),
+    }
+    cause.writing.insert(cause.active, t.datums, datum)
+    events = _sidecar_warnings(cause, body, project_id)
+    view = datum_view(SimpleNamespace(**datum), cause.datum_url).model_dump(mode="json")
     return [*events, cause.event(EventKind.output, f"stored output {printable(body.name)}", **view)]
 
 
 def _sidecar_warnings(cause: Cause, body: p.OutputStored, project_id: str) -> list[FollowEvent]:
     """Applies what reserved metadata keys ask for (O-09); what cannot be done is said, the datum stays."""
+    if not body.metadata:
+        return []
     warnings = apply_sidecar_effects(
-        cause.conn,
+        cause.writing.touch(cause.active, t.datums),
         datum_id=body.upload_id,
         project_id=project_id,
         metadata=body.metadata,
@@ -211,35 +236,46 @@ def _is_mine(cause: Cause, upload_id: str) -> bool:
     """Whether that datum is an output of this very execution."""
     c = t.datums.c
     query = sa.select(c.id).where(c.id == upload_id, c.execution_id == cause.active.id)
-    return cause.conn.execute(query).first() is not None
+    return cause.writing.touch(cause.active, t.datums).execute(query).first() is not None
 
 
 def _replace_metadata(cause: Cause, body: p.OutputStored) -> list[FollowEvent]:
     mine = t.datums.c.id == body.upload_id
-    cause.conn.execute(t.datums.update().where(mine).values(metadata=body.metadata))
-    project_id = ledger.row_of(cause.conn, cause.active.id).project_id
+    conn = cause.writing.touch(cause.active, t.datums)
+    conn.execute(t.datums.update().where(mine).values(metadata=body.metadata))
+    project_id = cause.writing.details(cause.active.id).project_id
     return _sidecar_warnings(cause, body, project_id)
 
 
-def _accept_grant(cause: Cause, upload_id: str, kind: str) -> Any:
-    """The grant, now used up; None if this attempt was never given it or has used it before."""
-    c = t.grants.c
-    mine = sa.and_(
-        c.upload_id == upload_id,
-        c.execution_id == cause.active.id,
-        c.attempt == cause.report.attempt,
-        c.kind == kind,
-        c.accepted.is_(False),
+def _accept_grants(cause: Cause, upload_ids: Sequence[str], kind: str) -> dict[str, Any]:
+    """The grants, now used up; those that this attempt was never given or has used before are left out."""
+    parameters = {
+        "k_ids": list(upload_ids),
+        "k_execution": cause.active.id,
+        "k_attempt": cause.report.attempt,
+        "k_kind": kind,
+    }
+    rows = cause.writing.touch(cause.active, t.grants).execute(_ACCEPT, parameters)
+    return {row.upload_id: row for row in rows}
+
+
+_ACCEPT = (
+    t.grants.update()
+    .where(
+        t.grants.c.upload_id.in_(sa.bindparam("k_ids", expanding=True)),
+        t.grants.c.execution_id == sa.bindparam("k_execution"),
+        t.grants.c.attempt == sa.bindparam("k_attempt"),
+        t.grants.c.kind == sa.bindparam("k_kind"),
+        t.grants.c.accepted.is_(False),
     )
-    grant = cause.conn.execute(sa.select(t.grants).where(mine)).one_or_none()
-    if grant is not None:
-        cause.conn.execute(t.grants.update().where(mine).values(accepted=True))
-    return grant
+    .values(accepted=True)
+    .returning(t.grants.c.upload_id, t.grants.c.store, t.grants.c.key)
+)
 
 
 @_apply.register
 def _(body: p.StatusDetail, cause: Cause) -> list[FollowEvent]:
-    ledger.update(cause.conn, cause.active.id, status_detail=body.text)
+    cause.update(status_detail=body.text)
     return [cause.event(EventKind.detail, body.text, status_detail=body.text)]
 
 
@@ -268,27 +304,22 @@ def _(body: p.Preempted, cause: Cause) -> list[FollowEvent]:
 def _(body: p.Finished, cause: Cause) -> list[FollowEvent]:
     active, report = cause.active, cause.report
     status = status_after_finish(body.outcome, stop_requested=active.stop_requested > 0)
-    asked = ledger.row_of(cause.conn, active.id).reason if active.stop_requested else None
-    ledger.update(
-        cause.conn,
-        active.id,
+    cause.update(
         status=status.value,
-        reason=asked or body.reason,
+        reason=active.stop_reason or body.reason,
         exit_code=body.exit_code,
         phases=[_on_our_clock(span, report) for span in body.phases],
         usage=body.usage.model_dump(mode="json"),
         interpolated_command=body.interpolated_command,
         ended_at=cause.now,
     )
-    ledger.update_attempt(
-        cause.conn,
-        active.id,
-        report.attempt,
+    cause.update_attempt(
         ended_at=cause.now,
         end="finished",
         reason=body.reason,
         logs=_stored_logs(body, cause),
     )
+    cause.change(status=status)
     return []  # the service publishes `final` once the transaction is done
 
 
@@ -300,15 +331,17 @@ def _on_our_clock(span: p.PhaseSpan, report: p.Report) -> dict[str, Any]:
 
 
 def _stored_logs(body: p.Finished, cause: Cause) -> dict[str, Any]:
-    logs = {}
-    for log in body.logs:
-        grant = _accept_grant(cause, log.upload_id, "log")
-        if grant is not None:
-            logs[log.stream] = {
-                "store": grant.store,
-                "key": grant.key,
-                "size": log.size,
-                "lines": log.lines,
-                "complete": True,
-            }
-    return logs
+    if not body.logs:
+        return {}
+    grants = _accept_grants(cause, [log.upload_id for log in body.logs], "log")
+    return {
+        log.stream: {
+            "store": grants[log.upload_id].store,
+            "key": grants[log.upload_id].key,
+            "size": log.size,
+            "lines": log.lines,
+            "complete": True,
+        }
+        for log in body.logs
+        if log.upload_id in grants
+    }

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from datetime import datetime, timedelta
-from typing import Any
+from datetime import timedelta
 
-import sqlalchemy as sa
 from nacl.public import PublicKey, SealedBox
 
 from valohai_agent.protocol import GrantRequest, Grants, Job, Transfer, UploadGrant
 from valohai_dagster.data.resolve import Source
-from valohai_dagster.data.secrets import SecretKey, variables_of_groups
+from valohai_dagster.data.secrets import SecretKey, variable_groups, variables_of_groups
 from valohai_dagster.errors import StoreError
-from valohai_dagster.executions.preparation import variable_groups
+from valohai_dagster.executions.memory import Active, Details
 from valohai_dagster.executions.registries import login_for
-from valohai_dagster.executions.spec_model import ExecutionSpec
+from valohai_dagster.executions.writing import Writing
 from valohai_dagster.records import tables as t
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import Stores
@@ -36,12 +34,11 @@ class GrantMinter:
     def _life(self) -> timedelta:
         return timedelta(seconds=self._settings.grant_seconds)
 
-    def initial(self, conn: sa.Connection, row: Any) -> Grants:
+    def initial(self, writing: Writing, details: Details) -> Grants:
         """What every execution needs at its start; pushed unasked once it is leased."""
-        commit = row.spec["commit"]
+        commit, inputs = details.spec["commit"], details.job["inputs"]
         grants = self._inputs(
-            row,
-            [f["id"] for i in row.job["inputs"] if i["download"] == "always" for f in i["files"]],
+            details, [f["id"] for i in inputs if i["download"] == "always" for f in i["files"]]
         )
         refused = dict(grants.refused)
         archive = self._get(commit["archive_store"], commit["archive_key"], "archive", refused)
@@ -49,65 +46,63 @@ class GrantMinter:
             update={
                 "initial": True,
                 "archive": archive,
-                "secrets": self._secrets(conn, row),
-                "registry": login_for(row.image, self._settings.registries),
+                "secrets": self._secrets(writing, details),
+                "registry": login_for(details.image, self._settings.registries),
                 "refused": refused,
             }
         )
 
     def requested(
         self,
-        conn: sa.Connection,
-        row: Any,
-        attempt: int,
+        writing: Writing,
+        active: Active,
         requests: Sequence[GrantRequest],
-        now: datetime,
     ) -> Grants:
         """Answers one `grants-wanted`; what cannot be granted is refused with the reason."""
+        details = writing.details(active.id)
         uploads: dict[str, UploadGrant] = {}
         refused: dict[str, str] = {}
         for request in requests:
             if request.kind == "input":
                 continue
             try:
-                uploads[request.id] = self._upload(conn, row, attempt, request, now)
+                uploads[request.id] = self._upload(writing, active, details, request)
             except StoreError as error:
                 refused[request.id] = str(error)
-        inputs = self._inputs(row, [r.name for r in requests if r.kind == "input"])
+        inputs = self._inputs(details, [r.name for r in requests if r.kind == "input"])
         return Grants(inputs=inputs.inputs, uploads=uploads, refused={**refused, **inputs.refused})
 
     def _upload(
-        self, conn: sa.Connection, row: Any, attempt: int, request: GrantRequest, now: datetime
+        self, writing: Writing, active: Active, details: Details, request: GrantRequest
     ) -> UploadGrant:
         upload_id = str(uuid.uuid4())
-        store_name = self._store_for(row, request.kind)
-        key = _fresh_key(row, attempt, request, upload_id)
+        store_name = self._store_for(details, request.kind)
+        key = _fresh_key(details, active.attempt, request, upload_id)
         transfer = self._stores[store_name].sign_put(key, expires=self._life, size=request.size)
-        conn.execute(
-            t.grants.insert().values(
-                upload_id=upload_id,
-                execution_id=row.id,
-                attempt=attempt,
-                kind=request.kind,
-                name=request.name,
-                store=store_name,
-                key=key,
-                granted_at=now,
-                accepted=False,
-            )
-        )
+        grant = {
+            "upload_id": upload_id,
+            "execution_id": active.id,
+            "attempt": active.attempt,
+            "kind": request.kind,
+            "name": request.name,
+            "store": store_name,
+            "key": key,
+            "granted_at": writing.now,
+            "accepted": False,
+        }
+        writing.insert(active, t.grants, grant)
         return UploadGrant(upload_id=upload_id, transfer=transfer)
 
-    def _store_for(self, row: Any, kind: str) -> str:
+    def _store_for(self, details: Details, kind: str) -> str:
         """O-15: launch choice, then the step's `upload-store`, then the default store."""
         if kind == "log":
             return self._settings.log_store_name
-        return row.spec.get("upload_store") or self._settings.default_store
+        return details.spec.get("upload_store") or self._settings.default_store
 
-    def _inputs(self, row: Any, file_ids: Sequence[str]) -> Grants:
+    def _inputs(self, details: Details, file_ids: Sequence[str]) -> Grants:
         transfers: dict[str, Transfer] = {}
         refused: dict[str, str] = {}
-        sources = self.open_sources(row) if file_ids else {}
+        sources = self.open_sources(details) if file_ids else {}
         for file_id in file_ids:
             source = sources.get(file_id)
             if source is None:
@@ -127,10 +122,13 @@ class GrantMinter:
             refused[name] = str(error)
             return None
 
-    def _secrets(self, conn: sa.Connection, row: Any) -> dict[str, str]:
-        wanted = set(row.job["secret_names"])
-        groups = variable_groups(ExecutionSpec.model_validate(row.spec))
-        variables = variables_of_groups(conn, groups, self._secret_key) if wanted else []
+    def _secrets(self, writing: Writing, details: Details) -> dict[str, str]:
+        wanted = set(details.job["secret_names"])
+        if not wanted:
+            return {}
+        spec = details.spec
+        groups = variable_groups(spec["environment_variable_groups"], spec["project"]["name"])
+        variables = variables_of_groups(writing.conn, groups, self._secret_key)
         return {v.name: v.value for v in variables if v.name in wanted}
 
     def seal_sources(self, sources: dict[str, Source]) -> bytes:
@@ -139,10 +137,10 @@ class GrantMinter:
             {k: v.model_dump(mode="json") for k, v in sources.items()}
         )
 
-    def open_sources(self, row: Any) -> dict[str, Source]:
-        if not row.sources:
+    def open_sources(self, details: Details) -> dict[str, Source]:
+        if not details.sources:
             return {}
-        content = self._secret_key.decrypt_json(row.sources)
+        content = self._secret_key.decrypt_json(details.sources)
         return {k: Source.model_validate(v) for k, v in content.items()}
 
 
@@ -153,13 +151,15 @@ def seal(grants: Grants, public_key: str) -> bytes:
     )
 
 
-def _fresh_key(row: Any, attempt: int, request: GrantRequest, upload_id: str) -> str:
+def _fresh_key(details: Details, attempt: int, request: GrantRequest, upload_id: str) -> str:
     """A key that no other upload can have (O-02). The name is kept only as far as it is harmless in a key."""
     if request.kind == "log":
-        return f"logs/{row.project_id}/{row.id}/{attempt}/{upload_id}/{request.name}"
+        return f"logs/{details.project_id}/{details.id}/{attempt}/{upload_id}/{request.name}"
     name = "".join(c if c.isalnum() or c in "._-" else "_" for c in request.name.rsplit("/", 1)[-1])
-    return f"data/{row.project_id}/{row.id}/{upload_id}/{name.strip('.')[-100:] or 'file'}"
+    return f"data/{details.project_id}/{details.id}/{upload_id}/{name.strip('.')[-100:] or 'file'}"
 
 
-def job_of(row: Any, attempt: int) -> Job:
-    return Job.model_validate({**row.job, "attempt": attempt})
+def job_of(details: Details, active: Active) -> Job:
+    """The job as the execution's present attempt has it."""
+    now = {"attempt": active.attempt, "shard": active.shard}
+    return Job.model_validate({**details.job, **now})

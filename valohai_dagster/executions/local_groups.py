@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable
 
 from valohai_agent.protocol import Command
 from valohai_dagster.capacity.clouds.local import LocalGroup
 from valohai_dagster.executions.core import ServiceCore
+from valohai_dagster.executions.outbox import Outbox
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus
 
 
@@ -15,8 +17,12 @@ class LocalGroups(dict[str, LocalGroup]):
     """Local groups by name. Groups of other kinds are served by agents that somebody else starts."""
 
     def __init__(
-        self, core: ServiceCore, broker_url: str, on_gone: Callable[[str, str], Awaitable[None]]
+        self,
+        core: ServiceCore,
+        broker_url: str,
+        on_gone: Callable[[str, str, str], Awaitable[None]],
     ) -> None:
+        """`on_gone` is called with the group and the worker that has died, and how."""
         super().__init__()
         self._core = core
         self._told: dict[str, str | None] = {}  # group -> trouble that its waiting executions know
@@ -28,7 +34,7 @@ class LocalGroups(dict[str, LocalGroup]):
                     state_dir=core.settings.state_dir,
                     redis_url=broker_url,
                     deployment=core.records.deployment_id,
-                    on_gone=on_gone,
+                    on_gone=functools.partial(on_gone, name),
                     drain=lambda worker, reason, name=name: self._drain(name, worker, reason),
                     log_format=core.settings.log_format,
                     clock=core.clock,
@@ -48,6 +54,10 @@ class LocalGroups(dict[str, LocalGroup]):
             await self.reconcile(name)
         await self._tell_trouble()
 
+    def close(self) -> None:
+        for group in self.values():
+            group.close()
+
     async def stop_all(self, timeout: float) -> None:
         await asyncio.gather(*(group.drain_all(timeout) for group in self.values()))
 
@@ -59,9 +69,10 @@ class LocalGroups(dict[str, LocalGroup]):
             if group.trouble is None or known == group.trouble:
                 continue
             text = f"waiting, since group {name} has no agent: {group.trouble}"
-            for active in list(core.active.values()):
+            for active in core.memory.all():
                 if active.group == name and active.status is ExecutionStatus.queued:
                     await core.tell(active.id, text, kind=EventKind.warning)
 
     async def _drain(self, group: str, worker: str, reason: str) -> None:
-        await self._core.dispatch.command(group, worker, Command(kind="drain", reason=reason))
+        command = Command(kind="drain", reason=reason)
+        await self._core.deliver(Outbox(commands=[(group, worker, command)]))

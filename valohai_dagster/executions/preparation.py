@@ -16,12 +16,13 @@ from valohai_agent.protocol import Job
 from valohai_dagster.data.resolve import Source, resolve_inputs
 from valohai_dagster.data.secrets import (
     SecretKey,
-    project_group,
     unknown_groups,
+    variable_groups,
     variables_of_groups,
 )
 from valohai_dagster.errors import RefusedError, SpecError
 from valohai_dagster.executions.credentials import open_credentials
+from valohai_dagster.executions.ledger import Created
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.trace_context import traceparent_of
 from valohai_dagster.settings import Settings
@@ -51,7 +52,7 @@ def choose_group(spec: ExecutionSpec, settings: Settings) -> tuple[str, list[str
 def prepare(
     conn: sa.Connection,
     spec: ExecutionSpec,
-    row: Any,
+    created: Created,
     *,
     group: str,
     notices: list[str],
@@ -63,23 +64,24 @@ def prepare(
     if spec.upload_store is not None:
         stores[spec.upload_store]  # raises for an unknown one, before the work is done
     variables, secret_names = _variables(conn, spec, secret_key)
-    unknown = unknown_groups(conn, spec.environment_variable_groups)
+    groups = spec.environment_variable_groups
+    unknown = unknown_groups(conn, groups) if groups else []
     resolved = resolve_inputs(
         open_credentials(spec, secret_key),
         connection=conn,
         stores=stores,
         group=settings.groups[group],
-        project_id=row.project_id,
+        project_id=created.project_id,
     )
     policy = settings.groups[group]
     job = Job(
         execution_id=spec.execution_id,
         attempt=1,
         group=group,
-        shard=row.shard,
+        shard=created.shard,
         run_id=spec.run_id,
         step_key=spec.step_key,
-        project_id=row.project_id,
+        project_id=created.project_id,
         project_name=spec.project.name,
         step=spec.step,
         commit=spec.commit.identifier,
@@ -91,7 +93,7 @@ def prepare(
         environment_variables=variables,
         secret_names=sorted(secret_names),
         execution_config=execution_config(
-            spec, row, environment_of(spec, group, settings), settings.owner
+            spec, created, environment_of(spec, group, settings), settings.owner
         ),
         mounts=spec.mounts,
         mounts_allowed=policy.mounts_allowed,
@@ -119,18 +121,14 @@ def _trace(spec: ExecutionSpec, settings: Settings) -> dict[str, str]:
     return {"traceparent": traceparent_of(spec.run_id, spec.execution_id)}
 
 
-def variable_groups(spec: ExecutionSpec) -> list[str]:
-    """Weakest first: the groups that the step names, then the project's own variables (K-70, K-73)."""
-    return [*spec.environment_variable_groups, project_group(spec.project.name)]
-
-
 def _variables(
     conn: sa.Connection, spec: ExecutionSpec, secret_key: SecretKey
 ) -> tuple[dict[str, str], set[str]]:
     """K-73: groups, then the project's, then the step's and the launch's. Secret ones travel only with the grants."""
     plain: dict[str, str] = {}
     secret_names: set[str] = set()
-    for variable in variables_of_groups(conn, variable_groups(spec), secret_key):
+    groups = variable_groups(spec.environment_variable_groups, spec.project.name)
+    for variable in variables_of_groups(conn, groups, secret_key):
         if variable.secret:
             secret_names.add(variable.name)
             plain.pop(variable.name, None)
@@ -159,7 +157,9 @@ def environment_of(spec: ExecutionSpec, group: str, settings: Settings) -> str:
     return spec.environment if spec.environment and known else group
 
 
-def execution_config(spec: ExecutionSpec, row: Any, environment: str, owner: str) -> dict[str, Any]:
+def execution_config(
+    spec: ExecutionSpec, created: Created, environment: str, owner: str
+) -> dict[str, Any]:
     """Content of execution.json, flat keys (K-36)."""
     return {
         "valohai.commit-identifier": spec.commit.identifier,
@@ -169,8 +169,8 @@ def execution_config(spec: ExecutionSpec, row: Any, environment: str, owner: str
         "valohai.environment-id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"environment:{environment}")),
         "valohai.environment-name": environment,
         "valohai.environment-slug": environment,
-        "valohai.execution-counter": row.counter,
-        "valohai.execution-ctime": row.ctime.isoformat(),
+        "valohai.execution-counter": created.counter,
+        "valohai.execution-ctime": created.ctime.isoformat(),
         "valohai.execution-duration": None,
         "valohai.execution-id": spec.execution_id,
         "valohai.execution-image": spec.image,
@@ -179,6 +179,6 @@ def execution_config(spec: ExecutionSpec, row: Any, environment: str, owner: str
         "valohai.execution-step": spec.step,
         "valohai.execution-tags": spec.tags,
         "valohai.execution-title": spec.title,
-        "valohai.project-id": row.project_id,
+        "valohai.project-id": created.project_id,
         "valohai.project-name": f"{owner}/{spec.project.name}",
     }

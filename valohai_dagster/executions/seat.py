@@ -1,53 +1,43 @@
-"""The seat of the execution service: one at a time per deployment, any number standing by.
+"""The seat of the local groups: one conductor starts and drains their agents, any number stand by.
 
-The holder renews its entry in Redis; a service on another host takes over when the entry expires. A service that
-was restarted in the same state directory (whose lock it holds) takes its predecessor's seat at once.
+The holder renews its entry in Redis; a conductor on another host takes over when the entry expires. One that was
+restarted in the same state directory (whose lock it holds) takes its predecessor's seat at once.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
-import secrets
 from typing import Any
 
 import redis.asyncio as aioredis
 
 from valohai_agent.protocol import Keys
-from valohai_dagster.errors import ServiceUnavailable
-from valohai_dagster.settings import Settings
+from valohai_dagster.executions.identity import Identity
 
 log = logging.getLogger(__name__)
 
 SEAT_SECONDS = 15
-STAND_BY_SECONDS = 1.0
-
-
-class SeatLost(ServiceUnavailable):
-    """Another service has taken over; this one must not act any more."""
 
 
 class Seat:
-    def __init__(self, broker: aioredis.Redis, keys: Keys, settings: Settings) -> None:
+    def __init__(self, broker: aioredis.Redis, keys: Keys, identity: Identity) -> None:
         self._redis = broker
         self._key = keys.service()
-        self._home = f"{os.uname().nodename}:{settings.state_dir}:"
-        self._holder = self._home + secrets.token_hex(8)
+        self._identity = identity
+        self._gone = identity.home
+        self.held = False
 
-    async def take(self) -> None:
-        """Waits until the seat is ours."""
-        while not await self._redis.set(self._key, self._holder, nx=True, ex=SEAT_SECONDS):
-            current: Any = await self._redis.get(self._key)
-            if current and current.startswith(self._home):
-                await self._redis.set(self._key, self._holder, ex=SEAT_SECONDS)
-                return
-            log.info("standing by: %s serves", current, extra={"action": "stand-by"})
-            await asyncio.sleep(STAND_BY_SECONDS)
+    async def keep(self) -> bool:
+        """Takes or renews the seat; False while another conductor has it."""
+        arguments = (self._identity.name, SEAT_SECONDS * 1000, self._gone)
+        answer: Any = await self._redis.fcall("vh1_claim", 1, self._key, *arguments)
+        self._gone = ""
+        if bool(answer) is not self.held:
+            self.held = bool(answer)
+            word = "looks after" if self.held else "leaves to another conductor"
+            log.info("%s the local groups", word, extra={"action": "seat"})
+        return self.held
 
-    async def keep(self) -> None:
-        """Renews the seat; raises `SeatLost` when somebody else has it."""
-        current: Any = await self._redis.get(self._key)
-        if current not in (None, self._holder):
-            raise SeatLost(f"another execution service has taken over: {current}")
-        await self._redis.set(self._key, self._holder, ex=SEAT_SECONDS)
+    async def leave(self) -> None:
+        self.held = False
+        await self._redis.fcall("vh1_unclaim", 1, self._key, self._identity.name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -27,6 +28,9 @@ USAGE = (  # M-08: what the agent measured of the last attempt
 )
 
 
+_SHOWN = [c for c in t.executions.c if c.name not in ("spec", "sources")]
+
+
 def datum_view(row: Any, datum_url: DatumUrl | None = None) -> DatumView:
     """`row`: a row of `vh_datums`; `datum_url`: durable address of a datum id."""
     return DatumView(
@@ -42,43 +46,15 @@ def datum_view(row: Any, datum_url: DatumUrl | None = None) -> DatumView:
     )
 
 
-def outputs_of(
-    conn: sa.Connection, execution_id: str, datum_url: DatumUrl | None
-) -> list[DatumView]:
-    """Datums of an execution in the order in which they became visible."""
-    query = (
-        sa.select(t.datums)
-        .where(t.datums.c.execution_id == execution_id)
-        .order_by(t.datums.c.ctime, t.datums.c.name)
-    )
-    return [datum_view(row, datum_url) for row in conn.execute(query)]
-
-
-def inputs_of(conn: sa.Connection, execution_id: str) -> list[InputView]:
-    c = t.execution_inputs.c
-    query = (
-        sa.select(t.execution_inputs)
-        .where(c.execution_id == execution_id)
-        .order_by(c.input, c.name)
-    )
-    return [
-        InputView(
-            input=row.input,
-            name=row.name,
-            uri=row.uri,
-            size=row.size,
-            sha256=row.sha256,
-            datum_id=row.datum_id,
-            cached=row.cached,
-        )
-        for row in conn.execute(query)
-    ]
-
-
-def attempts_of(conn: sa.Connection, execution_id: str) -> list[Any]:
-    c = t.attempts.c
-    return list(
-        conn.execute(sa.select(t.attempts).where(c.execution_id == execution_id).order_by(c.number))
+def input_view(row: Any) -> InputView:
+    return InputView(
+        input=row.input,
+        name=row.name,
+        uri=row.uri,
+        size=row.size,
+        sha256=row.sha256,
+        datum_id=row.datum_id,
+        cached=row.cached,
     )
 
 
@@ -86,22 +62,62 @@ def view_of(
     conn: sa.Connection, execution_id: str, *, datum_url: DatumUrl | None = None
 ) -> ExecutionView | None:
     """The whole view of one execution, or None if the records do not know it."""
+    return views_of(conn, [execution_id], datum_url=datum_url).get(execution_id)
+
+
+def views_of(
+    conn: sa.Connection, execution_ids: Collection[str], *, datum_url: DatumUrl | None = None
+) -> dict[str, ExecutionView]:
+    """The views of several executions in the same few queries."""
     query = (
-        sa.select(t.executions, t.projects.c.name.label("project_name"))
+        sa.select(*_SHOWN, t.projects.c.name.label("project_name"))
         .join(t.projects, t.projects.c.id == t.executions.c.project_id)
-        .where(t.executions.c.id == execution_id)
+        .where(t.executions.c.id.in_(execution_ids))
     )
-    row = conn.execute(query).one_or_none()
-    if row is None:
-        return None
-    attempts = attempts_of(conn, execution_id)
+    rows = conn.execute(query).all()
+    attempts = _by_execution(conn, t.attempts, execution_ids, t.attempts.c.number)
+    outputs = _by_execution(conn, t.datums, execution_ids, t.datums.c.ctime, t.datums.c.name)
+    with_inputs = [row.id for row in rows if (row.job or {}).get("inputs")]
+    c = t.execution_inputs.c
+    inputs = _by_execution(conn, t.execution_inputs, with_inputs, c.input, c.name)
+    return {
+        row.id: execution_view(
+            row,
+            row.project_name,
+            attempts=attempts[row.id],
+            inputs=[input_view(item) for item in inputs[row.id]],
+            outputs=[datum_view(item, datum_url) for item in outputs[row.id]],
+        )
+        for row in rows
+    }
+
+
+def _by_execution(
+    conn: sa.Connection, table: sa.Table, execution_ids: Collection[str], *order: sa.Column[Any]
+) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = defaultdict(list)
+    if execution_ids:
+        mine = table.c.execution_id.in_(execution_ids)
+        for row in conn.execute(sa.select(table).where(mine).order_by(*order)):
+            found[row.execution_id].append(row)
+    return found
+
+
+def execution_view(
+    row: Any,
+    project_name: str,
+    *,
+    attempts: Sequence[Any],
+    inputs: list[InputView],
+    outputs: list[DatumView],
+) -> ExecutionView:
+    """`row`: the columns of the execution; `attempts`: rows of its attempts, oldest first."""
     last = attempts[-1] if attempts else None
-    job = row.job or {}
-    usage = row.usage or {}
+    job, usage = row.job or {}, row.usage or {}
     return ExecutionView(
         id=row.id,
         counter=row.counter,
-        project=row.project_name,
+        project=project_name,
         project_id=row.project_id,
         step=row.step,
         commit=row.commit,
@@ -124,8 +140,8 @@ def view_of(
         ],
         command=row.interpolated_command or "\n".join(job.get("commands", [])) or None,
         parameters=job.get("parameters", {}),
-        inputs=inputs_of(conn, execution_id),
-        outputs=outputs_of(conn, execution_id, datum_url),
+        inputs=inputs,
+        outputs=outputs,
         latest_metadata=row.cumulative_metadata or {},
         phases=row.phases or [],
         warnings=job.get("notices", []),

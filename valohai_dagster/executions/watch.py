@@ -2,267 +2,206 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Sequence
 from datetime import datetime, timedelta
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from itertools import islice
+from typing import Protocol
 
-import sqlalchemy as sa
-
-from valohai_agent.protocol import Keys
 from valohai_dagster.executions import ledger
-from valohai_dagster.executions.dispatch import Dispatch
-from valohai_dagster.executions.lifecycle import (
-    STOP_ACKNOWLEDGEMENT,
-    Loss,
-    LossStep,
-    judge_loss,
-)
-from valohai_dagster.executions.salvage import from_files, from_live, store_salvaged
+from valohai_dagster.executions.core import ServiceCore, queued_event
+from valohai_dagster.executions.dispatch import QueueEntry
+from valohai_dagster.executions.grants import job_of
+from valohai_dagster.executions.lifecycle import STOP_ACKNOWLEDGEMENT
+from valohai_dagster.executions.losses import Losses
+from valohai_dagster.executions.memory import Active
+from valohai_dagster.executions.outbox import Outbox
+from valohai_dagster.executions.shards import Shards
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus
-from valohai_dagster.executions.waiting import why_it_waits
-from valohai_dagster.settings import Settings
-from valohai_dagster.stores.registry import Stores
+from valohai_dagster.executions.waiting import explain_wait
+from valohai_dagster.executions.writing import Writing
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 LONG_WAIT = timedelta(seconds=15)  # in the queue, before the reason is told
-MISSING_TICKS = 3  # looks in a row that found an execution neither queued nor leased
+MISSING_LOOKS = 3  # looks in a row that found an execution neither queued nor leased
+FEW = 500  # executions that one tick looks at; more of them take turns
+ROUND = 5  # ticks at most until it is an execution's turn again
+TOLD_AT_ONCE = 100  # waiting executions that are told the reason in one tick
+QUEUED_AT_ONCE = 100  # that one round trip puts back into an emptied Redis
 
 
-class Supervisor(Protocol):
-    """What a group on this host knows of its agents."""
+class Deaths(Protocol):
+    """Which workers are surely dead."""
 
-    def is_dead(self, worker: str) -> bool: ...
+    def is_dead(self, group: str, worker: str) -> bool: ...
 
-    def attempt_logs(self, execution_id: str, attempt: int) -> Path: ...
-
-
-class Watched(Protocol):
-    """The service, as far as the watch uses it."""
-
-    settings: Settings
-    stores: Stores
-    keys: Keys
-    dispatch: Dispatch
-    active: dict[str, ledger.Active]
-    clock: Callable[[], datetime]
-
-    @property
-    def groups(self) -> Mapping[str, Supervisor]: ...
-
-    async def read(self, query: Callable[[sa.Connection], T]) -> T: ...
-
-    async def write(self, change: Callable[[sa.Connection], T]) -> T: ...
-
-    async def remember(self, execution_id: str) -> ledger.Active | None: ...
-
-    async def tell(
-        self, execution_id: str, text: str, *, kind: EventKind = ..., **data: Any
-    ) -> None: ...
-
-    async def finish(self, execution_id: str, status: ExecutionStatus, reason: str) -> None: ...
-
-    async def requeue(self, execution_id: str, why: str) -> None: ...
-
-    async def queue_again(self, execution_id: str) -> None: ...
-
-    async def load_functions(self) -> None: ...
+    def is_local(self, group: str) -> bool: ...
 
 
 class LeaseWatch:
     """Part of the service; `tick()` about once a second."""
 
-    def __init__(self, service: Watched) -> None:
-        self._service = service
+    def __init__(self, core: ServiceCore, shards: Shards, losses: Losses, deaths: Deaths) -> None:
+        self._core = core
+        self._shards = shards
+        self._losses = losses
+        self._deaths = deaths
         self._stops: dict[str, datetime] = {}  # forwarded, not acknowledged yet
         self._missing: dict[str, int] = {}
-        self._losing: set[str] = set()
+        self._turn = 0
         self._waiting: dict[str, tuple[datetime, str | None]] = {}  # since when, and what was said
+        core.on_delivered(self._note)
 
-    def expect_acknowledgement(self, execution_id: str) -> None:
-        self._stops.setdefault(execution_id, self._service.clock())
-
-    def acknowledged(self, execution_id: str) -> None:
-        self._stops.pop(execution_id, None)
+    def _note(self, outbox: Outbox) -> None:
+        """Stops that were forwarded and answered."""
+        for execution_id in outbox.stops_sent:
+            self._stops.setdefault(execution_id, self._core.clock())
+        for execution_id in outbox.stops_answered:
+            self._stops.pop(execution_id, None)
 
     async def tick(self) -> None:
         await self._look_for_emptied_redis()
-        await self._look_at_leases()
+        ours = [a for a in self._core.memory.all() if self._shards.may_write(a.shard)]
+        await self._look_at(self._in_turn(ours))
         await self._look_at_stops()
-        await self._look_at_waiting()
+        await self._look_at_waiting([a for a in ours if a.status is ExecutionStatus.queued])
 
-    async def worker_gone(self, worker: str, what: str) -> None:
-        for execution_id in list(self._service.active):
-            active = self._service.active.get(
-                execution_id
-            )  # anew: handling the one before took time
-            if active is not None and active.worker == worker:
-                await self._service.dispatch.drop_lease(active.group, active.id)
-                await self._lost(active, death_confirmed=True, what=what)
+    async def worker_gone(self, group: str, worker: str, what: str) -> None:
+        """A supervisor is sure that the worker is dead: its leases are over at once."""
+        for active in self._core.memory.all():
+            if (active.group, active.worker) == (group, worker):
+                await self._core.dispatch.drop_lease(active.group, active.id)
+                await self._losses.handle(active, death_confirmed=True, what=what)
 
-    async def _look_at_leases(self) -> None:
-        service = self._service
-        actives = [a for a in service.active.values() if a.status is not ExecutionStatus.created]
-        where = await service.dispatch.where((a.group, a.id) for a in actives)
-        for active in actives:
-            waits, leased = where[active.id]
-            if waits or leased:
-                self._missing.pop(active.id, None)
-                if leased and active.suspected_at is not None:
-                    await self._back(active)
-                continue
-            # A lease vanishes for a moment between an agent's report and its application: look again first.
-            self._missing[active.id] = self._missing.get(active.id, 0) + 1
-            if self._missing[active.id] >= MISSING_TICKS and active.id in service.active:
-                await self._missing_for_good(service.active[active.id])
+    # -- leases ------------------------------------------------------------------------------------------------
+    def _in_turn(self, actives: Sequence[Active]) -> list[Active]:
+        """All if they are few; else a part, and those that were missing at the last look."""
+        if len(actives) <= FEW:
+            return list(actives)
+        size = max(FEW, -(-len(actives) // ROUND))
+        parts = -(-len(actives) // size)
+        self._turn = (self._turn + 1) % parts
+        start = self._turn * size
+        rest = (*actives[:start], *actives[start + size :])
+        unsure = (a for a in rest if a.id in self._missing or a.suspected_at is not None)
+        return [*actives[start : start + size], *unsure]
 
-    async def _missing_for_good(self, active: ledger.Active) -> None:
+    async def _look_at(self, actives: Sequence[Active]) -> None:
+        dispatch = self._core.dispatch
+        waits = await dispatch.queued((a.group, a.id) for a in actives if a.token is None)
+        others = [active for active in actives if active.id not in waits]
+        leased = await dispatch.leased((active.group, active.id) for active in others)
+        self._missing = {i: n for i, n in self._missing.items() if i not in waits | leased}
+        for active in others:
+            if active.id not in leased:
+                await self._not_there(active)
+            elif active.suspected_at is not None:
+                await self._losses.back(active)
+
+    async def _not_there(self, active: Active) -> None:
+        # A lease vanishes for a moment between an agent's report and its application: look again first.
+        if active.id not in self._core.memory.active:
+            self._missing.pop(active.id, None)
+            return
+        self._missing[active.id] = self._missing.get(active.id, 0) + 1
+        if self._missing[active.id] < MISSING_LOOKS:
+            return
         if active.worker is None:
-            await self._requeue(active, "a worker took it from the queue and never reported")
+            del self._missing[active.id]
+            await self._losses.requeue(active, "a worker took it from the queue and never reported")
             return
-        group = self._service.groups.get(active.group)
-        dead = group is not None and group.is_dead(active.worker)
-        await self._lost(active, death_confirmed=dead, what="it stopped renewing its lease")
+        dead = self._deaths.is_dead(active.group, active.worker)
+        what = "it stopped renewing its lease"
+        await self._losses.handle(active, death_confirmed=dead, what=what)
 
-    async def _lost(self, active: ledger.Active, *, death_confirmed: bool, what: str) -> None:
-        """A loss that is being handled, or was by the time it is told here, is not handled again."""
-        current = self._service.active.get(active.id)
-        if active.id in self._losing or current is None or current.attempt != active.attempt:
-            return
-        self._losing.add(active.id)
-        try:
-            await self._handle_loss(active, death_confirmed=death_confirmed, what=what)
-        finally:
-            self._losing.discard(active.id)
-
-    async def _handle_loss(
-        self, active: ledger.Active, *, death_confirmed: bool, what: str
-    ) -> None:
-        service = self._service
-        now = service.clock()
-        loss = Loss(
-            suspected_at=active.suspected_at,
-            death_confirmed=death_confirmed,
-            stop_requested=active.stop_requested > 0,
-            attempt=active.attempt,
-        )
-        grace = timedelta(seconds=service.settings.lost_grace_seconds)
-        limit = service.settings.max_infrastructure_attempts
-        step = judge_loss(loss, now, grace=grace, max_attempts=limit)
-        why = f"worker {active.worker} was lost: {what}"
-        if step is LossStep.suspect:
-            await self._suspect(active, now)
-        elif step is LossStep.requeue:
-            await self._requeue(active, why)
-        elif step is LossStep.stopped:
-            await self._end_attempt(active, why)
-            await service.finish(active.id, ExecutionStatus.stopped, f"stopped; {why}")
-        elif step is LossStep.give_up:
-            await self._end_attempt(active, why)
-            await service.finish(
-                active.id, ExecutionStatus.crashed, await self._history(active, why)
-            )
-
-    async def _suspect(self, active: ledger.Active, now: datetime) -> None:
-        service = self._service
-        await service.write(
-            lambda conn: ledger.update_attempt(conn, active.id, active.attempt, suspected_at=now)
-        )
-        await service.remember(active.id)
-        text = (
-            f"no sign of life from worker {active.worker}; it may still be computing, "
-            f"another attempt starts in {service.settings.lost_grace_seconds:.0f} s if it stays silent"
-        )
-        await service.tell(active.id, text, kind=EventKind.warning)
-
-    async def _back(self, active: ledger.Active) -> None:
-        service = self._service
-        await service.write(
-            lambda conn: ledger.update_attempt(conn, active.id, active.attempt, suspected_at=None)
-        )
-        await service.remember(active.id)
-        await service.tell(active.id, f"worker {active.worker} is back, the attempt goes on")
-
-    async def _requeue(self, active: ledger.Active, why: str) -> None:
-        await self._end_attempt(active, why)
-        await self._service.requeue(active.id, why)
-
-    async def _end_attempt(self, active: ledger.Active, why: str) -> None:
-        """Closes the lost attempt; what its log says is kept."""
-        service = self._service
-        self._missing.pop(active.id, None)
-        logs = await self._salvage(active)
-        values = {"ended_at": service.clock(), "end": "lost", "reason": why, "logs": logs}
-        await service.write(
-            lambda conn: ledger.update_attempt(conn, active.id, active.attempt, **values)
-        )
-
-    async def _salvage(self, active: ledger.Active) -> dict[str, Any]:
-        """The dead agent's own files if it ran on this host, else what arrived of its live log."""
-        service = self._service
-        local = service.groups.get(active.group)
-        left = local.attempt_logs(active.id, active.attempt) if local else None
-        files = await asyncio.to_thread(from_files, left) if left else {}
-        complete = bool(files)
-        if not files:
-            live = service.keys.log(active.group, active.id, active.attempt)
-            entries: Any = await service.dispatch.redis.xrange(live)
-            files = from_live(entries)
-        row = await service.read(lambda conn: ledger.row_of(conn, active.id))
-        prefix = f"logs/{row.project_id}/{active.id}/{active.attempt}"
-        store = service.stores[service.settings.log_store_name]
-        return await asyncio.to_thread(store_salvaged, files, store, prefix, complete=complete)
-
-    async def _history(self, active: ledger.Active, why: str) -> str:
-        attempts = await self._service.read(lambda conn: ledger.attempt_reasons(conn, active.id))
-        lines = "; ".join(f"attempt {number}: {reason}" for number, reason in attempts)
-        return f"lost {active.attempt} times: {lines or why}"
-
+    # -- stops and waiting -------------------------------------------------------------------------------------
     async def _look_at_stops(self) -> None:
-        now = self._service.clock()
+        now = self._core.clock()
         for execution_id, since in list(self._stops.items()):
             if now - since < STOP_ACKNOWLEDGEMENT:
                 continue
             del self._stops[execution_id]
             seconds = STOP_ACKNOWLEDGEMENT.total_seconds()
             text = f"the worker has not confirmed the stop within {seconds:.0f} s; it may be out of reach"
-            await self._service.tell(execution_id, text, kind=EventKind.warning)
+            await self._core.tell(execution_id, text, kind=EventKind.warning)
 
-    async def _look_at_waiting(self) -> None:
-        """Who waits for long is told why, and again when the reason changes."""
-        service = self._service
-        now = service.clock()
-        queued = [a for a in service.active.values() if a.status is ExecutionStatus.queued]
+    async def _look_at_waiting(self, queued: Sequence[Active]) -> None:
+        """Who waits for long is told why, and again when it becomes another reason."""
+        core, now = self._core, self._core.clock()
         self._waiting = {a.id: self._waiting.get(a.id, (now, None)) for a in queued}
         long = [a for a in queued if now - self._waiting[a.id][0] >= LONG_WAIT]
+        told = 0
         for group in sorted({active.group for active in long}):
-            workers = (await service.dispatch.workers(group)).values()
-            explain = functools.partial(why_it_waits, group, workers, local=group in service.groups)
-            reason = explain(ahead=0)
+            workers = (await core.dispatch.workers(group)).values()
+            local = self._deaths.is_local(group)
+            explain = functools.partial(explain_wait, group, workers, local=local)
+            state = explain(ahead=0).state
             for active in long:
                 since, said = self._waiting[active.id]
-                if active.group != group or reason == said:
+                if active.group != group or state == said or told >= TOLD_AT_ONCE:
                     continue
-                ahead = await service.dispatch.position(group, active.id) or 0
-                await service.tell(active.id, explain(ahead=ahead), kind=EventKind.warning)
-                self._waiting[active.id] = (since, reason)
+                told += 1
+                ahead = await core.dispatch.position(group, active.id) or 0
+                await core.tell(active.id, str(explain(ahead=ahead)), kind=EventKind.warning)
+                self._waiting[active.id] = (since, state)
 
+    # -- Redis without its data --------------------------------------------------------------------------------
     async def _look_for_emptied_redis(self) -> None:
-        """Redis came back without its data: what waited is queued again; what ran is claimed by its agents."""
-        service = self._service
-        epoch = service.keys.epoch()
-        if await service.dispatch.redis.exists(epoch):
+        """Redis came back without its data: what waited is queued again; what ran is claimed by its agents.
+
+        The records remember which Redis a shard was served from, so this is seen also by a conductor that was not
+        there when it happened.
+        """
+        core = self._core
+        epoch = await self._epoch()
+        behind = {s for s in self._shards.held if core.epochs.get(s) != epoch}
+        if not behind:
             return
-        await service.load_functions()  # also when nothing waits: agents need them to renew
-        if not await service.dispatch.redis.set(epoch, "1", nx=True):
-            return
-        waiting = [a for a in service.active.values() if a.status is ExecutionStatus.queued]
-        if service.active:
-            log.warning("Redis is empty; reconciling %d executions", len(service.active))
-        for active in waiting:
-            await service.queue_again(active.id)
+        mine = [a for a in core.memory.all() if a.shard in behind]
+        if mine:
+            log.warning("this Redis is not the one of before; reconciling %d executions", len(mine))
+        waiting = iter([a for a in mine if a.status is ExecutionStatus.queued])
+        while part := list(islice(waiting, QUEUED_AT_ONCE)):
+            await self._queue_again(part)
+        await core.write(lambda conn: ledger.set_epoch(conn, behind, epoch))
+        core.epochs.update(dict.fromkeys(behind, epoch))
+
+    async def _epoch(self) -> str:
+        core, key = self._core, self._core.keys.epoch()
+        redis = core.dispatch.redis
+        while True:
+            epoch = await redis.get(key)
+            if epoch is not None:
+                return str(epoch)
+            await core.load_functions()  # also when nothing waits: agents need them to renew
+            await redis.set(key, secrets.token_hex(8), nx=True)
+
+    async def _queue_again(self, actives: Sequence[Active]) -> None:
+        """Puts executions whose queue entries are gone back, same attempt."""
+        core = self._core
+
+        def entries(writing: Writing) -> list[QueueEntry]:
+            known = [writing.find(active.id) for active in actives]
+            return [
+                QueueEntry(
+                    job=job_of(writing.details(active.id), active),
+                    priority=active.priority,
+                    front=active.attempt > 1,
+                )
+                for active in known
+                if active is not None and active.status is ExecutionStatus.queued
+            ]
+
+        async with core.admission:
+            again = await core.transact(entries)
+            ranks = await core.dispatch.enqueue(*again)
+        outbox = Outbox()
+        for entry, ahead in zip(again, ranks, strict=True):
+            if ahead is not None:
+                job = entry.job
+                event = queued_event(job.group, ahead, job.attempt, core.clock())
+                outbox.tell(job.execution_id, event)
+        await core.deliver(outbox)

@@ -43,7 +43,7 @@ class Hub:
         return self._driver()
 
     def unfinished(self) -> Collection[Unfinished]:
-        return list(self._service.active.values())
+        return self._service.memory.all()
 
     async def render(self) -> bytes | None:
         """The page `/metrics`; None without the extra."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+import time
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import event, exc
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from valohai_agent.redis_url import redact
 from valohai_dagster.errors import ConfigurationError, RecordsUnavailable
@@ -30,7 +32,9 @@ from valohai_dagster.settings import Settings
 
 SQLITE_BUSY_SECONDS = 30.0
 POSTGRES_CONNECT_SECONDS = 10
+TRUST_SECONDS = 5.0  # a connection that was used within this time is taken for alive
 _WRITES = "vh_writes"
+_USED_AT = "vh_used_at"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +102,7 @@ def make_engine(url: str) -> sa.Engine:
         if backend == "sqlite":
             return _sqlite(parsed)
         if backend == "postgresql":
-            return sa.create_engine(
-                parsed,
-                pool_pre_ping=True,
-                json_serializer=dump_json,
-                connect_args={"connect_timeout": POSTGRES_CONNECT_SECONDS},
-            )
+            return _postgres(parsed)
     except exc.ArgumentError:
         shown = "the value" if "@" in url else repr(url)
         raise ConfigurationError(
@@ -117,6 +116,32 @@ def make_engine(url: str) -> sa.Engine:
     raise ConfigurationError(
         f"database_url: {backend} is not supported; use postgresql:// or leave it unset for SQLite"
     )
+
+
+def _postgres(url: sa.URL) -> sa.Engine:
+    engine = sa.create_engine(
+        url,
+        json_serializer=dump_json,
+        connect_args={"connect_timeout": POSTGRES_CONNECT_SECONDS},
+        executemany_mode="values_plus_batch",
+    )
+
+    def note(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        record.info[_USED_AT] = time.monotonic()
+
+    def test(connection: DBAPIConnection, record: ConnectionPoolEntry, proxy: object) -> None:
+        """A busy process need not ask before every transaction whether the server is still there."""
+        idle = time.monotonic() - record.info.get(_USED_AT, time.monotonic())
+        if idle < TRUST_SECONDS:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise exc.InvalidatePoolError from error
+
+    event.listen(engine, "checkin", note)
+    event.listen(engine, "checkout", test)
+    return engine
 
 
 def _sqlite(url: sa.URL) -> sa.Engine:

@@ -67,8 +67,8 @@ def test_one_death_that_is_told_twice_costs_one_attempt_of_each_execution(
         leases.append(lease := agent.take())
         lease.leased()
         lease.wait_grants()
-    service.call(*[lambda s: s.worker_gone("sim-1", "killed")] * 2)
-    service.call(lambda s: s.worker_gone("sim-1", "killed"))
+    service.call(*[lambda s: s.worker_gone("local", "sim-1", "killed")] * 2)
+    service.call(lambda s: s.worker_gone("local", "sim-1", "killed"))
     for lease in leases:
         view = service.client.view(lease.job.execution_id)
         assert view is not None

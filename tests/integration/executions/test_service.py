@@ -484,7 +484,7 @@ def test_a_defect_of_the_service_ends_the_execution_with_the_reason_instead_of_l
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr("valohai_dagster.executions.service.prepare", broken)
+    monkeypatch.setattr("valohai_dagster.executions.admission.prepare", broken)
     spec = make_spec()
     service.client.submit(spec)
     view = final_view(service, spec.execution_id)

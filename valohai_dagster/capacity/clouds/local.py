@@ -23,7 +23,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from valohai_agent.protocol import Worker, WorkerState, utcnow
+from valohai_agent.protocol import Worker, WorkerState, digest, utcnow
 from valohai_dagster.capacity.planner import AgentSeen, GroupPolicy, plan
 from valohai_dagster.settings import GroupSettings
 
@@ -85,6 +85,8 @@ class LocalGroup:
         self._settings = settings
         self._dir = state_dir / "agents"
         self._work_dir = state_dir / "work" / name
+        # Other conductors on this host have agents of their own, whose locks are not here.
+        self._prefix = f"{name}-{_host()}-{digest(str(state_dir))[:4]}"
         self._redis_url = redis_url
         self._deployment = deployment
         self._on_gone = on_gone
@@ -97,6 +99,7 @@ class LocalGroup:
         self._children: set[str] = set()  # agents that this process waits for
         self._notes: set[asyncio.Future[None]] = set()
         self._failures = StartFailures()
+        self._closed = False
         self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     @property
@@ -138,7 +141,7 @@ class LocalGroup:
     def is_dead(self, worker: str) -> bool:
         """True only if it was one of ours and is surely gone; False for living and for unknown workers."""
         held = _lock_held(self._dir, worker)
-        return worker.startswith(f"{self.name}-{_host()}-") if held is None else not held
+        return worker.startswith(self._prefix) if held is None else not held
 
     async def drain_all(self, timeout: float) -> None:
         """Asks all agents to finish and go; those still there after `timeout` seconds are terminated."""
@@ -192,7 +195,7 @@ class LocalGroup:
         self._idle_since.pop(name, None)
 
     def _start(self) -> None:
-        name = f"{self.name}-{_host()}-{secrets.token_hex(3)}"
+        name = f"{self._prefix}{secrets.token_hex(3)}"
         lock = os.open(self._dir / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         log_path = self._dir / f"{name}.log"
         try:
@@ -225,7 +228,15 @@ class LocalGroup:
         with contextlib.suppress(RuntimeError):  # the service went first
             loop.call_soon_threadsafe(self._note_end, name, code)
 
+    def close(self) -> None:
+        """Tells of no more ends; the agents go on."""
+        self._closed = True
+        for note in self._notes:
+            note.cancel()
+
     def _note_end(self, name: str, code: int) -> None:
+        if self._closed:
+            return
         task = asyncio.ensure_future(self._ended(name, code))
         self._notes.add(task)
         task.add_done_callback(self._notes.discard)

@@ -1,0 +1,233 @@
+"""From submitted specs to queued executions, in one transaction for as many as there are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+from valohai_dagster.data.secrets import SecretKey
+from valohai_dagster.errors import ValohaiError
+from valohai_dagster.executions import ledger
+from valohai_dagster.executions.dispatch import QueueEntry
+from valohai_dagster.executions.grants import GrantMinter, job_of
+from valohai_dagster.executions.memory import Active, Details, Metrics
+from valohai_dagster.executions.preparation import Prepared, choose_group, prepare
+from valohai_dagster.executions.spec_model import ExecutionSpec
+from valohai_dagster.executions.stream import ExecutionStatus as Status
+from valohai_dagster.executions.stream import ExecutionView
+from valohai_dagster.executions.views import execution_view, input_view, views_of
+from valohai_dagster.executions.writing import Writing
+from valohai_dagster.records import tables as t
+from valohai_dagster.records.engine import Records
+from valohai_dagster.settings import Settings
+from valohai_dagster.stores.registry import Stores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """What became of one submission."""
+
+    spec: ExecutionSpec
+    shard: int
+    view: ExecutionView | None = None  # None only when another conductor has to make it
+    queue: QueueEntry | None = None  # for the queue, which knows whether it has it already
+    ahead: int | None = None  # how many are before it, if it was queued now
+    new: bool = False
+    elsewhere: bool = False  # the shard is another conductor's
+
+
+class Admission:
+    """Part of the service, on the records' thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        records: Records,
+        stores: Stores,
+        minter: GrantMinter,
+        secret_key: SecretKey,
+    ) -> None:
+        self._settings = settings
+        self._records = records
+        self._stores = stores
+        self._minter = minter
+        self._secret_key = secret_key
+
+    def admit(self, writing: Writing, specs: Sequence[ExecutionSpec]) -> list[Admitted]:
+        """Creates what is new, refuses what cannot run, and joins what is there; in the order of `specs`."""
+        unique = {spec.execution_id: spec for spec in specs}
+        places = ledger.places_of(writing.conn, list(unique))
+        made = [
+            self._join(writing, spec, places[execution_id])
+            for execution_id, spec in unique.items()
+            if execution_id in places
+        ]
+        made += self._create_all(writing, [s for i, s in unique.items() if i not in places])
+        answers = {admitted.spec.execution_id: admitted for admitted in made}
+        self._add_views(writing, answers)
+        return [answers[spec.execution_id] for spec in specs]
+
+    def crash(self, writing: Writing, spec: ExecutionSpec, reason: str) -> None:
+        """Ends an execution that cannot be handled, so that nobody waits for it for ever."""
+        active = writing.find(spec.execution_id)
+        if active is not None:
+            ended = {"status": Status.crashed.value, "reason": reason, "ended_at": writing.now}
+            writing.update(active, **ended)
+            writing.change(active, status=Status.crashed)
+            return
+        for created in self._identities(writing, [spec]):
+            self._refuse(writing, created, spec, Status.crashed, reason)
+
+    # -- new ones ----------------------------------------------------------------------------------------------
+    def _create_all(self, writing: Writing, specs: Sequence[ExecutionSpec]) -> list[Admitted]:
+        shards = {spec.execution_id: self._shard(spec) for spec in specs}
+        mine = [spec for spec in specs if writing.is_mine(shards[spec.execution_id])]
+        others = [
+            Admitted(spec=spec, shard=shards[spec.execution_id], elsewhere=True)
+            for spec in specs
+            if not writing.is_mine(shards[spec.execution_id])
+        ]
+        created = self._identities(writing, mine)
+        return others + [self._create(writing, c, s) for c, s in zip(created, mine, strict=True)]
+
+    def _shard(self, spec: ExecutionSpec) -> int:
+        return self._records.shard_of(spec.run_id or spec.execution_id)
+
+    def _identities(self, writing: Writing, specs: Sequence[ExecutionSpec]) -> list[ledger.Created]:
+        """Counters of all projects in one order, so that no two conductors wait for each other."""
+        projects = {name: writing.project(name) for name in {s.project.name for s in specs}}
+        for spec in specs:
+            writing.ensure_commit(projects[spec.project.name], spec.commit)
+        numbers = Counter(projects[spec.project.name] for spec in specs)
+        following = {
+            project: ledger.take_counters(writing.conn, project, numbers[project])
+            for project in sorted(numbers)
+        }
+        created = []
+        for spec in specs:
+            project = projects[spec.project.name]
+            identity = {"id": spec.execution_id, "shard": self._shard(spec), "ctime": writing.now}
+            created.append(
+                ledger.Created(**identity, project_id=project, counter=following[project])
+            )
+            following[project] += 1
+        return created
+
+    def _create(self, writing: Writing, created: ledger.Created, spec: ExecutionSpec) -> Admitted:
+        try:
+            group, notices = choose_group(spec, self._settings)
+            prepared = prepare(
+                writing.conn,
+                spec,
+                created,
+                group=group,
+                notices=notices,
+                settings=self._settings,
+                stores=self._stores,
+                secret_key=self._secret_key,
+            )
+        except ValohaiError as error:
+            view = self._refuse(writing, created, spec, Status.error, str(error))
+            return Admitted(spec=spec, shard=created.shard, view=view, new=True)
+        return self._queue(writing, created, spec, prepared)
+
+    def _refuse(
+        self,
+        writing: Writing,
+        created: ledger.Created,
+        spec: ExecutionSpec,
+        status: Status,
+        reason: str,
+    ) -> ExecutionView:
+        row = ledger.execution_row(created, spec, self._settings.default_group)
+        row.update(status=status.value, reason=reason, ended_at=writing.now)
+        active = Active(id=created.id, shard=created.shard, group=row["group_name"], status=status)
+        return self._insert(writing, active, row, spec.project.name)
+
+    def _queue(
+        self, writing: Writing, created: ledger.Created, spec: ExecutionSpec, prepared: Prepared
+    ) -> Admitted:
+        job = prepared.job
+        sources = self._minter.seal_sources(prepared.sources)
+        row = ledger.execution_row(created, spec, job.group)
+        row.update(
+            job=job.model_dump(mode="json"),
+            sources=sources,
+            status=Status.queued.value,
+            qtime=writing.now,
+        )
+        active = Active(
+            id=created.id,
+            shard=created.shard,
+            group=job.group,
+            status=Status.queued,
+            priority=spec.priority,
+            condition=spec.stop_condition,
+        )
+        writing.change(active)
+        known = {name: row[name] for name in ("id", "project_id", "image", "spec", "job")}
+        writing.keep_details(Details(**known, sources=sources))
+        writing.keep_metrics(created.id, Metrics())
+        view = self._insert(writing, active, row, spec.project.name, inputs=ledger.input_rows(job))
+        entry = QueueEntry(job=job, priority=spec.priority)
+        return Admitted(spec=spec, shard=created.shard, view=view, queue=entry, new=True)
+
+    def _insert(
+        self,
+        writing: Writing,
+        active: Active,
+        row: dict[str, Any],
+        project_name: str,
+        inputs: Sequence[dict[str, Any]] = (),
+    ) -> ExecutionView:
+        attempt = {"execution_id": active.id, "number": 1, **_NOBODY}
+        writing.insert(active, t.executions, row)
+        writing.insert(active, t.attempts, attempt)
+        if inputs:
+            writing.insert(active, t.execution_inputs, *inputs)
+        return execution_view(
+            SimpleNamespace(**row),
+            project_name,
+            attempts=[SimpleNamespace(**attempt)],
+            inputs=[input_view(SimpleNamespace(**item)) for item in inputs],
+            outputs=[],
+        )
+
+    # -- known ones --------------------------------------------------------------------------------------------
+    def _join(self, writing: Writing, spec: ExecutionSpec, place: ledger.Place) -> Admitted:
+        """Another client, or the same one again, or another try of the step that goes on with the execution.
+
+        An execution belongs to the shard of its run, so that one conductor has all of a run in hand.
+        """
+        shard = place.shard
+        active = writing.find(spec.execution_id)
+        if active is None or not writing.is_mine(shard):
+            return Admitted(spec=spec, shard=shard, elsewhere=True)
+        if spec.run_id != place.run_id or spec.retry_number != place.retry_number:
+            shard = self._shard(spec)
+            writing.update(active, **ledger.rejoined(spec, shard))
+            active = writing.change(active, shard=shard)
+        queue = None
+        if active.status is Status.queued and active.token is None:
+            # It may have been written without having been queued, just before a conductor died.
+            job = job_of(writing.details(active.id), active)
+            front = active.attempt > 1
+            queue = QueueEntry(job=job, priority=active.priority, front=front)
+        elsewhere = not writing.is_mine(shard)
+        return Admitted(spec=spec, shard=shard, queue=queue, elsewhere=elsewhere)
+
+    def _add_views(self, writing: Writing, answers: dict[str, Admitted]) -> None:
+        wanted = [key for key, admitted in answers.items() if admitted.view is None]
+        if not wanted:
+            return
+        writing.flush()
+        views = views_of(writing.conn, wanted, datum_url=self._settings.datum_url)
+        for key in wanted:
+            answers[key] = replace(answers[key], view=views.get(key))
+
+
+_NOBODY = dict.fromkeys(("worker", "host", "runtime", "end", "reason"))

@@ -1,0 +1,170 @@
+"""Stop requests (K-54, L-20) and stop conditions (M-40)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from valohai_agent import protocol as p
+from valohai_dagster.executions.conditions import ConditionError, is_met
+from valohai_dagster.executions.core import ServiceCore, standing_event
+from valohai_dagster.executions.lifecycle import status_after_stop
+from valohai_dagster.executions.memory import Active
+from valohai_dagster.executions.outbox import Outbox
+from valohai_dagster.executions.stream import EventKind, ExecutionStatus, FollowEvent
+from valohai_dagster.executions.submissions import Submission
+from valohai_dagster.executions.views import views_of
+from valohai_dagster.executions.writing import Writing
+
+log = logging.getLogger(__name__)
+
+
+class Stops:
+    def __init__(self, core: ServiceCore) -> None:
+        self._core = core
+
+    async def stop(self, execution_id: str, *, hard: bool, reason: str) -> None:
+        """Idempotent; a second request is a hard stop. Each hop is told to the followers."""
+        core = self._core
+        active = await core.patiently(lambda: core.find(execution_id), "stopping")
+        if active is None:
+            log.warning("stop of unknown execution %s", execution_id, extra={"action": "stop"})
+        elif active.status.final:
+            await core.patiently(lambda: core.snapshot(execution_id), "stopping")
+        elif active.shard not in core.memory.fences:
+            await self._pass_on(active, hard=hard, reason=reason)
+        else:
+            async with core.admission:  # nobody is just queueing it
+                outbox = await core.patiently(
+                    lambda: self._stop(execution_id, hard=hard, reason=reason), "stopping"
+                )
+            await core.deliver(outbox)
+
+    async def _pass_on(self, active: Active, *, hard: bool, reason: str) -> None:
+        """To the conductor that looks after it."""
+        stop = Submission(kind="stop", execution_id=active.id, hard=hard, reason=reason)
+        stream = self._core.keys.submissions(active.shard)
+        await self._core.deliver(Outbox(posts=[(stream, {"s": stop.model_dump_json()})]))
+
+    async def _stop(self, execution_id: str, *, hard: bool, reason: str) -> Outbox:
+        core = self._core
+        active = core.memory.active.get(execution_id)
+        if active is None:
+            return Outbox()  # it has ended, or has gone to another conductor, in this moment
+        withdrawn = active.token is None and await core.dispatch.withdraw(active.group, active.id)
+
+        def change(writing: Writing) -> Outbox:
+            outbox = Outbox()
+            current = writing.find(execution_id)
+            if current is None or current.status.final:
+                return outbox
+            if withdrawn and current.token is None:
+                why = reason or "stopped before it started"
+                end(writing, outbox, current, ExecutionStatus.stopped, why)
+                add_final(writing, outbox, [execution_id], core)
+            else:
+                request_stop(writing, outbox, current, hard=hard, reason=reason)
+            return outbox
+
+        return await core.transact(change)
+
+
+def end(
+    writing: Writing, outbox: Outbox, active: Active, status: ExecutionStatus, reason: str
+) -> None:
+    """Ends an execution that no agent will report on any more; `add_final` tells of it."""
+    writing.update(active, status=status.value, reason=reason, ended_at=writing.now)
+    writing.change(active, status=status)
+    outbox.ended.append((active.group, active.id, active.attempt))
+
+
+def add_final(
+    writing: Writing, outbox: Outbox, execution_ids: Sequence[str], core: ServiceCore
+) -> None:
+    """The last word on executions that have ended."""
+    if not execution_ids:
+        return
+    writing.flush()
+    views = views_of(writing.conn, execution_ids, datum_url=core.settings.datum_url)
+    for execution_id, view in views.items():
+        outbox.tell(execution_id, standing_event(view, writing.now))
+        outbox.stops_answered.append(execution_id)
+
+
+def request_stop(
+    writing: Writing, outbox: Outbox, active: Active, *, hard: bool, reason: str
+) -> None:
+    """A stop of work in progress, written down and passed on to the worker if there is one."""
+    hard = hard or active.stop_requested > 0
+    status = status_after_stop(active.status, hard=hard)
+    level = 2 if hard else 1
+    writing.update(active, status=status.value, stop_requested=level, reason=reason or None)
+    active = writing.change(active, status=status, stop_requested=level, stop_reason=reason or None)
+    word = "hard stop" if hard else "stop"
+    text = f"{word} requested{': ' + reason if reason else ''}"
+    outbox.tell(active.id, _state(writing, active, text, status=status.value))
+    forward_stop(writing, outbox, active)
+
+
+def forward_stop(writing: Writing, outbox: Outbox, active: Active) -> None:
+    """Tells the worker, if one has the lease and a stop was requested."""
+    if active.worker is None or active.token is None or not active.stop_requested:
+        return
+    kind = "stop-hard" if active.stop_requested > 1 else "stop"
+    command = p.Command(
+        kind=kind, execution_id=active.id, token=active.token, reason=active.stop_reason or ""
+    )
+    outbox.commands.append((active.group, active.worker, command))
+    outbox.stops_sent.append(active.id)
+    outbox.tell(active.id, _state(writing, active, f"{kind} sent to worker {active.worker}"))
+
+
+class StopConditions:
+    """On the records' thread."""
+
+    def __init__(self) -> None:
+        self._warned: dict[str, set[str]] = {}
+
+    def check(
+        self, writing: Writing, outbox: Outbox, active: Active, events: Sequence[dict[str, Any]]
+    ) -> None:
+        """M-40: stops the execution gracefully as soon as one of its metadata events satisfies the condition."""
+        condition = active.condition
+        if active.stop_requested or condition is None:
+            return
+        latest = writing.metrics(active.id).latest
+        parameters = writing.details(active.id).job["parameters"]
+        try:
+            met = any(
+                is_met(condition, metadata={**latest, **event}, parameters=parameters)
+                for event in events
+            )
+        except ConditionError as error:
+            self._warn_once(writing, outbox, active, f"stop-condition {condition!r}: {error}")
+            return
+        if met:
+            reason = f"stop-condition met: {condition}"
+            request_stop(writing, outbox, active, hard=False, reason=reason)
+
+    def forget(self, execution_id: str) -> None:
+        self._warned.pop(execution_id, None)
+
+    def _warn_once(self, writing: Writing, outbox: Outbox, active: Active, text: str) -> None:
+        warned = self._warned.setdefault(active.id, set())
+        if text not in warned:
+            warned.add(text)
+            event = FollowEvent(
+                kind=EventKind.warning, time=writing.now, attempt=active.attempt, message=text
+            )
+            outbox.tell(active.id, event)
+
+
+def _state(writing: Writing, active: Active, text: str, **data: Any) -> FollowEvent:
+    return FollowEvent(
+        kind=EventKind.state,
+        time=writing.now,
+        attempt=active.attempt,
+        message=text,
+        data=data,
+    )
