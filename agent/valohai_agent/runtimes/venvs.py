@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import threading
 import uuid
+from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
 
 from valohai_agent.errors import StartError
@@ -34,7 +37,6 @@ class Venvs:
         self._as_made: dict[Path, int | None] = {}
         self._making = False
         self._wanted = 0
-        self._template: Path | None = None
         self._template_lock = threading.Lock()
 
     def warm_up(self, count: int) -> None:
@@ -106,8 +108,9 @@ class Venvs:
     def _make(self) -> Path:
         """A copy of one that is never used, which takes a fraction of the time. Raises StartError."""
         with self._template_lock:
-            template = self._template = self._template or self._make_template()
-        path = template.with_name(uuid.uuid4().hex[: len(template.name)])
+            self._remove_dead()
+            template = self._template()
+        path = self._directory / uuid.uuid4().hex[:12]
         _run(["cp", "-RPp", str(template), str(path)])
         for file in (path / "pyvenv.cfg", *(path / "bin").iterdir()):
             if not file.is_symlink():
@@ -115,14 +118,27 @@ class Venvs:
         self._as_made[path] = _state(path)
         return path
 
-    def _make_template(self) -> Path:
+    def _template(self) -> Path:
+        """What an earlier agent left, or made now.
+
+        A link names it once it is finished, so that no half of one is ever copied.
+        """
+        link = self._base / f"template-{_made_of()}"
+        with (self._base / "template.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several agents that start here, one makes it
+            if not (link / "bin").is_dir():
+                self._make_template(link)
+        return Path(os.readlink(link))
+
+    def _make_template(self, link: Path) -> None:
         """In a process of its own: here it would take the time of the threads that follow running jobs."""
-        self._remove_dead()
-        path = self._directory / uuid.uuid4().hex[:12]
+        path = link.with_name(f"{link.name}-{uuid.uuid4().hex[:6]}")
         virtualenv = [sys.executable, "-m", "virtualenv", "--quiet"]
         _run([*virtualenv, "--no-periodic-update", "--no-download", str(path)])
         _run([str(path / "bin" / "python"), "-c", ""])  # writes what every start would write
-        return path
+        finished = self._directory / path.name
+        finished.symlink_to(path)
+        finished.replace(link)
 
     def _remove_dead(self) -> None:
         """Environments of agents that are gone."""
@@ -133,6 +149,17 @@ class Venvs:
             pid = other.name.rpartition("-")[2]
             if pid.isdigit() and not Path(f"/proc/{pid}").exists():
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def _made_of() -> str:
+    """Stands for everything that environments of this agent are made of."""
+    try:
+        tool = metadata.version("virtualenv")
+    except metadata.PackageNotFoundError as error:
+        raise StartError(
+            "The private virtual environment cannot be made: the Python package `virtualenv` is not installed"
+        ) from error
+    return sha256(f"{sys.executable} {sys.version} {tool}".encode()).hexdigest()[:12]
 
 
 def _run(command: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -82,6 +83,24 @@ def test_as_many_are_made_as_are_wanted_those_in_use_included(tmp_path: Path) ->
     assert len(set(spares(venvs))) == 2
     venvs.give_back(taken, reusable=False)
     wait_for(lambda: len(spares(venvs)) == 3, seconds=60, what="another one")
+
+
+def test_the_next_agent_copies_what_the_last_one_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Venvs(tmp_path).take()
+    made: list[Path] = []
+    monkeypatch.setattr(Venvs, "_make_template", lambda self, link: made.append(link))
+    second = Venvs(tmp_path)
+    assert second.take() != first
+    assert made == []
+
+
+def test_a_template_that_vanished_is_made_again(tmp_path: Path) -> None:
+    venvs = Venvs(tmp_path)
+    venvs.take()
+    shutil.rmtree(venvs._template())
+    assert (venvs.take() / "bin" / "python").exists()
 
 
 def test_a_tool_that_fails_is_said_in_its_own_words(
