@@ -196,6 +196,9 @@ class Side:
     def edit_project(self, old: str, new: str) -> None:
         """Replaces text in valohai.yaml, then reloads the code location."""
         self.code.yaml.write_text(self.code.yaml.read_text().replace(old, new))
+        self.reload()
+
+    def reload(self) -> None:
         self._forget_loaded()
         self.context.refresh_workspace()
 

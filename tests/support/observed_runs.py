@@ -40,20 +40,20 @@ Json = Any
 AtOnce: TypeAlias = Literal["", "steps", "runs"]
 
 
+Reasons: TypeAlias = Mapping[str, str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exclusions:
-    """What is not compared; each entry with its reason."""
+    """What is not compared; each entry with its reason, but for `texts`."""
 
-    kinds: Mapping[str, str]  # events of these types
-    wording: Mapping[str, str]  # message and metadata of events of these types
-    lines: Mapping[str, str]  # log lines that match these expressions
-    fields: Mapping[str, str]  # these keys, wherever they stand
-    entries: Mapping[
-        str, str
-    ]  # metadata entries with these labels; a trailing * stands for the rest
-    texts: Mapping[
-        str, str
-    ]  # what these expressions match in a text becomes <name>; name: expression
+    kinds: Reasons  # events of these types
+    kept: Reasons = field(default_factory=dict)  # those with these messages count all the same
+    wording: Reasons  # message and metadata of events of these types
+    lines: Reasons  # log lines that match these expressions
+    fields: Reasons  # these keys, wherever they stand
+    entries: Reasons  # metadata entries with these labels; a trailing * stands for the rest
+    texts: Mapping[str, str]  # name -> expression; what it matches in a text becomes <name>
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,9 @@ def _events(records: Sequence[EventLogRecord], exclusions: Exclusions) -> Iterat
         entry = record.event_log_entry
         event = entry.dagster_event
         if event is not None:
-            skip = event.event_type_value in exclusions.kinds
+            skip = (
+                event.event_type_value in exclusions.kinds and entry.message not in exclusions.kept
+            )
         else:
             skip = any(re.match(line, entry.user_message) for line in exclusions.lines)
         if skip:

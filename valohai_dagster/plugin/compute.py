@@ -109,7 +109,7 @@ def prepare(
             tag,
             config=config,
             commit=commit,
-            ids=launch_ids(context),
+            ids=launch_ids(context, tag),
             partitions=partitions_of(context),
             upstream=upstream,
             archive_warnings=[*told, *archive_warnings],
@@ -175,7 +175,7 @@ def rejoin(context: AssetExecutionContext, backend: Backend, spec: ExecutionSpec
     return spec.model_copy(update={"execution_id": left_behind})
 
 
-def launch_ids(context: AssetExecutionContext) -> LaunchIds:
+def launch_ids(context: AssetExecutionContext, tag: StepTag) -> LaunchIds:
     """The same for every process that works on this try of the step."""
     step_key, instance = step_key_of(context), instance_id(context.instance)
     run_id, retry = context.run.run_id, context.retry_number
@@ -186,7 +186,7 @@ def launch_ids(context: AssetExecutionContext) -> LaunchIds:
         step_key=step_key,
         retry_number=retry,
         log_key=log_key(context, step_key),
-        asset_key=list(context.asset_key.path),
+        asset_key=list(tag.asset_key),
         creator=context.run.tags.get("dagster/user", ""),
     )
 

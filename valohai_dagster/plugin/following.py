@@ -162,9 +162,8 @@ class Follower:
         metadata = {
             f"metrics/{name}": dg.MetadataValue.float(value) for name, value in numbers.items()
         }
-        observe(
-            self._context, dg.AssetObservation(asset_key=self._context.asset_key, metadata=metadata)
-        )
+        key = dg.AssetKey(self._spec.asset_key or [])
+        observe(self._context, dg.AssetObservation(asset_key=key, metadata=metadata))
 
 
 class Mirror:

@@ -306,10 +306,12 @@ class RunDrive:
             await self._maybe_blocking(lambda event=event: self._plan.handle(event))
 
     def _outputs_of(self, step_key: str) -> list[DagsterEvent]:
-        """STEP_OUTPUT events of a finished step: all of its outputs, since ours always make all."""
+        """STEP_OUTPUT events of a finished step: of all its outputs, but for optional ones that no execution fills."""
         facts = self._facts.steps[step_key]
         events = StepEvents(self.job_name, self.run_id, facts.step, facts.output_types)
-        entries = [e for out in facts.step.step_outputs for e in events.output(out.name, {})]
+        filled = {facts.tag.output, *facts.check_outputs.values()}
+        made = [o.name for o in facts.step.step_outputs if o.is_required or o.name in filled]
+        entries = [entry for name in made for entry in events.output(name, {})]
         return [entry.dagster_event for entry in entries if entry.dagster_event]
 
     async def terminate(self, request: str | None = None) -> None:

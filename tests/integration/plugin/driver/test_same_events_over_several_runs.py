@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import dagster as dg
+
 from tests.integration.plugin.driver.conftest import Case, Comparison
 from tests.integration.plugin.driver.seen import kinds, stale, status
 from tests.integration.plugin.driver.yamls import CHAIN, DIAMOND, ONE
-from tests.support.dagster_side import Ask, Side
+from tests.support.dagster_side import Ask, Side, key_of
 from tests.support.sim_worker import Play
 
 OTHER = Play(outputs={"part.csv": b"other\n"})
@@ -46,6 +48,18 @@ def test_changed_code_makes_an_asset_stale_until_it_ran(same: Comparison) -> Non
 
     seen = same(Case(yaml=ONE, scenario=scenario))
     assert stale(seen) == {"prep": "FRESH"}
+
+
+def test_an_upstream_that_somebody_reported_by_hand(same: Comparison) -> None:
+    def scenario(side: Side) -> None:
+        side.instance.report_runless_asset_event(dg.AssetMaterialization(key_of("prep")))
+        side.run(Ask(assets=["train"]))
+        side.run(Ask(assets=["prep"]))
+        side.instance.report_runless_asset_event(dg.AssetMaterialization(key_of("prep")))
+        side.run(Ask(assets=["train"]))
+
+    seen = same(Case(yaml=CHAIN, scenario=scenario))
+    assert [status(seen, run) for run in range(3)] == ["FAILURE", "SUCCESS", "FAILURE"]
 
 
 def test_a_re_execution_from_failure(same: Comparison) -> None:
