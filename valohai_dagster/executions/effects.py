@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,7 +54,12 @@ class Cause:
 
     def event(self, kind: EventKind, message: str = "", **data: Any) -> FollowEvent:
         return FollowEvent(
-            kind=kind, time=self.now, attempt=self.report.attempt, message=message, data=data
+            kind=kind,
+            time=self.now,
+            reported_at=moment_of(self.report),
+            attempt=self.report.attempt,
+            message=message,
+            data=data,
         )
 
     def state(self, message: str, **data: Any) -> FollowEvent:
@@ -321,6 +326,12 @@ def _(body: p.Finished, cause: Cause) -> list[FollowEvent]:
     )
     cause.change(status=status)
     return []  # the service publishes `final` once the transaction is done
+
+
+def moment_of(report: p.Report) -> datetime:
+    """When the agent made the report, on our clock."""
+    time = report.time if report.time.tzinfo else report.time.replace(tzinfo=timezone.utc)
+    return time + timedelta(seconds=report.clock_offset_seconds)
 
 
 def _on_our_clock(span: p.PhaseSpan, report: p.Report) -> dict[str, Any]:

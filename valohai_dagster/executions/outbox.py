@@ -22,6 +22,7 @@ class Outbox:
     queued: set[str] = field(default_factory=set)  # groups that have got new jobs
     stops_sent: list[str] = field(default_factory=list)  # executions whose worker has to answer
     stops_answered: list[str] = field(default_factory=list)
+    applied: list[str] = field(default_factory=list)  # kinds of reports, for those who count
 
     def tell(self, execution_id: str, *events: FollowEvent) -> None:
         if events:

@@ -10,12 +10,14 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from valohai_agent import protocol as p
+from valohai_dagster import telemetry
 from valohai_dagster.executions.core import ServiceCore
 from valohai_dagster.executions.dispatch import LeaseFacts
-from valohai_dagster.executions.effects import Cause, apply_report
+from valohai_dagster.executions.effects import Cause, apply_report, moment_of
 from valohai_dagster.executions.grants import GrantMinter, seal
 from valohai_dagster.executions.lifecycle import Standing, Verdict, judge_report
 from valohai_dagster.executions.memory import Active
@@ -31,6 +33,7 @@ from valohai_dagster.executions.stops import (
 from valohai_dagster.executions.stream import ExecutionStatus
 from valohai_dagster.executions.submissions import parse_report
 from valohai_dagster.executions.writing import Writing
+from valohai_dagster.telemetry import Count
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +99,8 @@ class Reports:
             await self._apply(arrivals)
         except Exception as error:
             if len(arrivals) > 1:
-                log.warning("handling %d reports one by one after %r", len(arrivals), error)
+                text = "handling %d reports one by one after %r"
+                log.warning(text, len(arrivals), error, extra={"action": "one-by-one"})
             else:
                 log.exception("cannot handle a report", extra={"action": "fail"})
         else:
@@ -133,7 +137,10 @@ class Reports:
             leases = await core.dispatch.leases(self._leases_wanted(ours))
             return await core.transact(lambda writing: self._change(writing, ours, leases))
 
-        await self._core.deliver(await self._shards.insist(step, "reports"))
+        outbox = await self._shards.insist(step, "reports")
+        for kind in outbox.applied:
+            telemetry.count(Count.reports, kind=kind)
+        await self._core.deliver(outbox)
 
     def _leases_wanted(self, arrivals: Sequence[Arrival]) -> set[tuple[str, str]]:
         """Where a token has to be bound to an attempt, or grants to be sealed."""
@@ -152,15 +159,15 @@ class Reports:
     def _change(
         self, writing: Writing, arrivals: Sequence[Arrival], leases: Mapping[str, LeaseFacts]
     ) -> Outbox:
-        outbox, finished = Outbox(), list[str]()
+        outbox, finished = Outbox(), dict[str, datetime]()
         for arrival in arrivals:
             if arrival.report is None:
                 outbox.done(arrival.stream, arrival.entry_id)
                 continue
             lease = leases.get(arrival.report.execution_id)
             if self._judge_and_apply(writing, outbox, arrival, arrival.report, lease):
-                finished.append(arrival.report.execution_id)
-        add_final(writing, outbox, finished, self._core)
+                finished[arrival.report.execution_id] = moment_of(arrival.report)
+        add_final(writing, outbox, finished, self._core, reported_at=finished)
         return outbox
 
     def _judge_and_apply(
@@ -194,6 +201,7 @@ class Reports:
                 datum_url=self._core.settings.datum_url,
             )
             outbox.tell(active.id, *apply_report(cause))
+            outbox.applied.append(report.body.kind)
         return self._answer(writing, outbox, report, lease)
 
     def _answer(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from valohai_agent import protocol as p
@@ -80,15 +81,23 @@ def end(
 
 
 def add_final(
-    writing: Writing, outbox: Outbox, execution_ids: Sequence[str], core: ServiceCore
+    writing: Writing,
+    outbox: Outbox,
+    execution_ids: Collection[str],
+    core: ServiceCore,
+    *,
+    reported_at: Mapping[str, datetime] | None = None,
 ) -> None:
-    """The last word on executions that have ended."""
+    """The last word on executions that have ended. `reported_at`: when their agents said so."""
     if not execution_ids:
         return
     writing.flush()
-    views = views_of(writing.conn, execution_ids, datum_url=core.settings.datum_url)
+    views = views_of(writing.conn, list(execution_ids), datum_url=core.settings.datum_url)
+    reported = reported_at or {}
     for execution_id, view in views.items():
-        outbox.tell(execution_id, standing_event(view, writing.now))
+        event = standing_event(view, writing.now)
+        event = event.model_copy(update={"reported_at": reported.get(execution_id)})
+        outbox.tell(execution_id, event)
         outbox.stops_answered.append(execution_id)
 
 

@@ -102,7 +102,7 @@ class ExecutionView(View):
     reason: str | None = None
     exit_code: int | None = None
     environment: str
-    group: str = Field("", description="Worker group whose queue it is in.")
+    group: str = Field(default="", description="Worker group whose queue it is in.")
     run_id: str | None = None
     step_key: str | None = None
     worker: str | None = None
@@ -136,6 +136,9 @@ class FollowEvent(View):
 
     kind: EventKind
     time: datetime
+    reported_at: datetime | None = Field(
+        default=None, description="When the agent reported what it tells, on our clock."
+    )
     attempt: int = 1
     message: str = ""
     data: dict[str, Any] = Field(default_factory=dict)
