@@ -68,9 +68,8 @@ class Spool:
                 self._file.truncate(end)
                 return False
         except OSError as exc:
-            logger.warning(
-                "cannot spool reports to %s: %s; keeping them in memory", self._directory, exc
-            )
+            text = "cannot spool reports to %s: %s; keeping them in memory"
+            logger.warning(text, self._directory, exc, extra={"action": "spool"})
             return self._on_disk > 0 and self._keep_order(text)
         self._on_disk += 1
         return True

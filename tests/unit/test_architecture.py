@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -79,3 +80,24 @@ def test_no_function_is_longer_than_the_ceiling(trees: dict[str, ast.Module]) ->
 def test_modules_are_named_by_what_they_hold() -> None:
     vague = {"utils", "util", "helpers", "helper", "misc", "common", "manager"}
     assert not [relative(path) for path in SOURCES if path.stem in vague]
+
+
+def test_every_line_of_the_log_has_an_action(trees: dict[str, ast.Module]) -> None:
+    """STYLE, logging: one word for what happened, for those who read logs with programs."""
+    without = [
+        f"{name}:{node.lineno}"
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if is_log_call(node) and not any(keyword.arg == "extra" for keyword in node.keywords)
+    ]
+    assert not without
+
+
+def is_log_call(node: ast.AST) -> TypeGuard[ast.Call]:
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("info", "warning", "error", "exception")
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id in ("log", "logger")
+    )

@@ -34,6 +34,7 @@ FOLLOW_BLOCK_MS = 1_000  # how long one read of the stream waits
 LOOK_SECONDS = (
     3.0  # silence after which we look whether there is a conductor; costs two file accesses
 )
+NO_ANSWER = "the execution service does not answer, waiting: %s"
 RESUBMIT_SECONDS = 30.0  # silence after which the execution is asked for again
 
 
@@ -122,7 +123,7 @@ class ExecutionClient:
         try:
             ensure_conductor(self.settings)
         except ServiceUnavailable as error:
-            log.warning("the execution service does not answer, waiting: %s", error)
+            log.warning(NO_ANSWER, error, extra={"action": "outage", "step": "follow"})
 
     def _read(self, stream: str, last: str) -> list[tuple[str, dict[str, str]]]:
         reply: Any = self._patiently(
@@ -137,7 +138,7 @@ class ExecutionClient:
             if spec is not None:
                 self.submit(spec)
         except ServiceUnavailable as error:
-            log.warning("the execution service does not answer, waiting: %s", error)
+            log.warning(NO_ANSWER, error, extra={"action": "outage", "step": "follow"})
         # An emptied Redis starts its stream ids anew, below `last`.
         newest: Any = self._patiently(
             lambda: self._redis.xrevrange(self._keys.follow(execution_id), count=1)
@@ -158,7 +159,8 @@ class ExecutionClient:
         try:
             return call()
         except (redis.ConnectionError, redis.TimeoutError) as error:
-            log.warning("Redis is away (%s); the execution goes on without us, waiting", error)
+            text = "Redis is away (%s); the execution goes on without us, waiting"
+            log.warning(text, error, extra={"action": "outage", "step": "follow"})
             time.sleep(FOLLOW_BLOCK_MS / 1000)
             return None
 

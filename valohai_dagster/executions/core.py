@@ -187,7 +187,8 @@ class ServiceCore:
         try:
             await asyncio.to_thread(load_functions, client)
         except redis.RedisError as error:
-            log.warning("the functions cannot be loaded yet: %s", error)
+            extra = {"action": "outage", "step": "functions"}
+            log.warning("the functions cannot be loaded yet: %s", error, extra=extra)
             await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
         finally:
             client.close()

@@ -105,7 +105,8 @@ class Intake:
             return await self._admit(specs)
         except Exception as error:
             if len(specs) > 1:
-                log.warning("admitting %d submissions one by one after %r", len(specs), error)
+                text = "admitting %d submissions one by one after %r"
+                log.warning(text, len(specs), error, extra={"action": "one-by-one"})
             else:
                 log.exception("cannot admit %s", specs[0].execution_id, extra={"action": "fail"})
         return [await self._admit_one(spec) for spec in specs]

@@ -44,7 +44,8 @@ def parse_report(fields: Mapping[str, str]) -> Report | None:
         log.warning("dropped an unreadable report: %s", _kinds(error), extra={"action": "drop"})
         return None
     if not speaks(report.v):
-        log.warning("dropped a report of protocol %d from %s", report.v, report.worker)
+        extra = {"action": "drop", "worker": report.worker}
+        log.warning("dropped a report of protocol %d from %s", report.v, report.worker, extra=extra)
         return None
     return report
 

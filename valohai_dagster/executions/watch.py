@@ -162,7 +162,8 @@ class LeaseWatch:
             return
         mine = [a for a in core.memory.all() if a.shard in behind]
         if mine:
-            log.warning("this Redis is not the one of before; reconciling %d executions", len(mine))
+            text = "this Redis is not the one of before; reconciling %d executions"
+            log.warning(text, len(mine), extra={"action": "reconcile"})
         waiting = iter([a for a in mine if a.status is ExecutionStatus.queued])
         while part := list(islice(waiting, QUEUED_AT_ONCE)):
             await self._queue_again(part)

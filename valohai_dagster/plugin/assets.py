@@ -99,7 +99,7 @@ def load_valohai_project(
     except ProjectError as error:
         if strict:
             raise
-        log.error("%s", error)
+        log.error("%s", error, extra={"action": "load-project"})
         return dg.Definitions(
             assets=[broken_project(name or Path(str(source)).stem, error, group_name)]
         )
@@ -143,7 +143,8 @@ def _tell_conductors(project: Project) -> None:
     try:
         settings = load_settings()
     except ConfigurationError as error:
-        log.warning("the commit of project %s is not published: %s", project.name, error)
+        text = "the commit of project %s is not published: %s"
+        log.warning(text, project.name, error, extra={"action": "publish"})
         return
     if settings.redis_url:
         from valohai_dagster.plugin.commits import publish_in_background

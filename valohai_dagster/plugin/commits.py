@@ -269,6 +269,7 @@ def _publish_patiently(
                 project.name,
                 again,
                 error,
+                extra={"action": "publish"},
             )
         if pause is not None:
             time.sleep(pause)

@@ -127,7 +127,8 @@ class ValohaiComputeLogManager(LocalComputeLogManager):
             return self._logs.index(log_key)
         except (ValohaiError, OSError) as error:
             if not self._complained:
-                log.warning("logs of executions cannot be shown: %s", error)
+                text = "logs of executions cannot be shown: %s"
+                log.warning(text, error, extra={"action": "outage", "step": "logs"})
                 self._complained = True
             return LogIndex()
 
@@ -300,4 +301,5 @@ class _Watcher:
                 self._forget(subscription)
                 finish_subscription(subscription)
         except Exception:
-            log.exception("log view of %s failed; trying again", "/".join(subscription.log_key))
+            key = "/".join(subscription.log_key)
+            log.exception("log view of %s failed; trying again", key, extra={"action": "log-view"})

@@ -64,7 +64,8 @@ class ValohaiRunCoordinator(QueuedRunCoordinator):
         try:
             return self._launch(context)
         except ValohaiError as error:
-            log.warning("run %s goes through the queue: %s", run.run_id, error)
+            extra = {"action": "queue-run", "run": run.run_id}
+            log.warning("run %s goes through the queue: %s", run.run_id, error, extra=extra)
             return super().submit_run(context)
 
     def dispose(self) -> None:
@@ -124,7 +125,8 @@ class ValohaiRunCoordinator(QueuedRunCoordinator):
             run = self._instance.get_run_by_id(run_id)
             if run is None or not run.is_finished:
                 raise
-            log.exception("run %s could not be launched", run_id)
+            extra = {"action": "launch-run", "run": run_id}
+            log.exception("run %s could not be launched", run_id, extra=extra)
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,9 +101,9 @@ class ServiceLogs:
             return self._live(section, stream, offset, limit)
         except (redis.RedisError, ValohaiError, OSError) as error:
             # Redis is away: the view stands still, and goes on when it is back.
-            log.warning(
-                "live log of execution %s is not readable now: %s", section.execution_id, error
-            )
+            extra = {"action": "outage", "step": "logs", "execution": section.execution_id}
+            text = "live log of execution %s is not readable now: %s"
+            log.warning(text, section.execution_id, error, extra=extra)
             self._redis = None
             return b"", offset
 
@@ -114,7 +114,8 @@ class ServiceLogs:
             with self.open_stored(stored) as file:
                 data = read_at(file, offset, limit)
         except (ValohaiError, OSError) as error:
-            log.warning("stored log %s/%s is not readable: %s", stored.store, stored.key, error)
+            text = "stored log %s/%s is not readable: %s"
+            log.warning(text, stored.store, stored.key, error, extra={"action": "read-log"})
             return b"", offset
         return data, offset + len(data)
 

@@ -94,6 +94,5 @@ class HandingOver:
         try:
             self._redis.xadd(stream, message)
         except redis.RedisError as error:
-            log.warning(
-                "Redis is away (%s); the conductor takes up run %s when it is back", error, run_id
-            )
+            text = "Redis is away (%s); the conductor takes up run %s when it is back"
+            log.warning(text, error, run_id, extra={"action": "hand-over", "run": run_id})
