@@ -134,6 +134,29 @@ def test_an_event_that_was_never_stored_is_not_found(instance: DagsterInstance) 
     assert not complete_last_event(instance, events.engine("hello")[0])
 
 
+def test_events_that_touch_the_log_only_are_stored_together_in_order(
+    instance: DagsterInstance,
+) -> None:
+    run, events = made(instance)
+    batch = [
+        *events.logs_captured([run.run_id, "compute_logs", "a"], {}),
+        *events.worker_starting("queued"),
+        *events.start(0),
+        *events.engine("running"),
+        *events.abandoned(["b"], []),
+    ]
+    assert all(map(storage.touches_log_only, batch))
+    storage.store_together(instance, batch)
+    records = instance.get_records_for_run(run.run_id).records[-len(batch) :]
+    assert [record.event_log_entry for record in records] == batch
+
+
+def test_events_of_assets_and_runs_are_stored_alone(instance: DagsterInstance) -> None:
+    run, events = made(instance)
+    assert not storage.touches_log_only(materialization(events))
+    assert not storage.touches_log_only(RunEvents(run.job_name, run.run_id).success()[0])
+
+
 def test_a_plain_line_is_found_again(instance: DagsterInstance) -> None:
     _, events = made(instance)
     (line,) = events.abandoned(["b"], [])

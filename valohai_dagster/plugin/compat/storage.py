@@ -18,11 +18,14 @@ from dagster._core.storage.event_log.schema import (
     AssetKeyTable,
     SqlEventLogStorageTable,
 )
+from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
 from dagster._core.storage.tags import RUN_FAILURE_REASON_TAG, WILL_RETRY_TAG
 
 if TYPE_CHECKING:
-    from dagster import DagsterInstance, EventLogRecord
+    from collections.abc import Sequence
+
+    from dagster import DagsterInstance, EventLogEntry, EventLogRecord
 
 POOL_RECYCLE_SECONDS = 3600
 STATEMENT_TIMEOUT_MS = 60_000
@@ -90,6 +93,26 @@ def is_database_outage(error: BaseException) -> bool:
     if isinstance(error, DBAPIError):
         return error.connection_invalidated
     return type(error).__name__ == "DagsterPostgresException"  # the package is an extra
+
+
+def touches_log_only(entry: EventLogEntry) -> bool:
+    """Whether storing the event is nothing but a row in the log: no asset, check or run status changes with it."""
+    event = entry.dagster_event
+    if event is None:
+        return True
+    touching = (ASSET_EVENTS, ASSET_CHECK_EVENTS, EVENT_TYPE_TO_PIPELINE_RUN_STATUS)
+    return not event.is_job_event and all(event.event_type not in kinds for kinds in touching)
+
+
+def store_together(instance: DagsterInstance, entries: Sequence[EventLogEntry]) -> None:
+    """Stores events of one run that touch the log only in one statement: all of them or none, in their order."""
+    storage: Any = instance.event_log_storage
+    if not isinstance(storage, SqlEventLogStorage):
+        for entry in entries:
+            instance.handle_new_event(entry)
+        return
+    with storage.run_connection(entries[0].run_id) as connection:
+        connection.execute(storage.prepare_insert_event_batch(entries))
 
 
 def complete_event(instance: DagsterInstance, record: EventLogRecord) -> None:

@@ -8,6 +8,7 @@ whose log row was written before the connection broke is not written again.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 import zlib
@@ -17,7 +18,11 @@ from typing import TypeVar
 
 from dagster import DagsterInstance, EventLogEntry
 
-from valohai_dagster.plugin.compat.storage import is_database_outage
+from valohai_dagster.plugin.compat.storage import (
+    is_database_outage,
+    store_together,
+    touches_log_only,
+)
 from valohai_dagster.plugin.driver.recovery import complete_last_event
 
 log = logging.getLogger(__name__)
@@ -104,10 +109,21 @@ class _Writing:
         while self._left:
             if not self._may_write():
                 raise LaneClosed
-            entry = self._left[0]
-            if not (self._torn and complete_last_event(self._instance, entry)):
+            batch = self._next()
+            if not (self._torn and complete_last_event(self._instance, batch[0])):
                 self._torn = True
-                self._instance.handle_new_event(entry)
+                self._store(batch)
             self._torn = False
-            self._left.pop(0)
-            self._lanes.written += 1
+            del self._left[: len(batch)]
+            self._lanes.written += len(batch)
+
+    def _next(self) -> list[EventLogEntry]:
+        """The next events that are stored whole or not at all: one, or several that touch nothing but the log."""
+        batch = list(itertools.takewhile(touches_log_only, self._left))
+        return batch or self._left[:1]
+
+    def _store(self, batch: list[EventLogEntry]) -> None:
+        if len(batch) > 1:
+            store_together(self._instance, batch)
+        else:
+            self._instance.handle_new_event(batch[0])
