@@ -219,6 +219,7 @@ def standing_event(view: ExecutionView, now: datetime) -> FollowEvent:
         attempt=view.attempt,
         message=f"{view.status.value}: {view.reason}" if view.reason else view.status.value,
         data=view.model_dump(mode="json"),
+        view=view,
     )
 
 

@@ -142,3 +142,8 @@ class FollowEvent(View):
     attempt: int = 1
     message: str = ""
     data: dict[str, Any] = Field(default_factory=dict)
+    view: ExecutionView | None = Field(
+        default=None,
+        exclude=True,
+        description="What `data` holds of a snapshot or an end, for listeners in the same process.",
+    )

@@ -24,7 +24,7 @@ class Mailbox:
     def put(self, events: Sequence[FollowEvent]) -> None:
         for event in events:
             if event.kind is EventKind.final:
-                self.final = ExecutionView.model_validate(event.data)
+                self.final = event.view or ExecutionView.model_validate(event.data)
             elif event.kind is EventKind.metadata:
                 self.latest.update(event.data.get("latest") or {})
                 continue  # no reason to wake anybody
