@@ -266,6 +266,10 @@ class Side:
     def launch(self, run: DagsterRun) -> None:
         self.instance.launch_run(run.run_id, self.request())
 
+    def submit(self, run: DagsterRun) -> None:
+        """As the webserver does: through the run coordinator."""
+        self.instance.submit_run(run.run_id, self.request())
+
     def ended(self, run_id: str, *, seconds: float = RUN_SECONDS) -> DagsterRun:
         def finished() -> DagsterRun | None:
             run = self.instance.get_run_by_id(run_id)

@@ -28,6 +28,7 @@ class Play:
 
     outputs: Mapping[str, bytes] = field(default_factory=lambda: {"part.csv": b"a,b\n"})
     metadata: Sequence[Mapping[str, Any]] = ()
+    phases: Sequence[p.Phase] = ()  # before `running`, each with some progress
     outcome: p.Outcome = p.Outcome.complete
     exit_code: int | None = 0
     reason: str | None = None
@@ -112,9 +113,14 @@ class SimWorker:
     def _play(self, lease: SimLease, play: Play) -> None:
         lease.leased()
         lease.wait_grants()
+        for phase in play.phases:
+            lease.report(p.PhaseChanged(phase=phase))
+            for done in range(0, 101, 25):
+                text = f"{phase.value} {done} %"
+                lease.report(p.PhaseChanged(phase=phase, message=text, done=done, total=100))
         lease.report(p.PhaseChanged(phase=p.Phase.running))
-        if play.metadata:
-            lease.report(p.MetadataEvents(events=[dict(event) for event in play.metadata]))
+        for event in play.metadata:
+            lease.report(p.MetadataEvents(events=[dict(event)]))
         if play.while_running is not None:
             play.while_running(lease.job)
         if play.until is not None:
