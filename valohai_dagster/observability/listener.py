@@ -27,7 +27,7 @@ class EndListener:
     def __call__(self, execution_id: str, events: Sequence[FollowEvent]) -> None:
         for event in events:
             if event.kind is EventKind.final and self._is_new(execution_id):
-                self._ended(ExecutionView.model_validate(event.data))
+                self._ended(event.view or ExecutionView.model_validate(event.data))
 
     def _is_new(self, execution_id: str) -> bool:
         if execution_id in self._told:
