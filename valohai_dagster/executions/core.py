@@ -23,6 +23,7 @@ from valohai_dagster.executions.memory import Active, Memory
 from valohai_dagster.executions.outbox import Outbox
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, ExecutionView, FollowEvent
 from valohai_dagster.executions.views import views_of
+from valohai_dagster.executions.waiting import queued
 from valohai_dagster.executions.writing import Writing, transact
 from valohai_dagster.records.engine import Records
 from valohai_dagster.settings import Settings
@@ -228,7 +229,7 @@ def queued_event(group: str, ahead: int, attempt: int, now: datetime) -> FollowE
         kind=EventKind.state,
         time=now,
         attempt=attempt,
-        message=f"queued in {group}" + (f" behind {ahead}" if ahead else ""),
+        message=queued(group, ahead),
         data={"status": ExecutionStatus.queued.value, "ahead": ahead},
     )
 
