@@ -31,32 +31,38 @@ POOL_RECYCLE_SECONDS = 3600
 STATEMENT_TIMEOUT_MS = 60_000
 
 
-def pooled(instance: DagsterInstance, connections: int) -> None:
-    """Keeps connections to Postgres open; the storages open one per statement otherwise (DAGSTER_NOTES 9)."""
+def pooled(instance: DagsterInstance, connections: int, *, overflow: int | None = None) -> None:
+    """Keeps that many connections to Postgres open per storage, `overflow` more for a rush.
+
+    The storages open one per statement, or keep a single one in webservers (DAGSTER_NOTES 9); a connection costs the
+    server more than the statements of an event.
+    """
     from sqlalchemy import event
-    from sqlalchemy.pool import NullPool
+    from sqlalchemy.pool import NullPool, QueuePool
 
     for storage in (instance.run_storage, instance.event_log_storage):
         engine = getattr(storage, "_engine", None)
-        if engine is None or not isinstance(engine.pool, NullPool):
+        if engine is None or engine.dialect.name != "postgresql":
+            continue
+        if not isinstance(engine.pool, NullPool) and engine.pool.size() >= connections:
             continue
         from dagster_postgres.utils import create_pg_engine, set_pg_statement_timeout
 
         options = engine.url.query.get("options")
-        pool = create_pg_engine(
+        larger = create_pg_engine(
             getattr(storage, "postgres_url"),  # noqa: B009
             getattr(storage, "_token_provider", None),
             isolation_level="AUTOCOMMIT",
+            poolclass=QueuePool,
             pool_size=connections,
-            max_overflow=connections,
+            max_overflow=connections if overflow is None else overflow,
             pool_recycle=POOL_RECYCLE_SECONDS,
-            pool_pre_ping=False,
             **({"connect_args": {"options": options}} if options else {}),
         )
         event.listen(
-            pool, "connect", lambda c, _: set_pg_statement_timeout(c, STATEMENT_TIMEOUT_MS)
+            larger, "connect", lambda c, _: set_pg_statement_timeout(c, STATEMENT_TIMEOUT_MS)
         )
-        setattr(storage, "_engine", pool)  # noqa: B010
+        setattr(storage, "_engine", larger)  # noqa: B010
 
 
 def steady_schema(instance: DagsterInstance) -> None:

@@ -16,6 +16,7 @@ from valohai_dagster.executions.why_reader import Sources
 from valohai_dagster.plugin.compat.engine import (
     BaseWorkspaceRequestContext,
 )
+from valohai_dagster.plugin.compat.storage import pooled, steady_schema
 from valohai_dagster.plugin.driver import handed_over
 from valohai_dagster.plugin.driver.events import RunEvents
 from valohai_dagster.plugin.driver.facts import facts_of
@@ -30,11 +31,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CONNECTIONS = 4  # to Dagster's storage that a launching process keeps, per storage
+MORE_CONNECTIONS = 40  # in a rush: a daemon launches from many threads
+
 
 class HandingOver:
     """Records and Redis of the deployment that this process's settings name; opened once per launcher."""
 
     def __init__(self, instance: DagsterInstance, settings: Settings | None = None) -> None:
+        steady_schema(instance)
+        pooled(instance, CONNECTIONS, overflow=MORE_CONNECTIONS)
         self._instance = instance
         self._settings = settings or load_settings()
         self._records = open_records(self._settings)
