@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import logging
 import threading
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,14 @@ from typing import TypeVar
 
 from dagster import DagsterInstance, EventLogEntry
 
+from valohai_dagster import telemetry
 from valohai_dagster.plugin.compat.storage import (
     is_database_outage,
     store_together,
     touches_log_only,
 )
 from valohai_dagster.plugin.driver.recovery import complete_last_event
+from valohai_dagster.telemetry import Seconds
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -51,11 +54,13 @@ class Lanes:
         """The call's result, from the run's lane; repeated while the database is away, so it must be repeatable."""
         lane = self._threads[zlib.crc32(run_id.encode()) % len(self._threads)]
         self.backlog += 1
+        begun = time.monotonic()
         try:
             work = asyncio.get_running_loop().run_in_executor(lane, self._patiently, call)
             return await work
         finally:
             self.backlog -= 1
+            telemetry.observe(Seconds.lane, time.monotonic() - begun)
 
     async def write(
         self,

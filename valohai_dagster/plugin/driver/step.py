@@ -41,7 +41,7 @@ from valohai_dagster.plugin.driver.ends import (
 )
 from valohai_dagster.plugin.driver.events import StepEvents
 from valohai_dagster.plugin.driver.facts import StepFacts
-from valohai_dagster.plugin.driver.mailbox import Mailbox
+from valohai_dagster.plugin.driver.mailbox import Mailbox, told_in_log
 from valohai_dagster.plugin.driver.platform import Platform
 from valohai_dagster.plugin.driver.provenance import Parents, Provenance
 from valohai_dagster.plugin.driver.recovery import identity
@@ -157,7 +157,9 @@ class StepTry:
         mailbox = self._run.open_mailbox(self.execution_id)
         try:
             view = await self._begin(mailbox)
-            return await self._end(view)
+            event = await self._end(view)
+            told_in_log(mailbox.final_reported_at)
+            return event
         except ValohaiError as error:
             return await self._fail(failure_of(error))
         finally:
@@ -273,8 +275,11 @@ class StepTry:
         return [*self._events.worker_started(message, worker=worker or ""), *self._start()]
 
     async def _tell(self, mailbox: Mailbox) -> None:
-        entries = [entry for event in mailbox.take() for entry in self._told_of(event)]
+        told = [(event, self._told_of(event)) for event in mailbox.take()]
+        entries = [entry for _, made in told for entry in made]
         await self._write([*entries, *self._observation(mailbox)])
+        for event, made in told:
+            told_in_log(event.reported_at if made else None)
 
     def _told_of(self, event: FollowEvent) -> list[EventLogEntry]:
         """Changes of state become events; progress goes to the live stream only."""
