@@ -29,7 +29,11 @@ from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.remote_origin import InProcessCodeLocationOrigin
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster._core.workspace.context import WorkspaceProcessContext, WorkspaceRequestContext
-from dagster._core.workspace.load_target import InProcessWorkspaceLoadTarget, WorkspaceLoadTarget
+from dagster._core.workspace.load_target import (
+    InProcessWorkspaceLoadTarget,
+    PythonFileTarget,
+    WorkspaceLoadTarget,
+)
 from dagster._daemon.backfill import execute_backfill_iteration
 from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import (
     QueuedRunCoordinatorDaemon,
@@ -83,8 +87,10 @@ class Code:
         file.write_text(textwrap.dedent(defs))
         return cls(file=file)
 
-    def load_target(self) -> WorkspaceLoadTarget:
-        """Loads it into this process, which is quick."""
+    def load_target(self, *, server: bool = False) -> WorkspaceLoadTarget:
+        """Loads it into this process, which is quick; with `server` into a code server, which default launchers need."""
+        if server:
+            return PythonFileTarget(str(self.file), "defs", str(self.file.parent), LOCATION)
         origin = LoadableTargetOrigin(
             python_file=str(self.file), working_directory=str(self.file.parent), attribute="defs"
         )
@@ -123,10 +129,18 @@ class Side:
     name = "side"
 
     def __init__(
-        self, root: Path, code: Code, plays: Plays, redis_server: RedisServer, **options: Any
+        self,
+        root: Path,
+        code: Code,
+        plays: Plays,
+        redis_server: RedisServer,
+        *,
+        server: bool = False,
+        **options: Any,
     ) -> None:
         self.root, self.code, self.plays = root, code, plays
         self.redis_server = redis_server
+        self._server = server
         self.options = options  # of the Dagster instance, as in dagster.yaml
         self.instance: DagsterInstance
         self.context: WorkspaceProcessContext
@@ -150,7 +164,7 @@ class Side:
             )
             self._forget_loaded()
             self.context = stack.enter_context(
-                WorkspaceProcessContext(self.instance, self.code.load_target())
+                WorkspaceProcessContext(self.instance, self.code.load_target(server=self._server))
             )
             self._stack = stack.pop_all()
         return self
@@ -278,6 +292,12 @@ class Side:
         found = wait_for(finished, seconds=seconds, what=f"the end of run {run_id}")
         assert found is not None
         return found
+
+    def kinds(self, run_id: str) -> list[str]:
+        """Types of the run's events."""
+        records = self.instance.get_records_for_run(run_id).records
+        events = [record.event_log_entry.dagster_event for record in records]
+        return [event.event_type_value for event in events if event is not None]
 
     def wait_for_event(self, run_id: str, kind: str, step_key: str | None = None) -> None:
         def found() -> bool:
