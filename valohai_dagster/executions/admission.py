@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-from valohai_dagster.data.secrets import SecretKey
+from valohai_dagster.data.secrets import SecretKey, Variable, variables_of_groups
 from valohai_dagster.errors import ValohaiError
 from valohai_dagster.executions import ledger
 from valohai_dagster.executions.dispatch import QueueEntry
 from valohai_dagster.executions.grants import GrantMinter, job_of
 from valohai_dagster.executions.memory import Active, Details, Metrics
-from valohai_dagster.executions.preparation import Prepared, choose_group, prepare
+from valohai_dagster.executions.preparation import Prepared, VariablesOf, choose_group, prepare
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.stream import ExecutionStatus as Status
 from valohai_dagster.executions.stream import ExecutionView
@@ -92,7 +92,17 @@ class Admission:
             if not writing.is_mine(shards[spec.execution_id])
         ]
         created = self._identities(writing, mine)
-        return others + [self._create(writing, c, s) for c, s in zip(created, mine, strict=True)]
+        known: dict[tuple[str, ...], Sequence[Variable]] = {}
+
+        def variables_of(groups: Sequence[str]) -> Sequence[Variable]:
+            """The same few groups for many executions."""
+            key = tuple(groups)
+            if key not in known:
+                known[key] = variables_of_groups(writing.conn, groups, self._secret_key)
+            return known[key]
+
+        pairs = zip(created, mine, strict=True)
+        return others + [self._create(writing, c, spec, variables_of) for c, spec in pairs]
 
     def _shard(self, spec: ExecutionSpec) -> int:
         return self._records.shard_of(spec.run_id or spec.execution_id)
@@ -117,7 +127,13 @@ class Admission:
             following[project] += 1
         return created
 
-    def _create(self, writing: Writing, created: ledger.Created, spec: ExecutionSpec) -> Admitted:
+    def _create(
+        self,
+        writing: Writing,
+        created: ledger.Created,
+        spec: ExecutionSpec,
+        variables_of: VariablesOf,
+    ) -> Admitted:
         try:
             group, notices = choose_group(spec, self._settings)
             prepared = prepare(
@@ -129,6 +145,7 @@ class Admission:
                 settings=self._settings,
                 stores=self._stores,
                 secret_key=self._secret_key,
+                variables_of=variables_of,
             )
         except ValohaiError as error:
             view = self._refuse(writing, created, spec, Status.error, str(error))

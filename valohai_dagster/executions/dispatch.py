@@ -5,6 +5,7 @@ Thin: each method is one step of the protocol; what to do and when is decided el
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,14 +21,16 @@ from valohai_agent.protocol import (
     Worker,
     ready_score,
 )
+from valohai_dagster.executions.memory import Recent
 from valohai_dagster.executions.outbox import Outbox
-from valohai_dagster.executions.stream import FollowEvent
+from valohai_dagster.executions.stream import EventKind, FollowEvent
 
 FOLLOW_LENGTH = 2_000  # entries kept per execution
 FOLLOW_SECONDS = 24 * 3600
 GRANT_SECONDS = 120  # an uncollected grant vanishes after this long
 COMMAND_SECONDS = 24 * 3600
 LIVE_LOG_SECONDS = 3600  # how long a live log outlives its execution; the stored one stays
+REMEMBERED = 10_000  # executions
 CHUNK = 100  # executions that one command asks about
 
 
@@ -51,6 +54,7 @@ class Dispatch:
     def __init__(self, broker: aioredis.Redis, keys: Keys) -> None:
         self.redis = broker
         self.keys = keys
+        self._put_off: Recent[float] = Recent(REMEMBERED)
 
     async def enqueue(self, *entries: QueueEntry) -> list[int | None]:
         """Puts jobs into their groups' queues and wakes agents, all in one round trip.
@@ -173,7 +177,17 @@ class Dispatch:
         for event in events:
             entry = ("e", event.model_dump_json())
             pipe.execute_command("XADD", stream, "MAXLEN", "~", FOLLOW_LENGTH, "*", *entry)
-        pipe.expire(stream, FOLLOW_SECONDS)
+        if self._is_to_be_put_off(execution_id, events):
+            pipe.expire(stream, FOLLOW_SECONDS)
+
+    def _is_to_be_put_off(self, execution_id: str, events: Iterable[FollowEvent]) -> bool:
+        """Whether the stream's end has to be set anew: not with every event, but surely with the last one."""
+        now, last = time.monotonic(), self._put_off.get(execution_id)
+        final = any(event.kind is EventKind.final for event in events)
+        if not final and last is not None and now - last < FOLLOW_SECONDS / 24:
+            return False
+        self._put_off.put(execution_id, now)
+        return True
 
     def _push_grants(self, pipe: Any, group: str, execution_id: str, sealed: bytes) -> None:
         stream = self.keys.grant(group, execution_id)

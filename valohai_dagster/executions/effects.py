@@ -19,7 +19,7 @@ from valohai_agent import protocol as p
 from valohai_dagster.data.printable import printable
 from valohai_dagster.data.sidecar_effects import apply_sidecar_effects
 from valohai_dagster.executions.lifecycle import status_after_finish, status_after_lease
-from valohai_dagster.executions.memory import Active, Metrics
+from valohai_dagster.executions.memory import Active, Grant, Metrics
 from valohai_dagster.executions.stream import EventKind, FollowEvent
 from valohai_dagster.executions.views import DatumUrl, datum_view
 from valohai_dagster.executions.writing import Writing
@@ -72,6 +72,9 @@ class Cause:
 
     def update(self, **values: Any) -> None:
         self.writing.update(self.active, **values)
+
+    def accept_grants(self, upload_ids: Sequence[str], kind: str) -> list[Grant]:
+        return self.writing.accept_grants(self.active, upload_ids, kind)
 
     def update_attempt(self, **values: Any) -> None:
         self.writing.update_attempt(self.active, self.report.attempt, **values)
@@ -192,7 +195,7 @@ def _event_time(values: dict[str, Any], default: datetime) -> datetime:
 
 @_apply.register
 def _(body: p.OutputStored, cause: Cause) -> list[FollowEvent]:
-    grant = _accept_grants(cause, [body.upload_id], "output").get(body.upload_id)
+    grant = next(iter(cause.accept_grants([body.upload_id], "output")), None)
     if grant is None and _is_mine(cause, body.upload_id):
         return _replace_metadata(
             cause, body
@@ -250,32 +253,6 @@ def _replace_metadata(cause: Cause, body: p.OutputStored) -> list[FollowEvent]:
     conn.execute(t.datums.update().where(mine).values(metadata=body.metadata))
     project_id = cause.writing.details(cause.active.id).project_id
     return _sidecar_warnings(cause, body, project_id)
-
-
-def _accept_grants(cause: Cause, upload_ids: Sequence[str], kind: str) -> dict[str, Any]:
-    """The grants, now used up; those that this attempt was never given or has used before are left out."""
-    parameters = {
-        "k_ids": list(upload_ids),
-        "k_execution": cause.active.id,
-        "k_attempt": cause.report.attempt,
-        "k_kind": kind,
-    }
-    rows = cause.writing.touch(cause.active, t.grants).execute(_ACCEPT, parameters)
-    return {row.upload_id: row for row in rows}
-
-
-_ACCEPT = (
-    t.grants.update()
-    .where(
-        t.grants.c.upload_id.in_(sa.bindparam("k_ids", expanding=True)),
-        t.grants.c.execution_id == sa.bindparam("k_execution"),
-        t.grants.c.attempt == sa.bindparam("k_attempt"),
-        t.grants.c.kind == sa.bindparam("k_kind"),
-        t.grants.c.accepted.is_(False),
-    )
-    .values(accepted=True)
-    .returning(t.grants.c.upload_id, t.grants.c.store, t.grants.c.key)
-)
 
 
 @_apply.register
@@ -344,7 +321,8 @@ def _on_our_clock(span: p.PhaseSpan, report: p.Report) -> dict[str, Any]:
 def _stored_logs(body: p.Finished, cause: Cause) -> dict[str, Any]:
     if not body.logs:
         return {}
-    grants = _accept_grants(cause, [log.upload_id for log in body.logs], "log")
+    accepted = cause.accept_grants([log.upload_id for log in body.logs], "log")
+    grants = {grant.upload_id: grant for grant in accepted}
     return {
         log.stream: {
             "store": grants[log.upload_id].store,

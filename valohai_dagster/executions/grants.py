@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 from nacl.public import PublicKey, SealedBox
 
@@ -19,7 +20,6 @@ from valohai_dagster.errors import StoreError
 from valohai_dagster.executions.memory import Active, Details
 from valohai_dagster.executions.registries import login_for
 from valohai_dagster.executions.writing import Writing
-from valohai_dagster.records import tables as t
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import Stores
 
@@ -62,24 +62,29 @@ class GrantMinter:
         details = writing.details(active.id)
         uploads: dict[str, UploadGrant] = {}
         refused: dict[str, str] = {}
+        rows: list[dict[str, Any]] = []
         for request in requests:
             if request.kind == "input":
                 continue
             try:
-                uploads[request.id] = self._upload(writing, active, details, request)
+                row, transfer = self._upload(writing, active, details, request)
+                rows.append(row)
+                uploads[request.id] = UploadGrant(upload_id=row["upload_id"], transfer=transfer)
             except StoreError as error:
                 refused[request.id] = str(error)
+        if rows:
+            writing.add_grants(active, rows)
         inputs = self._inputs(details, [r.name for r in requests if r.kind == "input"])
         return Grants(inputs=inputs.inputs, uploads=uploads, refused={**refused, **inputs.refused})
 
     def _upload(
         self, writing: Writing, active: Active, details: Details, request: GrantRequest
-    ) -> UploadGrant:
+    ) -> tuple[dict[str, Any], Transfer]:
         upload_id = str(uuid.uuid4())
         store_name = self._store_for(details, request.kind)
         key = _fresh_key(details, active.attempt, request, upload_id)
         transfer = self._stores[store_name].sign_put(key, expires=self._life, size=request.size)
-        grant = {
+        row = {
             "upload_id": upload_id,
             "execution_id": active.id,
             "attempt": active.attempt,
@@ -90,8 +95,7 @@ class GrantMinter:
             "granted_at": writing.now,
             "accepted": False,
         }
-        writing.insert(active, t.grants, grant)
-        return UploadGrant(upload_id=upload_id, transfer=transfer)
+        return row, transfer
 
     def _store_for(self, details: Details, kind: str) -> str:
         """O-15: launch choice, then the step's `upload-store`, then the default store."""

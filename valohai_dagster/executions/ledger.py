@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from valohai_agent.protocol import Job
-from valohai_dagster.executions.memory import Active, Details, Metrics
+from valohai_dagster.executions.memory import Active, Details, Grant, Metrics
 from valohai_dagster.executions.spec_model import CommitRef, ExecutionSpec
 from valohai_dagster.executions.stream import ExecutionStatus as Status
 from valohai_dagster.records import tables as t
@@ -268,6 +268,39 @@ def _actives(conn: sa.Connection, where: sa.ColumnElement[bool]) -> Iterable[Act
             priority=row.priority,
             condition=row.condition,
         )
+
+
+# -- grants ----------------------------------------------------------------------------------------------------
+
+
+def accept_grants(
+    conn: sa.Connection, active: Active, upload_ids: Sequence[str], kind: str
+) -> list[Grant]:
+    """Uses up the grants that the present attempt was given and has not used before."""
+    parameters = {
+        "k_ids": list(upload_ids),
+        "k_execution": active.id,
+        "k_attempt": active.attempt,
+        "k_kind": kind,
+    }
+    return [Grant(**row) for row in conn.execute(_ACCEPT, parameters).mappings()]
+
+
+def mark_accepted(conn: sa.Connection, upload_ids: Sequence[str]) -> None:
+    conn.execute(_MARK, {"k_ids": list(upload_ids)})
+
+
+_G = t.grants.c
+_THESE = _G.upload_id.in_(sa.bindparam("k_ids", expanding=True))
+_MARK = t.grants.update().where(_THESE).values(accepted=True)
+_ACCEPT = (
+    _MARK.where(
+        _G.execution_id == sa.bindparam("k_execution"),
+        _G.attempt == sa.bindparam("k_attempt"),
+        _G.kind == sa.bindparam("k_kind"),
+        _G.accepted.is_(False),
+    )
+).returning(_G.upload_id, _G.execution_id, _G.attempt, _G.kind, _G.store, _G.key)
 
 
 # -- shards ----------------------------------------------------------------------------------------------------

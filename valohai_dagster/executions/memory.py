@@ -17,6 +17,7 @@ from valohai_dagster.executions.stream import ExecutionStatus
 T = TypeVar("T")
 
 RECENT = 1_000  # executions whose details are kept
+RECENT_GRANTS = 5_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +64,18 @@ class Metrics:
     latest: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grant:
+    """Permission for one upload that has not been reported yet."""
+
+    upload_id: str
+    execution_id: str
+    attempt: int
+    kind: str
+    store: str
+    key: str
+
+
 class Recent(Generic[T]):
     """The values that were used last, at most `size` of them."""
 
@@ -92,6 +105,7 @@ class Memory:
         self.fences: dict[int, int] = {}  # of our shards, as the records had them when we took them
         self.details: Recent[Details] = Recent()
         self.metrics: Recent[Metrics] = Recent()
+        self.grants: Recent[Grant] = Recent(RECENT_GRANTS)
         self.projects: Recent[str] = Recent()  # ids by name
         self.commits: Recent[bool] = Recent()  # `project id/identifier` of those in the records
 

@@ -7,6 +7,7 @@ anything is queued, and said in one refusal.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,9 @@ from valohai_agent.protocol import Job
 from valohai_dagster.data.resolve import Source, resolve_inputs
 from valohai_dagster.data.secrets import (
     SecretKey,
+    Variable,
     unknown_groups,
     variable_groups,
-    variables_of_groups,
 )
 from valohai_dagster.errors import RefusedError, SpecError
 from valohai_dagster.executions.credentials import open_credentials
@@ -27,6 +28,8 @@ from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.trace_context import traceparent_of
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import Stores
+
+VariablesOf = Callable[[Sequence[str]], Sequence[Variable]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +62,15 @@ def prepare(
     settings: Settings,
     stores: Stores,
     secret_key: SecretKey,
+    variables_of: VariablesOf,
 ) -> Prepared:
-    """Raises `ProblemsError` or `RefusedError` with everything that is wrong."""
+    """`variables_of`: the variables of groups, as `variables_of_groups` has them.
+
+    Raises `ProblemsError` or `RefusedError` with everything that is wrong.
+    """
     if spec.upload_store is not None:
         stores[spec.upload_store]  # raises for an unknown one, before the work is done
-    variables, secret_names = _variables(conn, spec, secret_key)
+    variables, secret_names = _variables(spec, variables_of)
     groups = spec.environment_variable_groups
     unknown = unknown_groups(conn, groups) if groups else []
     resolved = resolve_inputs(
@@ -121,14 +128,12 @@ def _trace(spec: ExecutionSpec, settings: Settings) -> dict[str, str]:
     return {"traceparent": traceparent_of(spec.run_id, spec.execution_id)}
 
 
-def _variables(
-    conn: sa.Connection, spec: ExecutionSpec, secret_key: SecretKey
-) -> tuple[dict[str, str], set[str]]:
+def _variables(spec: ExecutionSpec, variables_of: VariablesOf) -> tuple[dict[str, str], set[str]]:
     """K-73: groups, then the project's, then the step's and the launch's. Secret ones travel only with the grants."""
     plain: dict[str, str] = {}
     secret_names: set[str] = set()
     groups = variable_groups(spec.environment_variable_groups, spec.project.name)
-    for variable in variables_of_groups(conn, groups, secret_key):
+    for variable in variables_of(groups):
         if variable.secret:
             secret_names.add(variable.name)
             plain.pop(variable.name, None)

@@ -160,7 +160,8 @@ class LeaseWatch:
         behind = {s for s in self._shards.held if core.epochs.get(s) != epoch}
         if not behind:
             return
-        mine = [a for a in core.memory.all() if a.shard in behind]
+        served_before = {s for s in behind if core.epochs.get(s) is not None}
+        mine = [a for a in core.memory.all() if a.shard in served_before]
         if mine:
             text = "this Redis is not the one of before; reconciling %d executions"
             log.warning(text, len(mine), extra={"action": "reconcile"})

@@ -7,9 +7,9 @@ undone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime
 from functools import cache
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from valohai_dagster.errors import ServiceUnavailable
 from valohai_dagster.executions import ledger
-from valohai_dagster.executions.memory import Active, Details, Memory, Metrics
+from valohai_dagster.executions.memory import Active, Details, Grant, Memory, Metrics
 from valohai_dagster.executions.spec_model import CommitRef
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import Records
@@ -52,6 +52,9 @@ class Writing:
         self._metrics: dict[str, Metrics] = {}
         self._projects: dict[str, str] = {}
         self._commits: set[str] = set()
+        self._grants: dict[str, Grant] = {}
+        self._accepted: set[str] = set()  # grants that were used up
+        self._accept_later: list[str] = []
         self._touched: set[int] = set()
         self._inserts: dict[sa.Table, list[dict[str, Any]]] = {}
         self._updates: dict[tuple[str, int | None], dict[str, Any]] = {}
@@ -114,6 +117,35 @@ class Writing:
     def keep_metrics(self, execution_id: str, metrics: Metrics) -> None:
         self._metrics[execution_id] = metrics
 
+    def add_grants(self, active: Active, grants: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of `vh_grants`."""
+        self.insert(active, t.grants, *map(dict, grants))
+        for row in grants:
+            known = {field.name: row[field.name] for field in fields(Grant)}
+            self._grants[row["upload_id"]] = Grant(**known)
+
+    def accept_grants(self, active: Active, upload_ids: Sequence[str], kind: str) -> list[Grant]:
+        """Uses up the grants; those that this attempt was never given, or has used before, are left out."""
+        found, unknown = list[Grant](), list[str]()
+        for upload_id in upload_ids:
+            if upload_id in self._accepted:
+                continue
+            grant = self._grants.get(upload_id) or self._memory.grants.get(upload_id)
+            if grant is None:
+                unknown.append(upload_id)
+            elif (grant.execution_id, grant.attempt, grant.kind) == (
+                active.id,
+                active.attempt,
+                kind,
+            ):
+                found.append(grant)
+                self._accept_later.append(upload_id)
+        if unknown:
+            found += ledger.accept_grants(self.touch(active), active, unknown, kind)
+        self._touched.add(active.shard)
+        self._accepted.update(grant.upload_id for grant in found)
+        return found
+
     def update(self, active: Active, **values: Any) -> None:
         self._touched.add(active.shard)
         self._updates.setdefault((active.id, None), {}).update(values)
@@ -139,6 +171,9 @@ class Writing:
         for table in _INSERTS:
             if rows := self._inserts.pop(table, None):
                 self.conn.execute(table.insert(), rows)
+        if self._accept_later:
+            ledger.mark_accepted(self.conn, self._accept_later)
+            self._accept_later = []
         updates, self._updates = self._updates, {}
         batches: dict[tuple[bool, tuple[str, ...]], list[dict[str, Any]]] = {}
         for (execution_id, number), values in updates.items():
@@ -164,6 +199,10 @@ class Writing:
         """The transaction is committed."""
         for details in self._details.values():
             self._memory.details.put(details.id, details)
+        for upload_id, grant in self._grants.items():
+            self._memory.grants.put(upload_id, grant)
+        for upload_id in self._accepted:
+            self._memory.grants.drop(upload_id)
         for name, project_id in self._projects.items():
             self._memory.projects.put(name, project_id)
         for key in self._commits:
