@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,21 @@ def test_private_imports_stand_in_compat_alone() -> None:
     pattern = re.compile(r"^\s*(from|import) dagster(\._|_shared)", re.MULTILINE)
     found = [str(p.relative_to(root)) for p in root.rglob("*.py") if pattern.search(p.read_text())]
     assert {name.rpartition("/")[0] for name in found} == {"plugin/compat"}
+
+
+def test_callers_that_meet_a_new_storage_at_once_agree_on_its_id(postgres_url: str) -> None:
+    """Dagster looks for the id and then makes it, without a lock; a run handed over under the other id is lost."""
+    overrides = {"storage": {"postgres": {"postgres_url": postgres_url}}}
+    with dg.instance_for_test(overrides=overrides) as instance:
+        assert instance.run_storage
+        barrier = threading.Barrier(6)
+
+        def ask(_: int) -> str:
+            barrier.wait(10)
+            return compat.instance_id(instance)
+
+        with ThreadPoolExecutor(6) as pool:
+            assert len({*pool.map(ask, range(6)), compat.instance_id(instance)}) == 1
 
 
 def test_step_key_and_instance_id(instance: DagsterInstance) -> None:

@@ -131,9 +131,15 @@ def report_engine_event(
 
 
 def instance_id(instance: DagsterInstance) -> str:
-    """The id of the instance's run storage; empty for storages without one."""
+    """The id of the instance's run storage; empty for storages without one.
+
+    Of two callers that meet a new storage at once, each makes an id and only one of them lasts: so it is read again.
+    """
     get = getattr(instance.run_storage, "get_run_storage_id", None)
-    return str(get()) if get else ""
+    if get is None:
+        return ""
+    get()
+    return str(get())
 
 
 def observe(context: AssetExecutionContext, observation: AssetObservation) -> None:
