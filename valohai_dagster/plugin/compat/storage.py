@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from dagster._core.events import (
     DagsterEvent,
     RunFailureReason,
 )
+from dagster._core.instance.ref import InstanceRef
 from dagster._core.storage.event_log.schema import (
     AssetEventTagsTable,
     AssetKeyTable,
@@ -99,6 +101,19 @@ def is_database_outage(error: BaseException) -> bool:
     if isinstance(error, DBAPIError):
         return error.connection_invalidated
     return type(error).__name__ == "DagsterPostgresException"  # the package is an extra
+
+
+def storage_is_gone(instance: DagsterInstance) -> bool:
+    """Whether the instance's SQLite files were deleted with their directory."""
+    storage = instance.event_log_storage
+    return isinstance(storage, SqliteEventLogStorage) and not os.path.isdir(storage._base_dir)
+
+
+def reference_is_gone(reference: InstanceRef) -> bool:
+    """The same of an instance that is not open: opening it would make new, empty files."""
+    data = reference.local_artifact_storage_data
+    sqlite = "Sqlite" in (reference.event_storage_data or data).class_name
+    return sqlite and not os.path.isdir(str(data.config_dict.get("base_dir")))
 
 
 def touches_log_only(entry: EventLogEntry) -> bool:

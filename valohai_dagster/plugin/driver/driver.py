@@ -27,7 +27,7 @@ from valohai_dagster.plugin.compute_logs import ValohaiComputeLogManager
 from valohai_dagster.plugin.driver import handed_over
 from valohai_dagster.plugin.driver.handover import HandOver
 from valohai_dagster.plugin.driver.instances import Instances
-from valohai_dagster.plugin.driver.lanes import LaneClosed, Lanes
+from valohai_dagster.plugin.driver.lanes import InstanceGone, LaneClosed, Lanes
 from valohai_dagster.plugin.driver.mailbox import Mailbox
 from valohai_dagster.plugin.driver.platform import Platform
 from valohai_dagster.plugin.driver.pools import Pools
@@ -203,6 +203,10 @@ class RunDriver:
             await run.drive()
         except LaneClosed:
             return
+        except InstanceGone as error:
+            text = f"its Dagster instance is gone ({error}); its executions go on and keep their outputs"
+            log.warning("run %s: %s", run.run_id, text, extra={"action": "gone"})
+            await self.patiently(lambda: self._close(run.run_id, text))
         except ConfigurationError as error:
             log.error("run %s cannot be driven: %s", run.run_id, error, extra={"action": "fail"})
             return
@@ -212,9 +216,11 @@ class RunDriver:
             self._runs.pop(run.run_id, None)
             self.pools.forget(run)
 
-    async def _close(self, run_id: str) -> None:
+    async def _close(self, run_id: str, reason: str = "") -> None:
         now = self.service.clock()
-        await self.service.write(lambda conn: handed_over.close(conn, run_id, now=now))
+        await self.service.write(
+            lambda conn: handed_over.close(conn, run_id, now=now, reason=reason)
+        )
 
     # -- watching over runs -------------------------------------------------------------------------------------------
     async def _look_at_statuses(self) -> None:
@@ -231,7 +237,12 @@ class RunDriver:
     async def _look_at(self, runs: list[RunDrive]) -> None:
         ids = [run.run_id for run in runs]
         instance = runs[0].instance
-        going, canceling = await self.lanes.run(ids[0], lambda: _statuses(instance, ids))
+        try:
+            going, canceling = await self.lanes.run(
+                ids[0], lambda: _statuses(instance, ids), instance
+            )
+        except InstanceGone:
+            return  # its runs notice by themselves
         for run in runs:
             if run.run_id in canceling:
                 await run.terminate()

@@ -19,8 +19,8 @@ from valohai_dagster.plugin.compat import instance_id
 from valohai_dagster.plugin.compat.engine import (
     InstanceRef,
 )
-from valohai_dagster.plugin.compat.storage import pooled, steady_schema
-from valohai_dagster.plugin.driver.lanes import LANES
+from valohai_dagster.plugin.compat.storage import pooled, reference_is_gone, steady_schema
+from valohai_dagster.plugin.driver.lanes import LANES, InstanceGone
 from valohai_dagster.records.store import get_fact, set_fact
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Instances:
         self._lock = threading.Lock()
 
     def get(self, name: str) -> DagsterInstance:
-        """Blocks. Raises `ConfigurationError` when it cannot be opened here."""
+        """Blocks. Raises `ConfigurationError` when it cannot be opened here, `InstanceGone` when it was deleted."""
         with self._lock:
             if name not in self._open:
                 self._open[name] = self._load(name)
@@ -86,8 +86,11 @@ class Instances:
         reference: dict[str, Any] = load_secret_key(self._settings).decrypt_json(
             bytes.fromhex(kept)
         )
+        described = InstanceRef.from_dict(reference)
+        if reference_is_gone(described):
+            raise InstanceGone(f"the directory of Dagster instance {name} is not there any more")
         try:
-            instance = DagsterInstance.from_ref(InstanceRef.from_dict(reference))
+            instance = DagsterInstance.from_ref(described)
             found = instance_id(instance)
         except Exception as error:
             raise ConfigurationError(

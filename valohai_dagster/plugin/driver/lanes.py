@@ -22,6 +22,7 @@ from dagster import DagsterInstance, EventLogEntry
 from valohai_dagster import telemetry
 from valohai_dagster.plugin.compat.storage import (
     is_database_outage,
+    storage_is_gone,
     store_together,
     touches_log_only,
 )
@@ -39,6 +40,10 @@ class LaneClosed(Exception):
     """The conductor is ending, or may not write for this run any more; what is not written yet stays to be done."""
 
 
+class InstanceGone(Exception):
+    """The run's Dagster instance was deleted: nobody will look at the run any more."""
+
+
 class Lanes:
     """Threads and the count of what waits in them."""
 
@@ -50,13 +55,18 @@ class Lanes:
         self.backlog = 0  # calls that wait or run now
         self.written = 0  # events since the start
 
-    async def run(self, run_id: str, call: Callable[[], T]) -> T:
-        """The call's result, from the run's lane; repeated while the database is away, so it must be repeatable."""
+    async def run(
+        self, run_id: str, call: Callable[[], T], instance: DagsterInstance | None = None
+    ) -> T:
+        """The call's result, from the run's lane; repeated while the database is away, so it must be repeatable.
+
+        Raises `InstanceGone` when it is not away but deleted, as the directory of a Dagster that had no home.
+        """
         lane = self._threads[zlib.crc32(run_id.encode()) % len(self._threads)]
         self.backlog += 1
         begun = time.monotonic()
         try:
-            work = asyncio.get_running_loop().run_in_executor(lane, self._patiently, call)
+            work = asyncio.get_running_loop().run_in_executor(lane, self._patiently, call, instance)
             return await work
         finally:
             self.backlog -= 1
@@ -71,9 +81,9 @@ class Lanes:
     ) -> None:
         """Stores the entries in order. Raises `LaneClosed` when this process may not write for the run any more."""
         if entries:
-            await self.run(run_id, _Writing(self, instance, entries, may_write))
+            await self.run(run_id, _Writing(self, instance, entries, may_write), instance)
 
-    def _patiently(self, call: Callable[[], T]) -> T:
+    def _patiently(self, call: Callable[[], T], instance: DagsterInstance | None) -> T:
         while True:
             if self._closing.is_set():
                 raise LaneClosed
@@ -82,6 +92,8 @@ class Lanes:
             except Exception as error:
                 if not is_database_outage(error):
                     raise
+                if instance is not None and storage_is_gone(instance):
+                    raise InstanceGone("its directory is not there any more") from error
                 log.warning(
                     "Dagster's storage is away, waiting: %s",
                     str(error).splitlines()[0],

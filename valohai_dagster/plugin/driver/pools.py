@@ -20,7 +20,9 @@ class Waiting(Protocol):
     """A run with steps that wait."""
 
     run_id: str
-    instance: DagsterInstance
+
+    @property
+    def instance(self) -> DagsterInstance: ...
 
     def wake(self) -> None: ...
 

@@ -25,7 +25,7 @@ from valohai_dagster.plugin.driver.events import RunEvents, StepEvents
 from valohai_dagster.plugin.driver.facts import JobFacts, StepFacts, facts_of
 from valohai_dagster.plugin.driver.handover import HandOver
 from valohai_dagster.plugin.driver.instances import Instances
-from valohai_dagster.plugin.driver.lanes import LaneClosed, Lanes
+from valohai_dagster.plugin.driver.lanes import InstanceGone, LaneClosed, Lanes
 from valohai_dagster.plugin.driver.mailbox import Mailbox
 from valohai_dagster.plugin.driver.plan import Limits, Plan, limits_of
 from valohai_dagster.plugin.driver.platform import Platform
@@ -90,6 +90,7 @@ class RunDrive:
         self._driver = driver
         self._handed_over_at = handed_over_at
         self.handover = handover
+        self._instance: DagsterInstance | None = None
         self.run_id = handover.run_id
         self.instance_id = handover.instance_id
         self.shard = driver.service.shards.of(self.run_id)
@@ -110,6 +111,11 @@ class RunDrive:
     @property
     def platform(self) -> Platform:
         return self._driver.platform
+
+    @property
+    def instance(self) -> DagsterInstance:
+        assert self._instance is not None
+        return self._instance
 
     @property
     def run_config(self) -> Mapping[str, Any]:
@@ -151,7 +157,7 @@ class RunDrive:
 
     async def call(self, call: Callable[[], T]) -> T:
         """Runs something that blocks, in the run's lane."""
-        return await self._driver.lanes.run(self.run_id, call)
+        return await self._driver.lanes.run(self.run_id, call, self._instance)
 
     async def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         return await self._driver.patiently(call)
@@ -165,7 +171,7 @@ class RunDrive:
             if await self._load():
                 await self._follow_plan()
                 await self._end()
-        except (LaneClosed, ConfigurationError):
+        except (LaneClosed, InstanceGone, ConfigurationError):
             raise
         except Exception as error:
             log.exception("run %s cannot be driven on", self.run_id, extra={"action": "fail"})
@@ -178,9 +184,7 @@ class RunDrive:
 
     async def _load(self) -> bool:
         """Reads the run and what has been done for it; False when there is nothing left to do."""
-        self.instance: DagsterInstance = await self.call(
-            lambda: self._driver.instances.get(self.instance_id)
-        )
+        self._instance = await self.call(lambda: self._driver.instances.get(self.instance_id))
         found = await self.call(lambda: self.instance.get_run_by_id(self.run_id))
         if found is None or found.is_finished:
             await self._stop_leftovers("was deleted" if found is None else "had ended already")
@@ -363,7 +367,7 @@ class RunDrive:
     async def _forget_claims(self) -> None:
         try:
             await self.call(self._plan.close)
-        except LaneClosed:
+        except (LaneClosed, InstanceGone):
             return  # the process that goes on claims anew
 
     async def _stop_leftovers(self, why: str) -> None:

@@ -173,3 +173,24 @@ def test_resuming_a_run_changes_nothing(sides: Sides) -> None:
         side.terminate(run.run_id)
         assert side.ended(run.run_id).status is DagsterRunStatus.CANCELED
         assert kinds(side, run).count("STEP_START") == 1
+
+
+def test_a_deleted_instance_ends_the_run_and_leaves_the_execution(sides: Sides) -> None:
+    """`dagster dev` without a home takes its directory with it (DAGSTER_NOTES 13)."""
+    with sides() as side:
+        go_on = threading.Event()
+        side.worker.plays["prep"] = Play(until=go_on)
+        run = begun(side)
+        history = side.root / "dagster" / "history"
+        history.rename(history.with_name("elsewhere"))
+        go_on.set()
+        wait_for(lambda: reason(side, run), seconds=30, what="the driver to notice")
+        history.with_name("elsewhere").rename(history)
+        assert "instance is gone" in reason(side, run)
+        wait_for(lambda: execution(side, run).status == "complete", what="the execution's end")
+
+
+def reason(side: ConductorSide, run: DagsterRun) -> str:
+    with side.service.records.read() as conn:
+        query = t.runs.select().where(t.runs.c.run_id == run.run_id)
+        return conn.execute(query).one().reason or ""
