@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
+import pytest
+
 from tests.support.redis_server import RedisServer
 from tests.support.sim_agent import SimAgent
 from valohai_agent.protocol import Keys
@@ -137,6 +139,17 @@ class RunningService:
 
     def final(self, execution_id: str, timeout: float = 15.0) -> FollowEvent:
         return self.events(execution_id, lambda e: e.kind is EventKind.final, timeout)[-1]
+
+
+LEASE_SECONDS = 2.5  # of a shard, once shortened
+
+
+def shorten_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nobody has to wait a quarter of a minute for a dead conductor's shards."""
+    for module in ("share_out", "shards"):
+        monkeypatch.setattr(f"valohai_dagster.executions.{module}.LEASE_SECONDS", LEASE_SECONDS)
+    monkeypatch.setattr("valohai_dagster.executions.share_out.MARGIN_SECONDS", 1.0)
+    monkeypatch.setattr("valohai_dagster.executions.shards.RENEW_SECONDS", 0.5)
 
 
 async def _nothing() -> None:

@@ -5,7 +5,7 @@ A supervisor knows its agents on its own host; their executions may be in the ha
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from valohai_dagster.executions.core import ServiceCore
@@ -18,10 +18,13 @@ class Deaths:
     """`read` in an endless loop."""
 
     def __init__(
-        self, core: ServiceCore, on_death: Callable[[str, str, str], Awaitable[None]]
+        self,
+        core: ServiceCore,
+        on_deaths: Callable[[Mapping[tuple[str, str], str]], Awaitable[None]],
     ) -> None:
+        """`on_deaths` is called with how each worker (group, name) died."""
         self._core = core
-        self._on_death = on_death  # called with group, worker and how
+        self._on_deaths = on_deaths
         self._known: dict[tuple[str, str], None] = {}
         self._last = "0-0"
 
@@ -41,9 +44,11 @@ class Deaths:
         """Waits for news. After an outage everything is read again; a death that is known is not told twice."""
         stream = self._core.keys.deaths()
         reply: Any = await self._core.dispatch.redis.xread({stream: self._last}, block=BLOCK_MS)
-        for entry_id, fields in reply[0][1] if reply else ():
-            group, worker = fields["group"], fields["worker"]
-            if not self.is_known(group, worker):
-                self.note(group, worker)
-                await self._on_death(group, worker, fields["what"])
-            self._last = entry_id
+        entries = reply[0][1] if reply else []
+        deaths = {(fields["group"], fields["worker"]): fields["what"] for _, fields in entries}
+        new = {worker: what for worker, what in deaths.items() if worker not in self._known}
+        if new:
+            await self._on_deaths(new)
+        for group, worker in new:
+            self.note(group, worker)
+        self._last = entries[-1][0] if entries else self._last

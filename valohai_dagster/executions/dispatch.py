@@ -84,6 +84,11 @@ class Dispatch:
         ready, lease = self.keys.ready(group), self.keys.lease(group, execution_id)
         return bool(await self.redis.fcall("vh1_withdraw", 2, ready, lease, execution_id))
 
+    async def known_attempt(self, group: str, execution_id: str) -> int:
+        """The attempt that was queued last; 0 if none was."""
+        attempt: Any = await self.redis.hget(self.keys.job(group, execution_id), "attempt")
+        return int(attempt or 0)
+
     async def position(self, group: str, execution_id: str) -> int | None:
         """How many jobs are ahead; None when it does not wait."""
         rank: Any = await self.redis.zrank(self.keys.ready(group), execution_id)

@@ -78,7 +78,7 @@ class ExecutionService(ServiceCore):
         self.groups = LocalGroups(self, broker_url, self.worker_gone)
         self._seat = Seat(broker, self.keys, identity)
         self._supervision = Supervision(self, self.groups, self._seat)
-        self._deaths = Deaths(self, self._heard_of_death)
+        self._deaths = Deaths(self, lambda dead: self._watch.workers_gone(dead))
         self._losses = Losses(self, self.groups)
         self._watch = LeaseWatch(self, self.shards, self._losses, self)
         self._stops = Stops(self)
@@ -183,14 +183,11 @@ class ExecutionService(ServiceCore):
         self._deaths.note(group, worker)
 
         async def step() -> None:
-            await self._watch.worker_gone(group, worker, what)
+            await self._watch.workers_gone({(group, worker): what})
             await self._deaths.announce(group, worker, what)
             await self._supervision.look()
 
         await self.patiently(step, "worker_gone")
-
-    async def _heard_of_death(self, group: str, worker: str, what: str) -> None:
-        await self._watch.worker_gone(group, worker, what)
 
     def is_dead(self, group: str, worker: str) -> bool:
         """Whether the worker is surely dead; False also for one that nobody knows."""

@@ -67,7 +67,10 @@ class Shards:
         return shard in self.held and is_safe(self._renewed.get(shard), steady_time())
 
     def on_taken(self, callback: Taken) -> None:
-        """Called in a task of its own once a shard is held; cancelled when the shard goes meanwhile."""
+        """Called in a task of its own once a shard is held; cancelled when the shard goes meanwhile.
+
+        Also when a lease had run out and nobody else has had the shard: what was not written in between may go on.
+        """
         self._on_taken.append(callback)
 
     def on_lost(self, callback: Lost) -> None:
@@ -111,7 +114,10 @@ class Shards:
             if found.get(shard) != self._core.memory.fences.get(shard):
                 await self.lose(shard)
             elif shard in self._renewed:
+                lapsed = not self.may_write(shard)
                 self._renewed[shard] = sent
+                if lapsed:
+                    self._tell_taken(shard)
 
     async def _claim(self, shards: Iterable[int]) -> dict[int, int]:
         """2 for one that was ours, 1 for one that was free, 0 for one that is another's."""
@@ -182,8 +188,7 @@ class Shards:
         )
         self._set_held(self.held | set(mine))
         for shard in mine:
-            for callback in self._on_taken:
-                self._start(shard, callback(shard))
+            self._tell_taken(shard)
 
     async def _release(self, shard: int) -> None:
         """An orderly hand-over: nothing new is begun, what is in hand ends, then another may take it."""
@@ -220,6 +225,10 @@ class Shards:
         self.held = frozenset(held)
         for callback in self._on_change:
             callback()
+
+    def _tell_taken(self, shard: int) -> None:
+        for callback in self._on_taken:
+            self._start(shard, callback(shard))
 
     def _tell_lost(self, shard: int) -> list[asyncio.Future[None]]:
         for task in self._tasks.pop(shard, set()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Protocol
@@ -69,10 +69,11 @@ class LeaseWatch:
         await self._look_at_stops()
         await self._look_at_waiting([a for a in ours if a.status is ExecutionStatus.queued])
 
-    async def worker_gone(self, group: str, worker: str, what: str) -> None:
-        """A supervisor is sure that the worker is dead: its leases are over at once."""
+    async def workers_gone(self, dead: Mapping[tuple[str, str], str]) -> None:
+        """Supervisors are sure that these workers (group, name) are dead, and how: their leases are over at once."""
         for active in self._core.memory.all():
-            if (active.group, active.worker) == (group, worker):
+            what = dead.get((active.group, active.worker or ""))
+            if what is not None:
                 await self._core.dispatch.drop_lease(active.group, active.id)
                 await self._losses.handle(active, death_confirmed=True, what=what)
 
@@ -111,7 +112,11 @@ class LeaseWatch:
             return
         if active.worker is None:
             del self._missing[active.id]
-            await self._losses.requeue(active, "a worker took it from the queue and never reported")
+            if await self._core.dispatch.known_attempt(active.group, active.id) == active.attempt:
+                why = "a worker took it from the queue and never reported"
+                await self._losses.requeue(active, why)
+            else:  # a conductor died before it could queue it
+                await self._queue_again([active])
             return
         dead = self._deaths.is_dead(active.group, active.worker)
         what = "it stopped renewing its lease"

@@ -180,6 +180,20 @@ def test_a_job_that_was_taken_by_a_worker_that_died_before_its_first_word_is_que
     assert (again.job.execution_id, again.attempt) == (mute.job.execution_id, 2)
 
 
+def test_an_execution_that_was_written_but_not_queued_is_queued_as_the_same_attempt(
+    service: RunningService, redis_server: RedisServer
+):
+    """A conductor died between the two."""
+    spec = make_spec()
+    service.client.submit(spec)
+    service.events(spec.execution_id, lambda e: e.kind is EventKind.snapshot)
+    with redis_server.client() as client:
+        client.zrem(service.keys.ready("local"), spec.execution_id)
+        client.delete(service.keys.job("local", spec.execution_id), service.keys.bell("local"))
+    lease = service.agent(redis_server).take(timeout=15)
+    assert (lease.job.execution_id, lease.attempt) == (spec.execution_id, 1)
+
+
 def test_redis_restarted_empty_loses_neither_what_waits_nor_what_runs(
     settings: Settings, own_redis: RedisServer
 ):

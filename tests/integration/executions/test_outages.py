@@ -14,7 +14,14 @@ from tests.support import demand
 from tests.support.postgres_server import PostgresServer
 from tests.support.postgres_server import binaries as postgres_binaries
 from tests.support.redis_server import RedisServer
-from tests.support.service import RunningService, make_spec, running_service, static_settings
+from tests.support.service import (
+    LEASE_SECONDS,
+    RunningService,
+    make_spec,
+    running_service,
+    shorten_leases,
+    static_settings,
+)
 from tests.support.sim_agent import SimLease
 from valohai_agent import protocol as p
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, ExecutionView
@@ -31,6 +38,11 @@ def own_postgres() -> Iterator[PostgresServer]:
     server = PostgresServer().start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten_leases(monkeypatch)
 
 
 def running(service: RunningService, server: RedisServer, name: str = "sim-1") -> SimLease:
@@ -114,6 +126,28 @@ def test_two_conductors_survive_a_restart_of_redis(
             service.client.submit(make_spec(execution_id=execution_id, run_id=lease.job.run_id))
             view = ExecutionView.model_validate(service.final(execution_id, 30).data)
             assert (view.status, view.attempt) == (ExecutionStatus.complete, 1)
+
+
+def test_a_lease_that_ran_out_while_redis_was_away_and_that_nobody_took_is_ours_again(
+    settings: Settings, own_redis: RedisServer, short_leases: None
+):
+    """Those who could not write in between are told to go on; nothing is loaded anew."""
+    with running_service(static_settings(settings, redis_url=own_redis.unix_url)) as service:
+        wait_for_shards(service)
+        lease = running(service, own_redis)
+        taken: list[int] = []
+
+        async def note(shard: int) -> None:
+            taken.append(shard)
+
+        assert service.service is not None
+        service.service.shards.on_taken(note)
+        time.sleep(1.2)  # append-only data is synced every second
+        own_redis.restart(pause_seconds=LEASE_SECONDS + 1)
+        lease.finish()
+        view = ExecutionView.model_validate(service.final(lease.job.execution_id, 30).data)
+        assert (view.status, view.attempt) == (ExecutionStatus.complete, 1)
+        assert sorted(taken) == list(range(service.records.shards))
 
 
 def wait_for_functions(server: RedisServer) -> None:

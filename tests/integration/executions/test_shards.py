@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.support.redis_server import RedisServer
-from tests.support.service import RunningService, make_spec, static_settings
+from tests.support.service import RunningService, make_spec, shorten_leases, static_settings
 from tests.support.sim_agent import SimAgent, SimLease
 from valohai_agent import protocol as p
 from valohai_dagster.executions import share_out
@@ -34,11 +34,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that nobody has to wait a quarter of a minute for a dead conductor's shards."""
-    for module in ("share_out", "shards"):
-        monkeypatch.setattr(f"valohai_dagster.executions.{module}.LEASE_SECONDS", 2.5)
-    monkeypatch.setattr(share_out, "MARGIN_SECONDS", 1.0)
-    monkeypatch.setattr("valohai_dagster.executions.shards.RENEW_SECONDS", 0.5)
+    shorten_leases(monkeypatch)
 
 
 class Conductors:
