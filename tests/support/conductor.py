@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from tests.support.dagster_side import Side
+from tests.support.deployment import START_SECONDS, Background
+from tests.support.ports import wait_for
 from tests.support.service import RunningService
+from valohai_dagster.embedded.conductor import running_conductor
 from valohai_dagster.executions.service import ExecutionService
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import open_stores
@@ -26,6 +30,38 @@ class RunningConductor(RunningService):
         await _serve_executions(service, driving)
 
 
+class ConductorProcess(RunningService):
+    """The same as a process of its own, started as an operator does."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._process: Background | None = None
+
+    def start(self) -> ConductorProcess:
+        self._process = Background(
+            [sys.executable, "-m", "valohai_dagster", "conductor"],
+            self.settings.state_dir / "conductor-process.log",
+            {"VALOHAI_HTTP_PORT": "0"},
+        )
+        wait_for(self._serves, seconds=START_SECONDS, what="the conductor")
+        return self
+
+    def _serves(self) -> bool:
+        assert self._process is not None
+        assert self._process.process.poll() is None, self._process.log
+        return running_conductor(self.settings) is not None
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.process.kill()
+        self.leave()
+
+    def leave(self) -> None:
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+
 class ConductorSide(Side):
     """Runs are handed over by `ValohaiRunLauncher` and driven by a conductor."""
 
@@ -34,10 +70,18 @@ class ConductorSide(Side):
     def instance_options(self) -> dict[str, Any]:
         return {**super().instance_options(), **LAUNCHER}
 
+    conductor: type[RunningService] = RunningConductor
+
     @contextlib.contextmanager
     def start_service(self, settings: Settings) -> Iterator[RunningService]:
-        conductor = RunningConductor(settings).start()
+        conductor = self.conductor(settings).start()
         try:
             yield conductor
         finally:
             conductor.close()
+
+
+class ConductorProcessSide(ConductorSide):
+    """With a conductor process."""
+
+    conductor = ConductorProcess

@@ -14,7 +14,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,11 +136,14 @@ class Side:
         redis_server: RedisServer,
         *,
         server: bool = False,
+        new_database: Callable[[], str] | None = None,
         **options: Any,
     ) -> None:
+        """`new_database` gives the URL of an empty Postgres database; without it everything is in SQLite files."""
         self.root, self.code, self.plays = root, code, plays
         self.redis_server = redis_server
         self._server = server
+        self._new_database = new_database
         self.options = options  # of the Dagster instance, as in dagster.yaml
         self.instance: DagsterInstance
         self.context: WorkspaceProcessContext
@@ -153,7 +156,7 @@ class Side:
             stack.enter_context(self._environment())
             home = self.root / "dagster"
             home.mkdir(parents=True)
-            overrides = {**self.instance_options(), **self.options}
+            overrides = {**self.instance_options(), **self._storage(), **self.options}
             self.instance = stack.enter_context(
                 dg.instance_for_test(overrides=overrides, temp_dir=str(home))
             )
@@ -176,14 +179,20 @@ class Side:
     def _environment(self) -> Iterator[None]:
         config = self.root / "valohai.toml"
         self.root.mkdir(parents=True, exist_ok=True)
-        config.write_text(
-            f'redis_url = "{self.redis_server.unix_url}"\n[groups.local]\nkind = "static"\n'
-        )
+        lines = [f'redis_url = "{self.redis_server.unix_url}"']
+        if self._new_database is not None:
+            lines.append(f'database_url = "{self._new_database()}"')
+        config.write_text("\n".join([*lines, "[groups.local]", 'kind = "static"', ""]))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VALOHAI_CONFIG", str(config))
             patch.setenv("VALOHAI_STATE", str(self.root / "state"))
             patch.setenv("DAGSTER_HOME", str(self.root / "dagster"))
             yield
+
+    def _storage(self) -> dict[str, Any]:
+        if self._new_database is None:
+            return {}
+        return {"storage": {"postgres": {"postgres_url": self._new_database()}}}
 
     def instance_options(self) -> dict[str, Any]:
         return {

@@ -36,6 +36,7 @@ MULTIPROCESS = Exclusions(
     texts={
         "duration": r"(?<= in )\d+(\.\d+)?m?s\b|(?<= in )\d+:\d+\S*",
         "pid": r"(?<=\(pid: )\d+(?=\))",
+        "port": r"(?<=http://127\.0\.0\.1:)\d+",
     },
 )
 
