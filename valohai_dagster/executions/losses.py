@@ -13,7 +13,7 @@ from valohai_dagster.executions.core import ServiceCore, queued_event
 from valohai_dagster.executions.dispatch import QueueEntry
 from valohai_dagster.executions.grants import job_of
 from valohai_dagster.executions.lifecycle import Loss, LossStep, judge_loss
-from valohai_dagster.executions.memory import Active
+from valohai_dagster.executions.memory import Active, Metrics
 from valohai_dagster.executions.outbox import Outbox
 from valohai_dagster.executions.salvage import from_files, from_live, store_salvaged
 from valohai_dagster.executions.stops import add_final, end
@@ -104,6 +104,7 @@ class Losses:
             if current is None:
                 return outbox, None
             _end_attempt(writing, current, why, logs)
+            _withdraw_effects(writing, current)
             number = current.attempt + 1
             writing.insert(current, t.attempts, {"execution_id": active.id, "number": number})
             status = ExecutionStatus.queued
@@ -180,6 +181,17 @@ def _same_attempt(writing: Writing, active: Active) -> Active | None:
     if current is None or current.status.final or current.attempt != active.attempt:
         return None
     return current
+
+
+def _withdraw_effects(writing: Writing, active: Active) -> None:
+    """What the lost attempt has reported is not the execution's any more, since the next one reports it anew.
+
+    Its files stay datums of the project: somebody may use them already, by an alias or as live outputs.
+    """
+    mine = t.datums.c.execution_id == active.id
+    writing.touch(active, t.datums).execute(t.datums.update().where(mine).values(execution_id=None))
+    writing.keep_metrics(active.id, Metrics(count=writing.metrics(active.id).count))
+    writing.update(active, cumulative_metadata={})
 
 
 def _end_attempt(writing: Writing, active: Active, why: str, logs: dict[str, Any]) -> None:

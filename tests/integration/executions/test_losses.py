@@ -108,6 +108,28 @@ def test_after_the_grace_another_worker_runs_attempt_two_and_the_old_one_is_fenc
     assert [a.end for a in view.attempts] == ["lost", "finished"]
 
 
+def test_what_a_lost_attempt_had_stored_and_measured_is_not_told_beside_the_next_one(
+    service: RunningService, redis_server: RedisServer
+) -> None:
+    first = running(service, redis_server)
+    superseded = first.store("model.bin", b"one")
+    first.report(p.MetadataEvents(events=[{"epoch": 1, "only": "the first"}]))
+    service.events(first.job.execution_id, lambda e: e.kind is EventKind.metadata)
+    lose_lease(service, redis_server, first)
+    second = service.agent(redis_server, "sim-2").take(timeout=15)
+    second.leased()
+    second.wait_grants()
+    stored = second.store("model.bin", b"two")
+    second.report(p.MetadataEvents(events=[{"epoch": 7}]))
+    second.finish()
+    view = final_view(service, first.job.execution_id)
+    assert [output.id for output in view.outputs] == [stored]
+    assert view.latest_metadata == {"epoch": 7}
+    with service.records.read() as conn:
+        kept = sa.select(t.datums.c.name).where(t.datums.c.id == superseded)
+        assert conn.execute(kept).scalar_one() == "model.bin", "somebody may use it already"
+
+
 def test_a_requeued_execution_goes_before_everything_that_waits(
     service: RunningService, redis_server: RedisServer
 ):
