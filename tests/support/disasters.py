@@ -227,6 +227,7 @@ class Scene:
             time.sleep(0.05)
             if (now := self.reports()) != seen:
                 seen, moved_at = now, max(moved_at, time.monotonic())
+        assert conductor.alive or conductor.killed, f"it ended otherwise:\n{conductor.log()}"
         return not conductor.alive
 
 

@@ -94,6 +94,11 @@ class Conductor:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def killed(self) -> bool:
+        """Ended by SIGKILL, its own or ours."""
+        return self._process is not None and self._process.poll() == -signal.SIGKILL
+
+    @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
