@@ -95,7 +95,7 @@ class Spool:
             if not more:
                 break
         self._read_at += len(data)
-        for line in data.rstrip(b"\n").split(b"\n"):
+        for line in data.removesuffix(b"\n").split(b"\n"):
             self._head.append(line.decode())
             self._head_bytes += len(line)
             self._on_disk -= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from valohai_agent.spool import Spool
@@ -52,6 +52,7 @@ def test_one_text_larger_than_the_read_buffer_survives(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.one_of(st.none(), st.text(alphabet="abc", max_size=40)), max_size=200))
+@example(["a" * 40, "b" * 40, "", None, None, "c"])
 def test_any_mix_of_adding_and_removing_keeps_the_order(steps: list[str | None]) -> None:
     """A None takes one text out."""
     spool, model = Spool(Path("/tmp"), memory_bytes=50), []
