@@ -41,7 +41,7 @@ from tests.support.fleet.process import FleetProcess
 from tests.support.fleet.profile import Profile
 from tests.support.installation import Conductor, Installation
 from tests.support.launchpad import Launchpad
-from tests.support.process_usage import cpu_seconds, memory
+from tests.support.process_usage import cpu_seconds, machine_cpu_seconds, memory
 from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import load_settings
 
@@ -50,6 +50,7 @@ PATIENCE_SECONDS = 900.0
 QUIET_SHARE = 0.15  # of a core: a conductor that uses less has settled
 QUIET_SECONDS = 3.0
 SETTLE_SECONDS = 60.0
+OTHERS = "others"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,8 @@ class Throughput:
     starts_per_s: float | None
     events_per_s: float
     events_per_execution: float
-    cpu_share: dict[str, float]  # cores, by part
+    cores: dict[str, float]  # used, by part
+    cpu_ms: dict[str, float]  # per execution, by part
     lags: Lags | None
 
 
@@ -133,14 +135,15 @@ class Stand:
     conductors: Sequence[Conductor]
 
     def cpu(self) -> dict[str, float]:
-        """CPU seconds so far, by part."""
-        return {
+        """CPU seconds so far, by part; `others` is what the benchmark shares the machine with."""
+        parts = {
             "conductor": sum(cpu_seconds(c.pid) for c in self.conductors),
             "postgres": cpu_seconds(self.installation.postgres.pid),
             "redis": cpu_seconds(self.installation.redis.pid),
             "fleet": cpu_seconds(self.fleet.pid),
             "launching": time.process_time(),
         }
+        return {**parts, OTHERS: machine_cpu_seconds() - sum(parts.values())}
 
 
 @contextlib.contextmanager
@@ -290,7 +293,8 @@ def summary(
         starts_per_s=len(starts) / (max(starts) - told[0]) if starts else None,
         events_per_s=len(written) / seconds,
         events_per_execution=len(written) / len(ended),
-        cpu_share={part: value / seconds for part, value in spent.items()},
+        cores={part: value / seconds for part, value in spent.items()},
+        cpu_ms={part: value * 1e3 / len(ended) for part, value in spent.items() if part != OTHERS},
         lags=report_lags(reports, events),
     )
 
@@ -342,7 +346,12 @@ def throughput_table(throughputs: Sequence[Throughput], steady: Throughput | Non
     rows = [(f"{t.conductors} conductor{'s' * (t.conductors > 1)}", t) for t in throughputs]
     rows += [("steady", steady)] if steady else []
     for label, one in rows:
-        shares = ", ".join(f"{part} {share:.2f}" for part, share in one.cpu_share.items())
+        parts = [
+            f"{part} {share:.2f} ({one.cpu_ms[part]:.0f})"
+            for part, share in one.cores.items()
+            if part != OTHERS
+        ]
+        parts.append(f"{OTHERS} {one.cores[OTHERS]:.2f}")
         lags = one.lags
         table.add_row(
             label,
@@ -350,10 +359,14 @@ def throughput_table(throughputs: Sequence[Throughput], steady: Throughput | Non
             shown(one.starts_per_s, "{:.1f}"),
             f"{one.events_per_s:.0f}",
             f"{one.events_per_execution:.1f}",
-            shares,
+            ", ".join(parts),
             f"{lags.p50:.2f} {lags.p95:.2f} {lags.p99:.2f}" if lags else "-",
         )
     return table
+
+
+CPU_HEADING = "cores used (CPU ms each)"
+LAG_HEADING = "lag p50 p95 p99 s"
 
 
 def shown(value: float | None, form: str) -> str:
