@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, DefaultRunLauncher
 from typing_extensions import Self
 
-from valohai_dagster.errors import ServiceUnavailable, ValohaiError
+from valohai_dagster.errors import ConfigurationError, ServiceUnavailable, ValohaiError
 from valohai_dagster.plugin.compat import (
     CheckRunHealthResult,
     ConfigurableClass,
@@ -81,8 +81,13 @@ class ValohaiRunLauncher(RunLauncher, ConfigurableClass):
         run = context.dagster_run
         if self._is_driven(run):
             self._conductor.remind(run.run_id)
-        else:
+        elif self._inner.supports_resume_run:
             self._inner.resume_run(context)
+        else:
+            raise ConfigurationError(
+                f"run {run.run_id} is driven by Dagster's own engine, whose default launcher cannot resume a run; "
+                "execute it again from failure"
+            )
 
     @property
     def supports_resume_run(self) -> bool:
@@ -128,7 +133,7 @@ class ValohaiRunLauncher(RunLauncher, ConfigurableClass):
         the answer is RUNNING, with the reason in words, until the run's end is recorded (DAGSTER_NOTES 8).
         """
         if not self._is_driven(run):
-            return self._inner.check_run_worker_health(run)
+            return self._health_of_process(run)
         try:
             ended = self._conductor.has_ended(run.run_id)
             text = "its end is recorded" if ended else self._conductor.explain(run)
@@ -137,6 +142,12 @@ class ValohaiRunLauncher(RunLauncher, ConfigurableClass):
             status = WorkerStatus.RUNNING
             text = f"the conductor's records cannot be read now, which says nothing of the run: {error}"
         return CheckRunHealthResult(status, text)
+
+    def _health_of_process(self, run: DagsterRun) -> CheckRunHealthResult:
+        if self._inner.supports_check_run_worker_health:
+            return self._inner.check_run_worker_health(run)
+        text = "Dagster's default launcher cannot be asked about its processes"
+        return CheckRunHealthResult(WorkerStatus.RUNNING, text)
 
     def get_run_worker_debug_info(
         self, run: DagsterRun, include_container_logs: bool | None = True

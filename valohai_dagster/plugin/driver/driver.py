@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import redis
 import sqlalchemy as sa
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from pydantic import ValidationError
 
 from valohai_dagster.errors import ConfigurationError
-from valohai_dagster.executions.core import run_all
-from valohai_dagster.executions.service import OUTAGES, ExecutionService
+from valohai_dagster.executions.core import cancel_all, is_outage, run_all
+from valohai_dagster.executions.service import ExecutionService
 from valohai_dagster.executions.stream import ExecutionView, FollowEvent
 from valohai_dagster.plugin.compat.engine import (
     NOT_FINISHED_STATUSES,
@@ -88,10 +89,7 @@ class RunDriver:
 
     async def close(self) -> None:
         """Leaves the runs to the next conductor; what is being written is finished first."""
-        tasks = [task for _, task in self._runs.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(task for _, task in self._runs.values())
         await asyncio.to_thread(self.lanes.close)
         self.instances.close()
 
@@ -128,7 +126,9 @@ class RunDriver:
         while True:
             try:
                 return await call()
-            except OUTAGES as error:
+            except Exception as error:
+                if not is_outage(error):
+                    raise
                 log.warning("a run waits: %s", error, extra={"action": "outage", "step": "run"})
                 await asyncio.sleep(OUTAGE_SECONDS)
 
@@ -146,10 +146,8 @@ class RunDriver:
     async def _lose(self, shard: int) -> None:
         """Lets go of the shard's runs once what is being written of them is written."""
         self._ready.discard(shard)
-        tasks = [task for run, task in self._runs.values() if run.shard == shard]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(task for run, task in self._runs.values() if run.shard == shard)
+        await self.lanes.flush()
 
     async def _read(self) -> None:
         """New hand-overs and requests, as they come."""
@@ -190,10 +188,16 @@ class RunDriver:
         )
         for row in rows:
             if row.state == handed_over.RunState.driving.value and row.run_id not in self._runs:
-                self._begin(row, resumed)
+                await self._begin(row, resumed)
 
-    def _begin(self, row: Any, resumed: bool) -> None:
-        handover = HandOver.model_validate(row.handover)
+    async def _begin(self, row: Any, resumed: bool) -> None:
+        try:
+            handover = HandOver.model_validate(row.handover)
+        except ValidationError as error:
+            text = f"this release cannot read its hand-over ({error.error_count()} problems); was a newer one here?"
+            log.error("run %s: %s", row.run_id, text, extra={"action": "refuse"})
+            await self.patiently(lambda: self._close(row.run_id, text))
+            return
         run = RunDrive(self, handover, handed_over_at=row.ctime, resumed=resumed)
         task = asyncio.create_task(self._drive(run), name=f"run {row.run_id}")
         self._runs[row.run_id] = (run, task)
@@ -255,11 +259,7 @@ class RunDriver:
         found = await run.call(lambda: run.instance.get_run_by_id(run.run_id))
         if found is None:
             log.info("run %s was deleted", run.run_id, extra={"action": "deleted"})
-            await self.patiently(run.abandon)
-            _, task = self._runs.get(run.run_id, (run, None))
-            if task is not None:
-                task.cancel()
-            await self.patiently(lambda: self._close(run.run_id))
+            await run.abandon()
         elif found.is_finished and not run.ending:
             await run.terminate()
 
@@ -269,8 +269,11 @@ class RunDriver:
                 await step()
             except LaneClosed:
                 return
-            except (*OUTAGES, redis.ResponseError) as error:
-                log.warning("%s waits: %s", step.__name__, error, extra={"action": "outage"})
+            except Exception as error:
+                if is_outage(error) or isinstance(error, redis.ResponseError):
+                    log.warning("%s waits: %s", step.__name__, error, extra={"action": "outage"})
+                else:  # of one run or instance; the others must go on
+                    log.exception("%s failed", step.__name__, extra={"action": "fail"})
                 await asyncio.sleep(OUTAGE_SECONDS)
 
 

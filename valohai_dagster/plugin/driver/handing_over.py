@@ -7,7 +7,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 import redis
-from dagster import AssetKey, DagsterInstance, DagsterRun
+from dagster import AssetKey, DagsterInstance, DagsterRun, DagsterRunStatus
 
 from valohai_agent.protocol import Keys, utcnow
 from valohai_dagster.broker.connection import connect
@@ -70,7 +70,8 @@ class HandingOver:
         shard = self._records.shard_of(run.run_id)
         with self._records.write() as connection:
             new = handed_over.record(connection, handover, shard=shard, now=utcnow())
-        if new:
+        now = self._instance.get_run_by_id(run.run_id) if new else None
+        if now is not None and now.status is DagsterRunStatus.STARTING:  # not cancelled meanwhile
             for entry in RunEvents(run.job_name, run.run_id).start():
                 self._instance.handle_new_event(entry)
         self._send("launch", run.run_id)

@@ -19,7 +19,12 @@ from valohai_dagster.plugin.compat import instance_id
 from valohai_dagster.plugin.compat.engine import (
     InstanceRef,
 )
-from valohai_dagster.plugin.compat.storage import pooled, reference_is_gone, steady_schema
+from valohai_dagster.plugin.compat.storage import (
+    is_database_outage,
+    pooled,
+    reference_is_gone,
+    steady_schema,
+)
 from valohai_dagster.plugin.driver.lanes import LANES, InstanceGone
 from valohai_dagster.records.store import get_fact, set_fact
 
@@ -69,9 +74,6 @@ class Instances:
                 self._open[name] = self._load(name)
             return self._open[name]
 
-    def all(self) -> list[DagsterInstance]:
-        return list(self._open.values())
-
     def close(self) -> None:
         for instance in self._open.values():
             instance.dispose()
@@ -93,6 +95,8 @@ class Instances:
             instance = DagsterInstance.from_ref(described)
             found = instance_id(instance)
         except Exception as error:
+            if is_database_outage(error):
+                raise
             raise ConfigurationError(
                 f"Dagster instance {name} cannot be opened from here: {error}; the conductor needs the same "
                 "packages, paths and environment variables as the webserver"

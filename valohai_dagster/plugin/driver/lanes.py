@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 LANES = 8
 OUTAGE_PAUSE_SECONDS = 0.5
+FLUSH_SECONDS = 10.0
 
 
 class LaneClosed(Exception):
@@ -48,12 +49,33 @@ class Lanes:
     """Threads and the count of what waits in them."""
 
     def __init__(self, count: int = LANES) -> None:
-        self._threads = [
-            ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"lane-{n}") for n in range(count)
-        ]
+        self._count = count
+        self._threads: dict[int, list[ThreadPoolExecutor]] = {}  # one set per instance
         self._closing = threading.Event()
         self.backlog = 0  # calls that wait or run now
         self.written = 0  # events since the start
+
+    def _lane(self, run_id: str, instance: DagsterInstance | None) -> ThreadPoolExecutor:
+        """An instance whose storage is away holds up its own runs only."""
+        threads = self._threads.get(id(instance))
+        if threads is None:
+            threads = [
+                ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"lane-{n}")
+                for n in range(self._count)
+            ]
+            self._threads[id(instance)] = threads
+        return threads[zlib.crc32(run_id.encode()) % self._count]
+
+    async def flush(self) -> None:
+        """Until what the lanes have in hand now is done, or some seconds have passed."""
+        loop = asyncio.get_running_loop()
+        calls = [
+            loop.run_in_executor(thread, _nothing)
+            for threads in self._threads.values()
+            for thread in threads
+        ]
+        if calls:
+            await asyncio.wait(calls, timeout=FLUSH_SECONDS)
 
     async def run(
         self, run_id: str, call: Callable[[], T], instance: DagsterInstance | None = None
@@ -62,7 +84,7 @@ class Lanes:
 
         Raises `InstanceGone` when it is not away but deleted, as the directory of a Dagster that had no home.
         """
-        lane = self._threads[zlib.crc32(run_id.encode()) % len(self._threads)]
+        lane = self._lane(run_id, instance)
         self.backlog += 1
         begun = time.monotonic()
         try:
@@ -104,8 +126,13 @@ class Lanes:
     def close(self) -> None:
         """Ends the lanes once the call in hand of each is done; calls that wait raise `LaneClosed`."""
         self._closing.set()
-        for thread in self._threads:
-            thread.shutdown(wait=True)
+        for threads in self._threads.values():
+            for thread in threads:
+                thread.shutdown(wait=True)
+
+
+def _nothing() -> None:
+    """What a lane does to show that it got here."""
 
 
 class _Writing:
@@ -127,7 +154,7 @@ class _Writing:
             if not self._may_write():
                 raise LaneClosed
             batch = self._next()
-            if not (self._torn and complete_last_event(self._instance, batch[0])):
+            if not (self._torn and complete_last_event(self._instance, batch[-1])):
                 self._torn = True
                 self._store(batch)
             self._torn = False

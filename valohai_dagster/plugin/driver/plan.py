@@ -100,16 +100,8 @@ class Plan:
     def complete(self) -> bool:
         return self._active.is_complete
 
-    @property
-    def in_flight(self) -> bool:
-        return self._active.has_in_flight_steps
-
     def previous_attempts(self, step_key: str) -> int:
         return self._active.retry_state.get_attempt_count(step_key)
-
-    @property
-    def retry_mode(self) -> RetryMode:
-        return self._limits.retries
 
     def next_steps(self) -> list[ExecutionStep]:
         """Steps to begin now; those that wait for a pool ask it again."""

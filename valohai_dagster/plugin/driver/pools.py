@@ -9,7 +9,7 @@ from typing import Protocol
 from dagster import DagsterInstance
 
 from valohai_dagster.plugin.compat.storage import is_database_outage
-from valohai_dagster.plugin.driver.lanes import LaneClosed, Lanes
+from valohai_dagster.plugin.driver.lanes import InstanceGone, LaneClosed, Lanes
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +58,11 @@ class Pools:
             by_instance.setdefault(id(run.instance), (run.instance, []))[1].append(run)
         for instance, runs in by_instance.values():
             try:
-                given = await self._lanes.run(pool, lambda i=instance: _given(i, pool))
+                given = await self._lanes.run(pool, lambda i=instance: _given(i, pool), instance)
             except LaneClosed:
                 return
+            except InstanceGone:
+                given = None  # the runs that wake up notice
             for run in runs:
                 if given is None or run.run_id in given:
                     run.wake()

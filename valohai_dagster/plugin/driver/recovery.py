@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ def identity(entry: EventLogEntry) -> tuple[Any, ...]:
     if kind is DagsterEventType.STEP_RESTARTED:
         return (DagsterEventType.STEP_START,)
     if kind is DagsterEventType.ENGINE_EVENT:
-        return (kind, event.message)
+        return (kind, event.message, str(data.metadata.get("attempt")) if data else None)
     if kind is DagsterEventType.ASSET_OBSERVATION:
         return (kind, entry.timestamp)
     return (kind,)
@@ -120,9 +120,18 @@ def read_past(instance: DagsterInstance, run_id: str) -> Past:
         cursor = page.cursor
         if not page.has_more:
             break
-    if records:
-        complete_event(instance, records[-1])
+    for record in _perhaps_torn(records[-NEWEST:]):
+        complete_event(instance, record)
     return past_of(records)
+
+
+def _perhaps_torn(newest: Sequence[EventLogRecord]) -> Iterator[EventLogRecord]:
+    """Others write into a run's log too, so a torn event need not be its last; of its statuses only the last counts."""
+    states = [r for r in newest if (e := r.event_log_entry.dagster_event) and e.is_job_event]
+    for record in newest:
+        event = record.event_log_entry.dagster_event
+        if event is not None and (not event.is_job_event or record is states[-1]):
+            yield record
 
 
 def complete_last_event(instance: DagsterInstance, entry: EventLogEntry) -> bool:

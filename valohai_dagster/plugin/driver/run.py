@@ -98,6 +98,7 @@ class RunDrive:
         self.loaded = False
         self.terminating = False
         self.ending = False  # its end is being written
+        self.deleted = False
         self._tries: dict[str, tuple[StepTry, asyncio.Task[DagsterEvent]]] = {}
         self._failed: list[DagsterEvent] = []
         self._requests: set[str] = set()  # to terminate
@@ -163,6 +164,8 @@ class RunDrive:
         return await self._driver.patiently(call)
 
     async def write(self, entries: Sequence[EventLogEntry]) -> None:
+        if self.deleted:
+            return
         await self._driver.lanes.write(self.instance, self.run_id, entries, self.may_write)
 
     # -- the course of the run ----------------------------------------------------------------------------------------
@@ -179,7 +182,7 @@ class RunDrive:
         finally:
             for _, task in self._tries.values():
                 task.cancel()
-            if hasattr(self, "_plan") and not self._plan.complete and self._facts.has_pools:
+            if self.loaded and not self._plan.complete and self._facts.has_pools:
                 await self._forget_claims()
 
     async def _load(self) -> bool:
@@ -188,24 +191,27 @@ class RunDrive:
         found = await self.call(lambda: self.instance.get_run_by_id(self.run_id))
         if found is None or found.is_finished:
             await self._stop_leftovers("was deleted" if found is None else "had ended already")
+            await self._free_all_slots()
             return False
         self.dagster_run: DagsterRun = found
         self._events = RunEvents(found.job_name, self.run_id)
-        self._facts: JobFacts = await self.call(lambda: facts_of(self.instance, found))
+        self._facts: JobFacts = await self.call(lambda: facts_of(self.instance, self.dagster_run))
         self._resolved_config = config_with_defaults(self._facts.job, self.run_config)
         self._limits: Limits = limits_of(self._resolved_config)
         self._plan = Plan(self._facts, self._limits)
         past = await self._past()
-        if not past.started:
+        found = await self.call(lambda: self.instance.get_run_by_id(self.run_id)) or found
+        if found.status is DagsterRunStatus.CANCELING:
+            self.terminating = True
+        elif not past.started:  # never over a status that says more
             await self.write(self._events.start())
-        self.terminating = self.terminating or found.status is DagsterRunStatus.CANCELING
         self._failed = past.failures
         self._past_of_steps = past
         begun = self._plan.resume(past) if past.step_events or past.begun else []
         pools = self._facts.has_pools
-        self._plan.limit(self.instance, found, pools=False)
+        self._plan.limit(self.instance, self.dagster_run, pools=False)
         if pools:
-            await self.call(lambda: self._plan.limit(self.instance, found, pools=True))
+            await self.call(lambda: self._plan.limit(self.instance, self.dagster_run, pools=True))
             held = [(pool, s.key) for s in begun if (pool := self._facts.steps[s.key].pool)]
             await self.call(lambda: self._plan.claim_again(held))
         for step in begun:
@@ -230,9 +236,10 @@ class RunDrive:
     async def _follow_plan(self) -> None:
         plan = self._plan
         while not plan.complete:
-            if not self.terminating:
+            passed_over = not self.terminating
+            while passed_over:  # what is skipped may make others ready
                 await self._begin_steps()
-                await self._pass_over_steps()
+                passed_over = await self._pass_over_steps()
             if plan.complete or (self.terminating and not self._tries):
                 return
             await self._wait()
@@ -266,15 +273,19 @@ class RunDrive:
         task.add_done_callback(lambda _: self._wake.set())
         self._tries[key] = (attempt, task)
 
-    async def _pass_over_steps(self) -> None:
-        """Skips and abandons what the steps before decide, until there is no more of it."""
+    async def _pass_over_steps(self) -> bool:
+        """Skips and abandons what the steps before decide, until there is no more of it; False if there was none."""
+        any_of_it = False
         while skips := self._plan.skips():
+            any_of_it = True
             for step, missing in skips:
                 await self._write_new(self._step_events(step).skipped(missing), step.key)
         while abandons := self._plan.abandons():
+            any_of_it = True
             for step, failed, abandoned in abandons:
                 entries = self._step_events(step).abandoned(failed, abandoned)
                 await self._write_new(entries, step.key)
+        return any_of_it
 
     def _step_events(self, step: ExecutionStep) -> StepEvents:
         return StepEvents(self.job_name, self.run_id, step, {})
@@ -350,7 +361,9 @@ class RunDrive:
         if run.is_finished:
             text = f"The executions of this run have ended; it had been marked {run.status.value} before."
             await self.write(self._events.engine(text))
-        elif run.status is DagsterRunStatus.CANCELING and (self._failed or not self._plan.complete):
+        elif not self._plan.complete or (
+            self._failed and (self.terminating or run.status is DagsterRunStatus.CANCELING)
+        ):
             interrupted = not self._plan.complete or any(map(_is_interrupt, self._failed))
             await self.write(self._events.canceled(self._failed, interrupted=interrupted))
         elif self._failed:
@@ -361,24 +374,29 @@ class RunDrive:
     async def _free_slots(self) -> None:
         """DAGSTER_NOTES 4: whatever the run still holds."""
         await self.call(self._plan.close)
+        await self._free_all_slots()
+
+    async def _free_all_slots(self) -> None:
         storage = self.instance.event_log_storage
-        await self.call(lambda: storage.free_concurrency_slots_for_run(self.run_id))
+        if storage.supports_global_concurrency_limits:
+            await self.call(lambda: storage.free_concurrency_slots_for_run(self.run_id))
 
     async def _forget_claims(self) -> None:
+        if not self.may_write():
+            return  # they may be those of the conductor that goes on
         try:
             await self.call(self._plan.close)
         except (LaneClosed, InstanceGone):
             return  # the process that goes on claims anew
 
     async def _stop_leftovers(self, why: str) -> None:
-        await self._driver.stop_executions(self.run_id, f"Dagster run {self.run_id} {why}")
+        reason = f"Dagster run {self.run_id} {why}"
+        await self.patiently(lambda: self._driver.stop_executions(self.run_id, reason))
 
     async def abandon(self) -> None:
-        """The run was deleted: its executions stop, nothing is written."""
-        self.ending = True
-        for _, task in self._tries.values():
-            task.cancel()
-        await self._stop_leftovers("was deleted")
+        """The run was deleted: its executions stop, nothing more is written, and the run ends with them."""
+        self.ending = self.deleted = True
+        await self.terminate()
 
     async def _break(self, error: Exception) -> None:
         """A defect, or a snapshot that is gone: the run fails with the reason, its executions stop."""
@@ -387,9 +405,7 @@ class RunDrive:
         if run is not None and not run.is_finished:
             events = RunEvents(run.job_name, self.run_id)
             await self.write(events.broken(serializable_error(error)))
-        storage = self.instance.event_log_storage
-        if storage.supports_global_concurrency_limits:
-            await self.call(lambda: storage.free_concurrency_slots_for_run(self.run_id))
+        await self._free_all_slots()
 
 
 def _is_interrupt(failure: DagsterEvent) -> bool:

@@ -96,6 +96,9 @@ class Driven(Protocol):
     def terminating(self) -> bool: ...
 
     @property
+    def deleted(self) -> bool: ...
+
+    @property
     def retry_mode(self) -> RetryMode: ...
 
     @property
@@ -189,7 +192,8 @@ class StepTry:
 
     async def stop(self, *, hard: bool = False) -> None:
         """Asks the service to stop the execution (K-54)."""
-        reason = f"Dagster run {self._run.run_id} was terminated"
+        what = "deleted" if self._run.deleted else "terminated"
+        reason = f"Dagster run {self._run.run_id} was {what}"
         await self._run.service.stop(self.execution_id, hard=hard, reason=reason)
 
     async def _end(self, view: ExecutionView) -> DagsterEvent:
@@ -284,7 +288,7 @@ class StepTry:
     def _told_of(self, event: FollowEvent) -> list[EventLogEntry]:
         """Changes of state become events; progress goes to the live stream only."""
         if event.kind is EventKind.warning:
-            return self._events.engine(event.message, execution=self.execution_id)
+            return self._engine(event)
         status, phase = event.data.get("status"), event.data.get("phase")
         if status == ExecutionStatus.started.value and event.attempt == self._leased:
             return []
@@ -295,7 +299,11 @@ class StepTry:
             if phase not in TOLD_PHASES or key in self._told:
                 return []
             self._told.add(key)
-        return self._events.engine(event.message, execution=self.execution_id)
+        return self._engine(event)
+
+    def _engine(self, event: FollowEvent) -> list[EventLogEntry]:
+        again = {"attempt": event.attempt} if event.attempt > 1 else {}
+        return self._events.engine(event.message, execution=self.execution_id, **again)
 
     def _start(self) -> list[EventLogEntry]:
         """STEP_START, once; a step that ends without ever having a worker starts just before its end."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from dagster import DagsterRun, DagsterRunStatus
 from dagster._daemon.monitoring.run_monitoring import execute_run_monitoring_iteration
+from sqlalchemy.exc import OperationalError
 
 from tests.integration.plugin.driver.yamls import CHAIN
 from tests.support.conductor import ConductorSide
@@ -19,8 +20,13 @@ from tests.support.dagster_side import Ask, Code, log
 from tests.support.ports import wait_for
 from tests.support.redis_server import RedisServer
 from tests.support.sim_worker import Play
-from valohai_dagster.plugin.compat import WorkerStatus
+from valohai_agent.protocol import utcnow
+from valohai_dagster.errors import ConfigurationError
+from valohai_dagster.plugin.compat import ResumeRunContext, WorkerStatus
 from valohai_dagster.plugin.driver import driver as driver_module
+from valohai_dagster.plugin.driver.events import RunEvents
+from valohai_dagster.plugin.driver.lanes import Lanes, _Writing
+from valohai_dagster.plugin.step_tag import DAGSTER_ENGINE, ENGINE_TAG
 from valohai_dagster.records import tables as t
 
 Sides = Callable[..., Any]
@@ -194,3 +200,61 @@ def reason(side: ConductorSide, run: DagsterRun) -> str:
     with side.service.records.read() as conn:
         query = t.runs.select().where(t.runs.c.run_id == run.run_id)
         return conn.execute(query).one().reason or ""
+
+
+def test_a_run_cancelled_while_it_is_launched_ends_as_cancelled(sides: Sides) -> None:
+    """RUN_START is not written over RUN_CANCELING, whose status it would replace (DAGSTER_NOTES 7)."""
+    with sides() as side:
+        run = side.create(Ask(assets=["prep"]))
+        side.service.kill()
+        side.launch(run)
+        side.terminate(run.run_id)
+        side.service.start()
+        assert side.ended(run.run_id).status is DagsterRunStatus.CANCELED
+
+
+def test_a_hand_over_of_a_newer_release_holds_up_nobody(sides: Sides) -> None:
+    with sides() as side:
+        side.worker.plays["prep"] = Play()
+        side.service.kill()
+        with side.service.records.write() as conn:
+            for shard in range(side.service.records.shards):
+                row = {"run_id": f"new-{shard}", "instance_id": "x", "shard": shard}
+                conn.execute(
+                    t.runs.insert().values(
+                        **row, handover={"v": 9}, state="driving", ctime=utcnow()
+                    )
+                )
+        side.service.start()
+        assert side.run(Ask(assets=["prep"])).is_success
+
+
+def test_runs_of_dagsters_engine_do_not_trouble_monitoring(sides: Sides) -> None:
+    with sides() as side:
+        run = side.create(Ask(assets=["prep"], tags={ENGINE_TAG: DAGSTER_ENGINE}))
+        launcher = side.instance.run_launcher
+        assert launcher.check_run_worker_health(run).status is WorkerStatus.RUNNING
+        with pytest.raises(ConfigurationError, match="cannot resume"):
+            launcher.resume_run(ResumeRunContext(run, side.request(), 1))
+
+
+def test_a_full_mailbox_of_events_is_found_again_after_an_outage(sides: Sides) -> None:
+    """The batch was stored, and the answer of the database got lost."""
+    with sides() as side:
+        run = side.create(Ask(assets=["prep"]))
+        events = RunEvents(run.job_name, run.run_id)
+        batch = [entry for n in range(40) for entry in events.engine(f"line {n}")]
+        writing = _Writing(Lanes(), side.instance, batch, lambda: True)
+        store, calls = writing._store, list[int]()
+
+        def store_and_lose_the_answer(entries: Any) -> None:
+            store(entries)
+            calls.append(len(entries))
+            if len(calls) == 1:
+                raise OperationalError("", {}, Exception("connection lost"))
+
+        writing._store = store_and_lose_the_answer
+        with pytest.raises(OperationalError):
+            writing()
+        writing()
+        assert kinds(side, run).count("ENGINE_EVENT") == 40
