@@ -13,14 +13,18 @@ PORT        ?= 3000
 PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 WORKERS     ?= 2
+OLDEST_VENV ?= .venv-oldest
 
 MANIFESTS   := pyproject.toml agent/pyproject.toml
 RUN_STAMP   := $(VENV)/.valohai-run
 DEV_STAMP   := $(VENV)/.valohai-dev
+OLDEST_STAMP := $(OLDEST_VENV)/.valohai-oldest
+OLDEST_PINS := deploy/oldest-dagster.txt
+OLDEST_TESTS := tests/contract/plugin tests/integration/plugin/driver
 
 export DAGSTER_DISABLE_TELEMETRY ?= yes
 
-.PHONY: help setup setup-dev demo up down test lint format docs bench-dispatch bench-fleet bench-recovery clean
+.PHONY: help setup setup-dev demo up down test test-oldest lint format docs bench-dispatch bench-fleet bench-recovery clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -42,6 +46,9 @@ test: $(DEV_STAMP)  ## Pass the whole suite: lint, then tests
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest tests/unit tests/contract tests/integration -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST_STAMP)  ## What leans on Dagster's inner parts, on the oldest Dagster that is supported
+	$(OLDEST_VENV)/bin/python -m pytest $(OLDEST_TESTS) -n $(WORKERS) --dist worksteal -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP)  ## Formatting, lint, types and the floors of the architecture
 	$(BIN)/ruff format --check .
@@ -67,7 +74,7 @@ bench-recovery: $(DEV_STAMP)  ## Conductors, Redis and Postgres killed under loa
 
 clean:  ## Stop what runs and remove everything that make made
 	-@if [ -x $(BIN)/valohai-dagster ]; then $(BIN)/valohai-dagster down; fi
-	rm -rf $(VENV) .valohai .demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
+	rm -rf $(VENV) $(OLDEST_VENV) .valohai .demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +
 
@@ -83,3 +90,10 @@ $(RUN_STAMP): $(MANIFESTS) | $(BIN)/python
 $(DEV_STAMP): $(MANIFESTS) | $(BIN)/python
 	@sh deploy/make-venv.sh install "$(VENV)" -e ./agent -e '.[embedded,observability,postgres,ssh]' --group dev
 	@touch $@ $(RUN_STAMP)
+
+$(OLDEST_VENV)/bin/python:
+	@sh deploy/make-venv.sh create "$(PYTHON)" "$(OLDEST_VENV)"
+
+$(OLDEST_STAMP): $(MANIFESTS) $(OLDEST_PINS) | $(OLDEST_VENV)/bin/python
+	@sh deploy/make-venv.sh install "$(OLDEST_VENV)" -c $(OLDEST_PINS) -e ./agent -e '.[embedded,postgres]' --group test-runner
+	@touch $@
