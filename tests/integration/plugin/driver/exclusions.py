@@ -34,7 +34,7 @@ MULTIPROCESS = Exclusions(
         "pid": "a process",
     },
     texts={
-        "duration": r"(?<= in )\d+(\.\d+)?m?s\b|(?<= in )\d+:\d+\S*",
+        "duration": r"(?<= in )(?:\d+[hm])*\d+(?:\.\d+)?m?s\b|(?<= in )\d+:\d+\S*",
         "pid": r"(?<=\(pid: )\d+(?=\))",
         "port": r"(?<=http://127\.0\.0\.1:)\d+",
     },
