@@ -149,6 +149,7 @@ class Shards:
         share = share_out(self._me, living, holders)
         for shard in share.release:
             await self._release(shard)
+            log.info("handed over shard %d", shard, extra={"action": "release-shard"})
         if steady_time() < self._calm_until:
             return
         # A claim whose answer was lost on its way is ours without our knowing.
@@ -202,16 +203,15 @@ class Shards:
             self._renewed.pop(shard, None)
             key = self._core.keys.shard(shard)
             await self._core.dispatch.redis.fcall("vh1_unclaim", 1, key, self._me)
-        log.info("handed over shard %d", shard, extra={"action": "release-shard"})
 
     async def lose(self, shard: int) -> None:
         """Another conductor has it: its executions are forgotten here, the others go on."""
         self._renewed.pop(shard, None)
-        if shard not in self.held:
-            return
-        log.warning("lost shard %d to another conductor", shard, extra={"action": "lose-shard"})
-        self._set_held(self.held - {shard})
-        self._tell_lost(shard)
+        if shard in self.held:
+            text = "lost shard %d to another conductor"
+            log.warning(text, shard, extra={"action": "lose-shard"})
+            self._set_held(self.held - {shard})
+            self._tell_lost(shard)
         await self._core.forget_shard(shard)
 
     async def release_all(self) -> None:
@@ -219,6 +219,7 @@ class Shards:
         self._leaving = True
         await asyncio.gather(*(self._release(shard) for shard in sorted(self._renewed)))
         await self._core.dispatch.redis.zrem(self._core.keys.conductors(), self._me)
+        log.info("handed over all shards", extra={"action": "release-shard"})
 
     # -- callbacks ---------------------------------------------------------------------------------------------
     def _set_held(self, held: Iterable[int]) -> None:
