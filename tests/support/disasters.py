@@ -7,6 +7,7 @@ at which processes really stand somewhere do not, so a seed repeats the plan, no
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -111,9 +112,11 @@ class Scene:
         self.runs: list[str] = []
         self._background = ThreadPoolExecutor(1)
         self._launching: Future[None] | None = None
+        self._closing = threading.Event()
 
     def close(self) -> None:
-        self._background.shutdown(cancel_futures=True)
+        self._closing.set()
+        self._background.shutdown()
         self.engine.dispose()
 
     # -- the load ---------------------------------------------------------------------------------------------------
@@ -137,7 +140,8 @@ class Scene:
     def _launch_slowly(self, runs: list[str]) -> None:
         for run_id in runs:
             self.pad.hand_over([run_id])
-            time.sleep(self.plan.seconds / 2 / len(runs))
+            if self._closing.wait(self.plan.seconds / 2 / len(runs)):
+                return
 
     def wait_for_end(self) -> None:
         """Returns after the plan's patience, whatever has not ended by then."""
