@@ -12,6 +12,7 @@ from dagster._core.events import (
     ASSET_EVENTS,
     EVENT_TYPE_TO_PIPELINE_RUN_STATUS,
     DagsterEvent,
+    DagsterEventType,
     RunFailureReason,
 )
 from dagster._core.instance.ref import InstanceRef
@@ -136,6 +137,10 @@ def store_together(instance: DagsterInstance, entries: Sequence[EventLogEntry]) 
         connection.execute(storage.prepare_insert_event_batch(entries))
 
 
+# Planned ones are written with the run, before anybody drives it.
+_OF_ASSETS = (DagsterEventType.ASSET_MATERIALIZATION, DagsterEventType.ASSET_OBSERVATION)
+
+
 def complete_event(instance: DagsterInstance, record: EventLogRecord) -> None:
     """Does what storing an event does after its log row, as far as that is still to be done.
 
@@ -146,9 +151,9 @@ def complete_event(instance: DagsterInstance, record: EventLogRecord) -> None:
     event = entry.dagster_event
     if event is None:
         return
-    if event.event_type in ASSET_EVENTS and event.asset_key:
+    if event.event_type in _OF_ASSETS and event.asset_key:
         _complete_asset_event(instance.event_log_storage, record)
-    if event.event_type in ASSET_CHECK_EVENTS:
+    if event.event_type is DagsterEventType.ASSET_CHECK_EVALUATION:
         instance.event_log_storage.store_asset_check_event(entry, record.storage_id)  # type: ignore[attr-defined]
     status = EVENT_TYPE_TO_PIPELINE_RUN_STATUS.get(event.event_type)
     run = instance.get_run_by_id(entry.run_id) if status else None
