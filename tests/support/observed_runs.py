@@ -66,13 +66,12 @@ class Observed:
     pools: Mapping[str, Json] = field(default_factory=dict)
 
     def lines(self, *, at_once: AtOnce = "") -> list[str]:
+        data = {"assets": self.assets, "checks": self.checks, "pools": self.pools}
         runs = [_per_step(run) if at_once else run for run in self.runs]
-        assets = {
-            key: _without_history(asset) if at_once == "runs" else asset
-            for key, asset in self.assets.items()
-        }
-        data = {"runs": runs, "assets": assets, "checks": self.checks, "pools": self.pools}
-        return list(_written(_without_pointers(data) if at_once == "runs" else data))
+        if at_once == "runs":
+            runs, data = _without_pointers(runs), _without_pointers(data)
+            data["assets"] = {key: _without_history(one) for key, one in data["assets"].items()}
+        return list(_written({"runs": runs, **data}))
 
 
 def _written(value: Json, indent: int = 0, name: str = "") -> Iterator[str]:
