@@ -64,7 +64,7 @@ docs: $(RUN_STAMP)  ## Write the generated pages (docs/settings.md)
 	$(BIN)/python -m valohai_dagster.settings_docs
 
 bench-dispatch: $(RUN_STAMP)  ## Time from launch to first output line, against Dagster's default launcher
-	@$(BIN)/python -m bench.dispatch
+	@$(BIN)/python -m bench.dispatch $(BENCH_ARGS)
 
 bench-fleet: $(DEV_STAMP)  ## Thousands of executions at once: memory, CPU, throughput and lag (BENCH_ARGS)
 	@$(BIN)/python -W ignore -m bench.fleet $(BENCH_ARGS)

@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from valohai_dagster.capacity.clouds.local import living_agents
-from valohai_dagster.embedded.conductor import running_conductor
+from valohai_dagster.embedded.conductor import is_kept_alive, running_conductor
 from valohai_dagster.embedded.redis import EmbeddedRedis
 from valohai_dagster.settings import load_settings
 
@@ -51,6 +51,11 @@ def down(
     stopped_redis = redis is not None and redis.running() and redis.stop()
     if stopped_redis:
         typer.echo("stopped the embedded Redis")
+    if is_kept_alive(settings):
+        typer.echo(
+            "a Dagster webserver or daemon of this deployment still runs, and starts these again when it needs them",
+            err=True,
+        )
     if info is None and not living and not stopped_redis:
         typer.echo(f"nothing runs for {settings.state_dir}")
 

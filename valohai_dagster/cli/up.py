@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ def up(
     Executions that run at that moment go on, and the conductor ends once it is idle.
     """
     settings = load_settings()
+    _check_free(host, port)
     root = checkout_root(settings)
     environment = {**os.environ, "DAGSTER_HOME": str(dagster_home(root, settings))}
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(root / "workspace.yaml")]
@@ -31,6 +33,18 @@ def up(
     ensure_conductor(settings)
     typer.echo(f"The UI comes up on http://{host}:{port}; Ctrl-C ends it.", err=True)
     raise typer.Exit(_run([*command, "-h", host, "-p", str(port)], root, environment))
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises a usage error before anything is started; Dagster itself notices after half a minute."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            text = f"{host}:{port} cannot be used ({error.strerror}); choose another with --port (make up PORT=...)"
+            raise typer.BadParameter(text, param_hint="--port") from error
 
 
 def _run(command: list[str], root: Path, environment: dict[str, str]) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
 from typing import TYPE_CHECKING, Any
 
 import redis
 from dagster import AssetKey, DagsterInstance, DagsterRun, DagsterRunStatus
+from sqlalchemy.exc import SQLAlchemyError
 
 from valohai_agent.protocol import Keys, utcnow
 from valohai_dagster.broker.connection import connect
-from valohai_dagster.embedded.conductor import ensure_conductor
+from valohai_dagster.embedded.conductor import ensure_conductor, running_conductor
+from valohai_dagster.errors import ValohaiError
 from valohai_dagster.executions.why_reader import Sources
 from valohai_dagster.plugin.compat.engine import (
     BaseWorkspaceRequestContext,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONNECTIONS = 4  # to Dagster's storage that a launching process keeps, per storage
+REVIVE_SECONDS = 3.0  # between two looks whether the conductor is there
 MORE_CONNECTIONS = 40  # in a rush: a daemon launches from many threads
 
 
@@ -48,8 +52,11 @@ class HandingOver:
         self._redis = connect(self._settings)
         self._keys = Keys(self._records.deployment_id)
         self._instance_id: str | None = None
+        self._closed = threading.Event()
+        self._reviver: threading.Thread | None = None
 
     def close(self) -> None:
+        self._closed.set()
         self._redis.close()
         self._records.close()
 
@@ -75,6 +82,26 @@ class HandingOver:
             for entry in RunEvents(run.job_name, run.run_id).start():
                 self._instance.handle_new_event(entry)
         self._send("launch", run.run_id)
+        self._keep_conductor()
+
+    def _keep_conductor(self) -> None:
+        """In the embedded default, a conductor that is killed with runs in hand is started again from here."""
+        elsewhere = self._settings.redis_url is not None and not self._settings.start_conductor
+        if self._reviver is None and not elsewhere:
+            self._reviver = threading.Thread(target=self._revive, name="conductor", daemon=True)
+            self._reviver.start()
+
+    def _revive(self) -> None:
+        while not self._closed.wait(REVIVE_SECONDS):
+            try:
+                if running_conductor(self._settings) is None and self._has_work():
+                    ensure_conductor(self._settings)
+            except (ValohaiError, SQLAlchemyError, OSError) as error:
+                log.warning("no conductor: %s", error, extra={"action": "outage"})
+
+    def _has_work(self) -> bool:
+        with self._records.read() as connection:
+            return bool(handed_over.driving(connection, range(self._records.shards)))
 
     def terminate(self, run_id: str) -> None:
         self._send("terminate", run_id)

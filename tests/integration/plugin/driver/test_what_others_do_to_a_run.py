@@ -33,9 +33,7 @@ Sides = Callable[..., Any]
 
 
 @pytest.fixture
-def sides(
-    tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Sides]:
+def sides(tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Sides:
     """A conductor side whose driver looks after its runs every moment instead of every few seconds."""
     monkeypatch.setattr(driver_module, "STATUS_SECONDS", 0.2)
 
@@ -247,9 +245,9 @@ def test_a_full_mailbox_of_events_is_found_again_after_an_outage(sides: Sides) -
         writing = _Writing(Lanes(), side.instance, batch, lambda: True)
         store, calls = writing._store, list[int]()
 
-        def store_and_lose_the_answer(entries: Any) -> None:
-            store(entries)
-            calls.append(len(entries))
+        def store_and_lose_the_answer(batch: list[Any]) -> None:
+            store(batch)
+            calls.append(len(batch))
             if len(calls) == 1:
                 raise OperationalError("", {}, Exception("connection lost"))
 
