@@ -53,6 +53,13 @@ def test_a_diamond(same: Comparison) -> None:
     assert status(seen) == "SUCCESS"
 
 
+def test_a_run_that_asks_for_one_step_at_a_time(same: Comparison) -> None:
+    """The config of Dagster's executors counts here too, so even the order of branches is the same."""
+    every = ("prep", "left", "right", "join")
+    seen = same(Case(yaml=DIAMOND, scenario=ask(*every, execution={"in_process": {}})))
+    assert status(seen) == "SUCCESS"
+
+
 def test_a_failing_step_and_those_after_it(same: Comparison) -> None:
     play = Play.failing(3, stderr="Traceback\nValueError: boom\n")
     every = ("prep", "train", "report")
@@ -99,6 +106,14 @@ def test_retries_that_do_not_help(same: Comparison) -> None:
     seen = same(Case(yaml=CHAIN, scenario=ask(*every), plays=plays, defs=RETRYING))
     assert status(seen) == "FAILURE"
     assert kinds(seen, "prep")[-1] == "STEP_FAILURE"
+
+
+def test_a_run_that_switches_retries_off(same: Comparison) -> None:
+    off = {"in_process": {"retries": {"disabled": {}}}}
+    plays = {"prep": Play.failing()}
+    seen = same(Case(yaml=ONE, scenario=ask("prep", execution=off), plays=plays, defs=RETRYING))
+    assert status(seen) == "FAILURE"
+    assert "STEP_UP_FOR_RETRY" not in kinds(seen, "prep")
 
 
 def test_a_stop_by_somebody_else_is_not_tried_again(same: Comparison) -> None:
