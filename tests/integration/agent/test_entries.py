@@ -18,6 +18,10 @@ from valohai_agent.runtimes.entries import Entries
 
 pytestmark = pytest.mark.usefixtures("namespaces")
 
+KEPT_BY_LIBC = (
+    0b11 << 31
+)  # signals 32 and 33: how whoever started the tests has set them is out of reach
+
 
 def spec(tmp_path: Path, command: str, **environment: str) -> dict[str, Any]:
     argv = ["/bin/sh", "-c", command]
@@ -67,7 +71,7 @@ def test_the_command_gets_no_descriptor_and_no_ignored_signal_of_ours(tmp_path: 
     command = "ls /proc/self/fd | wc -l; grep SigIgn /proc/self/status"
     descriptors, ignored = output(entries.start(spec(tmp_path, command))).splitlines()
     assert int(descriptors) == 4  # the standard ones, and the directory that ls reads
-    assert int(ignored.split()[1], 16) == 0
+    assert int(ignored.split()[1], 16) & ~KEPT_BY_LIBC == 0
 
 
 def test_a_waiting_process_that_died_is_replaced(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ def test_dagster_yaml_may_name_it() -> None:
         assert isinstance(launcher, ValohaiRunLauncher)
         assert launcher.has_instance
         assert launcher._inner.has_instance
-        assert launcher.supports_resume_run is False
-        assert launcher.supports_check_run_worker_health is False
+        assert launcher.supports_resume_run is True
+        assert launcher.supports_check_run_worker_health is True
 
 
 def test_terminating_an_unknown_or_finished_run_is_false() -> None:

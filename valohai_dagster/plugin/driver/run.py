@@ -308,25 +308,22 @@ class RunDrive:
         return POOL_SECONDS if self._plan.waits_for_pool else None
 
     async def _collect(self) -> None:
-        for key, (_, task) in list(self._tries.items()):
+        for key, (attempt, task) in list(self._tries.items()):
             if not task.done():
                 continue
             del self._tries[key]
             event = task.result()
             if event.is_step_failure:
                 self._failed.append(event)
-            if event.is_step_success:
-                for output in self._outputs_of(key):
-                    self._plan.handle(output)
+            for output in self._outputs_of(key, attempt):
+                self._plan.handle(output)
             await self._maybe_blocking(lambda event=event: self._plan.handle(event))
 
-    def _outputs_of(self, step_key: str) -> list[DagsterEvent]:
-        """STEP_OUTPUT events of a finished step: of all its outputs, but for optional ones that no execution fills."""
+    def _outputs_of(self, step_key: str, attempt: StepTry) -> list[DagsterEvent]:
+        """STEP_OUTPUT events of a try that has ended. A blocking check may have failed it after its outputs."""
         facts = self._facts.steps[step_key]
         events = StepEvents(self.job_name, self.run_id, facts.step, facts.output_types)
-        filled = {facts.tag.output, *facts.check_outputs.values()}
-        made = [o.name for o in facts.step.step_outputs if o.is_required or o.name in filled]
-        entries = [entry for name in made for entry in events.output(name, {})]
+        entries = [entry for name in attempt.outputs for entry in events.output(name, {})]
         return [entry.dagster_event for entry in entries if entry.dagster_event]
 
     async def terminate(self, request: str | None = None) -> None:

@@ -154,6 +154,11 @@ class StepTry:
             run.instance_id, run.run_id, facts.step.key, previous_attempts
         )
 
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs that are in the log."""
+        return sorted(i[1] for i in self._written if i[0] is DagsterEventType.STEP_OUTPUT)
+
     # -- the course of a try --------------------------------------------------------------------------------------
     async def drive(self) -> DagsterEvent:
         """Raises `LaneClosed` when another process goes on with the run."""

@@ -74,3 +74,14 @@ def test_a_check_of_one_partition(same: Comparison) -> None:
 
     seen = same(Case(yaml=CHAIN, defs=defs, scenario=scenario, plays=reporting(0.95)))
     assert status(seen) == "SUCCESS"
+
+
+def test_a_blocking_check_where_outputs_are_enough(same: Comparison) -> None:
+    """The executor's config may let steps begin once the outputs before them are there."""
+
+    def scenario(side: Side) -> None:
+        early = {"in_process": {"step_dependency_config": {"require_upstream_step_success": False}}}
+        side.run(Ask(assets=["prep", "train"], execution=early))
+
+    seen = same(Case(yaml=CHAIN, defs=BLOCKING, scenario=scenario, plays=reporting(0.5)))
+    assert status(seen) == "FAILURE"
