@@ -29,6 +29,7 @@ LOG_EVENTS_PER_WINDOW = 500  # M-02: 500 events per 10 seconds and stream
 LOG_WINDOW_SECONDS = 10.0
 MAX_LOG_MESSAGE_BYTES = 64 * 1024  # M-06
 MAX_GRANT_REQUESTS = 500  # files named in one `grants-wanted` report
+GRANTED_PARTS = 64  # parts of one upload that are granted at once
 
 
 def speaks(version: int) -> bool:
@@ -180,7 +181,8 @@ class JobFile(Message):
     )
     cache_key: str | None = Field(
         default=None,
-        description="Content identity (sha256:<hex>) if known; without it the agent asks the server (ETag).",
+        description="Identity of the content, if known: `sha256:<hex>`, or `<uri>@<version>` of an object of a store. "
+        "Without it the agent asks the server (ETag).",
     )
 
 
@@ -260,7 +262,7 @@ class Transfer(Message):
     """One signed request. `file://` URLs mean a directory shared between control plane and worker."""
 
     url: str
-    method: Literal["GET", "PUT"] = "GET"
+    method: Literal["GET", "PUT", "POST"] = "GET"
     headers: dict[str, str] = Field(default_factory=dict)
     expires_at: datetime | None = None
 
@@ -271,11 +273,32 @@ class RegistryLogin(Message):
     password: str
 
 
+class Parts(Message):
+    """How a large file is written in parts; nothing is visible before `finish` is answered (O-17).
+
+    `s3`: parts are PUT in any order, `finish` is a POST of their ETags. `azure`: blocks likewise, `finish` is a PUT of
+    the block list. `swift`: segments, `finish` is a PUT of the manifest. `session`: one resumable session (Google
+    Cloud Storage), whose chunks of `part_bytes` are PUT in order to the URL of part 1; the last one finishes.
+    """
+
+    style: Literal["s3", "azure", "swift", "session"]
+    part_bytes: int = Field(description="Of every part but the last.")
+    parts: dict[int, Transfer] = Field(
+        default_factory=dict,
+        description="By number, from 1. Not all at once: the agent asks for further and for fresh ones (`parts`).",
+    )
+    finish: Transfer | None = None
+
+
 class UploadGrant(Message):
-    """Permission to write one fresh key (O-02). `upload_id` becomes the datum's id once its report is accepted."""
+    """Permission to write one fresh key (O-02). `upload_id` becomes the datum's id once its report is accepted.
+
+    With `parts` the file goes there; `transfer` is what agents use that do not know parts.
+    """
 
     upload_id: str
     transfer: Transfer
+    parts: Parts | None = None
 
 
 class Grants(Message):
@@ -296,12 +319,18 @@ class Grants(Message):
 
 
 class GrantRequest(Message):
-    """`output`: name is the datum name. `log`: name is stdout, stderr or events. `input`: name is a JobFile.id."""
+    """`output`: name is the datum name. `log`: name is stdout, stderr or events. `input`: name is a JobFile.id.
+
+    `parts`: name is the upload_id of a grant in parts; answered under `uploads` with `count` parts from `first` on and
+    a fresh `finish`. Also asked for parts that were granted before, when their URLs have run out.
+    """
 
     id: str
-    kind: Literal["output", "log", "input"]
+    kind: Literal["output", "log", "input", "parts"]
     name: str
     size: int | None = None
+    first: int = 1
+    count: int = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -356,6 +385,10 @@ class InputReady(Message):
     size: int
     checksums: Checksums
     cached: bool = False
+    version: str | None = Field(
+        default=None,
+        description="What the source calls this content: ETag, generation, time and size.",
+    )
 
 
 class MetadataEvents(Message):

@@ -174,7 +174,10 @@ grants = sa.Table(
     sa.Column("store", sa.String(64), nullable=False),
     sa.Column("key", sa.String(4096), nullable=False),
     sa.Column("granted_at", UtcDateTime, nullable=False),
+    sa.Column("expires_at", UtcDateTime),  # of the last URL that was signed for it
     sa.Column("accepted", sa.Boolean, nullable=False, default=False),
+    sa.Column("parts", sa.LargeBinary),  # upload in parts as its store knows it, encrypted
+    sa.Column("swept_at", UtcDateTime, index=True),  # nothing of it is left in the store
 )
 
 execution_inputs = sa.Table(
@@ -191,6 +194,7 @@ execution_inputs = sa.Table(
     sa.Column("sha1", sa.String(40)),
     sa.Column("sha256", sa.String(64)),
     sa.Column("cached", sa.Boolean),
+    sa.Column("version", sa.String(255)),  # what the source called this content: ETag, generation
 )
 
 metadata_events = sa.Table(
@@ -218,11 +222,14 @@ datums = sa.Table(
     sa.Column("execution_id", sa.String(36), index=True),  # null for uploads
     sa.Column("tags", sa.JSON, nullable=False, default=list),
     sa.Column("metadata", sa.JSON, nullable=False, default=dict),
+    sa.Column("properties", sa.JSON, nullable=False, default=dict, server_default="{}"),  # O-24
+    sa.Column("adopted", sa.Boolean, nullable=False, default=False, server_default=sa.false()),
     sa.Column("live", sa.Boolean, nullable=False, default=False),
     sa.Column("ctime", UtcDateTime, nullable=False),
     sa.Column("file_ctime", UtcDateTime),
     sa.Column("file_mtime", UtcDateTime),
     sa.Column("purged", sa.Boolean, nullable=False, default=False),
+    sa.Column("purged_at", UtcDateTime),
 )
 
 datum_aliases = sa.Table(
@@ -233,6 +240,92 @@ datum_aliases = sa.Table(
     sa.Column("datum_id", sa.String(36), sa.ForeignKey("vh_datums.id"), nullable=False),
     sa.Column("history", sa.JSON, nullable=False, default=list),  # [{datum_id, time}] oldest first
     sa.Column("mtime", UtcDateTime, nullable=False),
+)
+
+datasets = sa.Table(
+    "vh_datasets",  # named containers of files within a project (T-16)
+    metadata,
+    _id(),
+    sa.Column("project_id", sa.String(36), nullable=False),
+    sa.Column("name", sa.String(255), nullable=False),
+    sa.Column("properties", sa.JSON, nullable=False, default=dict),
+    sa.Column("ctime", UtcDateTime, nullable=False),
+    sa.UniqueConstraint("project_id", "name"),
+)
+
+dataset_versions = sa.Table(
+    "vh_dataset_versions",
+    metadata,
+    _id(),
+    sa.Column("dataset_id", sa.String(36), sa.ForeignKey("vh_datasets.id"), nullable=False),
+    sa.Column("name", sa.String(255), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),  # open while its execution runs, then closed
+    sa.Column("execution_id", sa.String(36), index=True),  # that made it; null for people's own
+    sa.Column("base_id", sa.String(36)),  # the version whose files it carries over (`from`)
+    sa.Column(
+        "wish", sa.JSON, nullable=False, default=dict
+    ),  # exclude, aliases: applied at the end
+    sa.Column("tags", sa.JSON, nullable=False, default=list),
+    sa.Column("properties", sa.JSON, nullable=False, default=dict),
+    sa.Column("ctime", UtcDateTime, nullable=False),
+    sa.Column("closed_at", UtcDateTime),
+    sa.UniqueConstraint("dataset_id", "name"),
+)
+
+dataset_files = sa.Table(
+    "vh_dataset_files",
+    metadata,
+    sa.Column(
+        "version_id", sa.String(36), sa.ForeignKey("vh_dataset_versions.id"), primary_key=True
+    ),
+    sa.Column("datum_id", sa.String(36), sa.ForeignKey("vh_datums.id"), primary_key=True),
+    sa.Index(None, "datum_id"),
+)
+
+dataset_aliases = sa.Table(
+    "vh_dataset_aliases",
+    metadata,
+    sa.Column("dataset_id", sa.String(36), sa.ForeignKey("vh_datasets.id"), primary_key=True),
+    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("version_id", sa.String(36), sa.ForeignKey("vh_dataset_versions.id"), nullable=False),
+    sa.Column(
+        "history", sa.JSON, nullable=False, default=list
+    ),  # [{version_id, time}] oldest first
+    sa.Column("mtime", UtcDateTime, nullable=False),
+)
+
+models = sa.Table(
+    "vh_models",  # registry of models within a project (T-17)
+    metadata,
+    _id(),
+    sa.Column("project_id", sa.String(36), nullable=False),
+    sa.Column("slug", sa.String(255), nullable=False),
+    sa.Column("counter", sa.Integer, nullable=False, default=0),  # of its versions
+    sa.Column("ctime", UtcDateTime, nullable=False),
+    sa.UniqueConstraint("project_id", "slug"),
+)
+
+model_versions = sa.Table(
+    "vh_model_versions",
+    metadata,
+    _id(),
+    sa.Column("model_id", sa.String(36), sa.ForeignKey("vh_models.id"), nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),  # creating, pending, approved, rejected
+    sa.Column("execution_id", sa.String(36), index=True),
+    sa.Column("tags", sa.JSON, nullable=False, default=list),
+    sa.Column("release_note", sa.Text),
+    sa.Column("history", sa.JSON, nullable=False, default=list),  # [{status, time}] oldest first
+    sa.Column("ctime", UtcDateTime, nullable=False),
+    sa.UniqueConstraint("model_id", "number"),
+)
+
+model_files = sa.Table(
+    "vh_model_files",
+    metadata,
+    sa.Column("version_id", sa.String(36), sa.ForeignKey("vh_model_versions.id"), primary_key=True),
+    sa.Column("datum_id", sa.String(36), sa.ForeignKey("vh_datums.id"), primary_key=True),
+    sa.Index(None, "datum_id"),
 )
 
 secrets = sa.Table(

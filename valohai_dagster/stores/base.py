@@ -1,4 +1,4 @@
-"""What every kind of store can do: sign, stat, list, put, get, delete.
+"""What every kind of store can do: sign, stat, list, put, get, delete; one file of this package per kind.
 
 Keys are `/`-separated, relative, without empty, `.` or `..` parts; `check_key` refuses others. Nothing here ever
 overwrites (O-02): `put` on an existing key raises `StoreConflict`.
@@ -6,12 +6,12 @@ overwrites (O-02): `put` on an existing key raises `StoreConflict`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import BinaryIO, Literal, Protocol, runtime_checkable
 
-from valohai_agent.protocol import Transfer
+from valohai_agent.protocol import Parts, Transfer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +24,22 @@ class ObjectStat:
     mtime: datetime
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartedUpload:
+    """An upload in parts that a store has begun. `token` may be a credential: keep it encrypted, never show it."""
+
+    style: Literal["s3", "azure", "swift", "session"]
+    part_bytes: int
+    token: str = field(repr=False)
+
+
 @runtime_checkable
 class Store(Protocol):
     """One configured place for files. Drivers raise the errors of `valohai_dagster.errors.StoreError`."""
 
     name: str
     kind: str
+    readonly: bool
 
     def sign_get(self, key: str, *, expires: timedelta) -> Transfer:
         """A request that reads the object; never fails for a missing one (the reader gets a 404)."""
@@ -37,6 +47,20 @@ class Store(Protocol):
 
     def sign_put(self, key: str, *, expires: timedelta, size: int | None = None) -> Transfer:
         """A request that writes a fresh object once, smallest scope the store can express."""
+        ...
+
+    def begin_parts(self, key: str, *, size: int) -> PartedUpload | None:
+        """Begins an upload of `size` bytes in parts; None when one PUT of `sign_put` is the better way."""
+        ...
+
+    def sign_parts(
+        self, key: str, upload: PartedUpload, numbers: Sequence[int], *, expires: timedelta
+    ) -> Parts:
+        """Requests for these parts (from 1) and for the finish; may be asked again when they have run out."""
+        ...
+
+    def abort_parts(self, key: str, upload: PartedUpload) -> None:
+        """Leaves nothing of an upload that was begun; silent when it was finished, aborted or never known."""
         ...
 
     def stat(self, key: str) -> ObjectStat | None:
@@ -47,8 +71,11 @@ class Store(Protocol):
         """Objects whose key starts with prefix, in key order."""
         ...
 
-    def open(self, key: str) -> BinaryIO:
-        """The content, for the control plane itself (logs, pictures, downloads)."""
+    def open(self, key: str, *, offset: int = 0) -> BinaryIO:
+        """The content from `offset` on, for the control plane itself (logs, pictures, downloads).
+
+        The stream need not be seekable. Raises `StoreMissing`; an offset at or behind the end gives nothing.
+        """
         ...
 
     def put(self, key: str, content: BinaryIO | bytes) -> ObjectStat: ...

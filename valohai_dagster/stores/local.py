@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from io import BytesIO
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
 
-from valohai_agent.protocol import Transfer
+from valohai_agent.protocol import Parts, Transfer
 from valohai_dagster.errors import (
     StoreBadKey,
     StoreConflict,
@@ -30,7 +30,7 @@ from valohai_dagster.errors import (
     StoreNotWritable,
     StoreUnavailable,
 )
-from valohai_dagster.stores.base import ObjectStat
+from valohai_dagster.stores.base import ObjectStat, PartedUpload
 from valohai_dagster.stores.keys import check_key
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.part")  # the agent's uploads use the same
@@ -67,6 +67,17 @@ class LocalStore:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         return Transfer(url=path.as_uri(), method="PUT")
 
+    def begin_parts(self, key: str, *, size: int) -> None:
+        """Files are written whole, whatever their size."""
+
+    def sign_parts(
+        self, key: str, upload: PartedUpload, numbers: Sequence[int], *, expires: timedelta
+    ) -> Parts:
+        raise StoreError(f"the store {self.name!r} takes no uploads in parts", store=self.name)
+
+    def abort_parts(self, key: str, upload: PartedUpload) -> None:
+        return None
+
     def stat(self, key: str) -> ObjectStat | None:
         path = self._path(key)
         with self._explained(f"look at {key!r}"):
@@ -90,11 +101,13 @@ class LocalStore:
                 if key.startswith(prefix) and (found := self._listed(key)):
                     yield found
 
-    def open(self, key: str) -> BinaryIO:
+    def open(self, key: str, *, offset: int = 0) -> BinaryIO:
         path = self._path(key)
         with self._explained(f"read {key!r}"):
             try:
-                return path.open("rb")
+                file = path.open("rb")
+                file.seek(offset)
+                return file
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 self._require_root()
                 raise StoreMissing(
