@@ -11,6 +11,7 @@ down_revision = "0002"
 
 def upgrade() -> None:
     _datasets()
+    _dataset_contents()
     _models()
     _columns()
 
@@ -54,6 +55,9 @@ def _datasets() -> None:
         ["execution_id"],
         unique=False,
     )
+
+
+def _dataset_contents() -> None:
     op.create_table(
         "vh_dataset_aliases",
         sa.Column("dataset_id", sa.String(length=36), nullable=False),
