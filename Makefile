@@ -24,7 +24,7 @@ OLDEST_TESTS := tests/contract/plugin tests/integration/plugin/driver
 
 export DAGSTER_DISABLE_TELEMETRY ?= yes
 
-.PHONY: help setup setup-dev demo up down test test-oldest lint format docs bench-dispatch bench-fleet bench-recovery clean
+.PHONY: help setup setup-dev setup-servers demo up down test test-oldest lint format docs bench-dispatch bench-fleet bench-recovery clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ help:  ## Show this list
 setup: $(RUN_STAMP)  ## Make the virtual environment
 
 setup-dev: $(DEV_STAMP)  ## The same with everything that tests and lint need
+
+setup-servers:  ## Install the object stores that tests talk to (S3, GCS, Azure Blob, Swift)
+	@sh tests/servers/install.sh "$(PYTHON)"
 
 demo: $(RUN_STAMP)  ## Run the example project on the embedded default and print a summary
 	@$(BIN)/valohai-dagster demo
@@ -74,7 +77,7 @@ bench-recovery: $(DEV_STAMP)  ## Conductors, Redis and Postgres killed under loa
 
 clean:  ## Stop what runs and remove everything that make made
 	-@if [ -x $(BIN)/valohai-dagster ]; then $(BIN)/valohai-dagster down; fi
-	rm -rf $(VENV) $(OLDEST_VENV) .valohai .demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
+	rm -rf $(VENV) $(OLDEST_VENV) .servers .valohai .demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +
 

@@ -10,6 +10,7 @@
 | `tls_redis` | a redis-server that speaks TLS with client certificates and has ACL users | test |
 | `settings` | Settings on a private state directory, no environment, embedded Redis replaced by `redis_server` | test |
 | `postgres_url` | a new, empty database | test |
+| `moto_server` | endpoint URL of an S3 (moto); make a bucket of your own | session |
 | `docker_client` | a Docker SDK client | session |
 | `docker_image` | name of the test image (Debian, Python, numpy, scikit-learn, matplotlib) | session |
 | `chromium` | a playwright browser on the system's Chromium | session |
@@ -36,6 +37,7 @@ from tests.support.postgres_server import PostgresServer
 from tests.support.postgres_server import binaries as postgres_binaries
 from tests.support.redis_server import RedisServer
 from tests.support.redis_server import binary as redis_binary
+from tests.support.servers.fixtures import moto_server
 from tests.support.tls import TlsRedis, tls_redis_binary
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
     from valohai_dagster.settings import Settings
+
+__all__ = ["moto_server"]  # fixtures that live elsewhere
 
 _PRIVATE_PREFIXES = ("VALOHAI_", "DAGSTER_", "VH_")
 _NEED_OF_FIXTURE = {
@@ -56,6 +60,7 @@ _NEED_OF_FIXTURE = {
     "tls_redis": "redis_tls",
     "postgres_url": "postgres",
     "namespaces": "namespace",
+    "moto_server": "stores",
 }
 
 

@@ -21,6 +21,7 @@ KNOWN = (
     "namespace",
     "podman",
     "ssh",
+    "stores",
 )
 
 

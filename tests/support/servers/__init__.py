@@ -1,0 +1,1 @@
+"""Object stores for tests: real servers and emulators that `make setup-servers` installs into .servers/."""

@@ -1,0 +1,96 @@
+"""A server in a process of its own: started once it is asked for, ready when it answers, gone with `stop`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import httpx
+
+from tests.support import demand
+from tests.support.ports import wait_for
+
+ROOT = Path(__file__).resolve().parents[3]
+SERVERS = ROOT / ".servers"
+START_SECONDS = 60.0  # generous: two cores may be busy with other tests
+LOG_TAIL_BYTES = 3000
+
+
+def installed(path: str) -> Path:
+    """The file below .servers/; skips or fails the test that needs it when it is not there."""
+    program = SERVERS / path
+    if not program.exists():
+        demand.missing("stores", f"there is no {program}; run `make setup-servers`")
+    return program
+
+
+class ServerProcess:
+    """One server with a directory of its own, which holds its data and its log and vanishes with it."""
+
+    def __init__(self, name: str, *, directory: Path | None = None) -> None:
+        self.name = name
+        self.directory = directory or Path(tempfile.mkdtemp(prefix=f"vts-{name}-", dir="/tmp"))
+        self._processes: list[tuple[subprocess.Popen[bytes], Path]] = []
+
+    def run(
+        self,
+        command: Sequence[str | Path],
+        *,
+        name: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Starts one process of the server; its output goes to a log in the directory."""
+        log = self.directory / f"{name or self.name}.log"
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [str(word) for word in command],
+                cwd=self.directory,
+                env={**os.environ, **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        self._processes.append((process, log))
+
+    def wait(self, url: str) -> None:
+        """Returns when the URL answers, whatever it says; a process that ended or is silent shows its log."""
+        try:
+            wait_for(
+                lambda: self._answers(url), seconds=START_SECONDS, what=f"{self.name} at {url}"
+            )
+        except AssertionError as error:
+            logs = self.log_tail()
+            self.stop()
+            raise AssertionError(f"{error}\n{logs}") from None
+
+    def _answers(self, url: str) -> bool:
+        for process, log in self._processes:
+            assert process.poll() is None, f"{log.stem} ended with {process.returncode}"
+        try:
+            httpx.get(url, trust_env=False, timeout=5)
+        except httpx.TransportError:
+            return False
+        return True
+
+    def log_tail(self) -> str:
+        tails = [
+            f"-- {log.name} --\n{log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors='replace')}"
+            for _, log in self._processes
+        ]
+        return "\n".join(tails)
+
+    def stop(self) -> None:
+        for process, _ in self._processes:
+            process.terminate()
+        for process, _ in self._processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._processes = []
+        shutil.rmtree(self.directory, ignore_errors=True)
