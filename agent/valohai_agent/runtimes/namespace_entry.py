@@ -24,7 +24,7 @@ MS_REMOUNT, MS_BIND, MS_REC = 32, 4096, 16384
 MS_UNBINDABLE, MS_PRIVATE = 1 << 17, 1 << 18
 MS_NOATIME, MS_NODIRATIME, MS_RELATIME = 1024, 2048, 1 << 21
 MNT_DETACH = 2
-SIGPIPE, SIGXFSZ, SIG_DFL = 13, 25, None  # of Linux on these machines
+SIGNALS, SIG_DFL = range(1, 32), None  # the kernel refuses the two that nobody may change
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 FAILED = 125
 
@@ -46,8 +46,8 @@ def main(source: str) -> None:
         with open(spec["error_file"], "w") as file:
             file.write(str(error))
         os._exit(FAILED)
-    # Python ignores these; the command must not inherit that.
-    for number in (SIGPIPE, SIGXFSZ):
+    # Python ignores some, and an agent started by nohup or in a shell's background others: a stop must reach the command.
+    for number in SIGNALS:
         _libc.signal(number, SIG_DFL)
     try:
         argv, environment = spec["argv"], spec["environment"]

@@ -25,9 +25,10 @@ def main(pid: str, terminal: str, directory: str, *argv: str) -> None:
         if pid != "-":
             join(f"/proc/{pid}")
         os.chdir(directory)
-        # Python ignores these; the command must not inherit that.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        # Python ignores some, and an agent started by nohup others; the command must not inherit that.
+        for number in range(1, 32):
+            if number not in (signal.SIGKILL, signal.SIGSTOP):
+                signal.signal(number, signal.SIG_DFL)
         os.execvp(argv[0], argv)  # noqa: S606 - the point of this program
     except OSError as error:
         sys.stderr.write(f"{argv[0]}: cannot be run beside the command: {error}\n")
