@@ -46,6 +46,7 @@ class Source(BaseModel):
 class ResolvedInputs:
     inputs: list[JobInput]
     sources: dict[str, Source]  # by JobFile.id
+    asked: dict[str, str]  # by JobFile.id: the URI that it was found by, as it may be shown
     warnings: list[str]
 
 
@@ -58,6 +59,7 @@ class _Found:
     source: Source
     size: int | None = None
     datum: Datum | None = None
+    asked: str = ""
 
 
 @dataclass(kw_only=True)
@@ -74,7 +76,8 @@ class _Resolver:
         found: list[_Found] = []
         for uri in spec.uris:
             try:
-                found.extend(self._resolve(spec, uri))
+                asked = _shown(uri)
+                found.extend(replace(one, asked=asked) for one in self._resolve(spec, uri))
             except (RefusedError, StoreError, ValueError) as error:
                 self.problems.append(
                     f"input {spec.name!r}: {_shown(uri)}: {_without(str(error), uri)}"
@@ -174,6 +177,7 @@ def resolve_inputs(
     resolver = _Resolver(connection=connection, stores=stores, group=group, project_id=project_id)
     jobs: list[JobInput] = []
     sources: dict[str, Source] = {}
+    asked: dict[str, str] = {}
     for number, spec in enumerate(inputs):
         found = _checked(resolver, spec)
         ids = {f"{number}.{position}": one for position, one in enumerate(found)}
@@ -183,6 +187,7 @@ def resolve_inputs(
         resolver.warnings.extend(warnings)
         resolver.problems.extend(problems)
         sources.update((file.id, ids[file.id].source) for file in files)
+        asked.update((file.id, ids[file.id].asked) for file in files)
         jobs.append(
             JobInput(name=spec.name, input_id=spec.name, files=files, download=spec.download)
         )
@@ -192,7 +197,7 @@ def resolve_inputs(
         )
     if resolver.problems:
         raise ResolutionError("inputs cannot be resolved", resolver.problems)
-    return ResolvedInputs(inputs=jobs, sources=sources, warnings=resolver.warnings)
+    return ResolvedInputs(inputs=jobs, sources=sources, asked=asked, warnings=resolver.warnings)
 
 
 def _checked(resolver: _Resolver, spec: InputSpec) -> list[_Found]:

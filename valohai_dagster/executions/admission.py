@@ -189,7 +189,8 @@ class Admission:
         known = {name: row[name] for name in ("id", "project_id", "image", "spec", "job")}
         writing.keep_details(Details(**known, sources=sources))
         writing.keep_metrics(created.id, Metrics())
-        view = self._insert(writing, active, row, spec.project.name, inputs=ledger.input_rows(job))
+        inputs = ledger.input_rows(job, prepared.asked)
+        view = self._insert(writing, active, row, spec.project.name, inputs=inputs)
         entry = QueueEntry(job=job, priority=spec.priority)
         return Admitted(spec=spec, shard=created.shard, view=view, queue=entry, new=True)
 

@@ -138,6 +138,7 @@ def _(body: p.InputReady, cause: Cause) -> list[FollowEvent]:
         "size": body.size,
         "cached": body.cached,
         **body.checksums.model_dump(),
+        **({"version": body.version} if body.version else {}),
     }
     conn.execute(t.execution_inputs.update().where(mine).values(**values))
     if uri is None or not _changed_since_last_use(cause, uri, body.checksums.sha256):

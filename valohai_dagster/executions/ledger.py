@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from valohai_agent.protocol import Job
+from valohai_agent.protocol import Job, JobFile
 from valohai_dagster.executions.memory import Active, Details, Grant, Metrics
 from valohai_dagster.executions.spec_model import CommitRef, ExecutionSpec
 from valohai_dagster.executions.stream import ExecutionStatus as Status
@@ -134,7 +134,8 @@ def execution_row(created: Created, spec: ExecutionSpec, group: str) -> dict[str
     }
 
 
-def input_rows(job: Job) -> list[dict[str, Any]]:
+def input_rows(job: Job, asked: Mapping[str, str]) -> list[dict[str, Any]]:
+    """`asked`: by file id the URI that it was found by."""
     return [
         {
             "execution_id": job.execution_id,
@@ -145,11 +146,19 @@ def input_rows(job: Job) -> list[dict[str, Any]]:
             "datum_id": file.datum_id,
             "size": file.size,
             "cached": None,
+            "version": _version_of(file),
+            "asked": asked.get(file.id),
             **file.checksums.model_dump(),
         }
         for item in job.inputs
         for file in item.files
     ]
+
+
+def _version_of(file: JobFile) -> str | None:
+    """As its store called it when the input was resolved; what the agent then reports counts for more."""
+    uri, _, version = (file.cache_key or "").rpartition("@")
+    return version if uri == file.uri else None
 
 
 def rejoined(spec: ExecutionSpec, shard: int) -> dict[str, Any]:

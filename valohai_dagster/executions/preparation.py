@@ -36,6 +36,7 @@ VariablesOf = Callable[[Sequence[str]], Sequence[Variable]]
 class Prepared:
     job: Job
     sources: dict[str, Source]  # by JobFile.id: how to mint a grant for it
+    asked: dict[str, str]  # by JobFile.id: the URI that it was found by
 
 
 def choose_group(spec: ExecutionSpec, settings: Settings) -> tuple[str, list[str]]:
@@ -118,7 +119,7 @@ def prepare(
             *(f"the environment variable group {name!r} is empty or unknown" for name in unknown),
         ],
     )
-    return Prepared(job=job, sources=dict(resolved.sources))
+    return Prepared(job=job, sources=dict(resolved.sources), asked=dict(resolved.asked))
 
 
 def _trace(spec: ExecutionSpec, settings: Settings) -> dict[str, str]:

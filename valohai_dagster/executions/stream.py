@@ -78,6 +78,12 @@ class InputView(View):
     sha256: str | None = None
     datum_id: str | None = None
     cached: bool | None = None
+    version: str | None = Field(
+        default=None, description="What its source called this content: ETag, generation."
+    )
+    asked: str | None = Field(
+        default=None, description="The URI that it was found by: an alias, a wildcard."
+    )
 
 
 class AttemptView(View):

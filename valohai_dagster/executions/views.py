@@ -55,6 +55,8 @@ def input_view(row: Any) -> InputView:
         sha256=row.sha256,
         datum_id=row.datum_id,
         cached=row.cached,
+        version=row.version,
+        asked=row.asked,
     )
 
 

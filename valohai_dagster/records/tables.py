@@ -195,6 +195,7 @@ execution_inputs = sa.Table(
     sa.Column("sha256", sa.String(64)),
     sa.Column("cached", sa.Boolean),
     sa.Column("version", sa.String(255)),  # what the source called this content: ETag, generation
+    sa.Column("asked", sa.String(4096)),  # the URI that it was found by: an alias, a wildcard
 )
 
 metadata_events = sa.Table(

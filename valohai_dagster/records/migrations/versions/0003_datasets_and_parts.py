@@ -159,6 +159,7 @@ def _columns() -> None:
     )
     op.add_column("vh_datums", sa.Column("purged_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("vh_execution_inputs", sa.Column("version", sa.String(length=255), nullable=True))
+    op.add_column("vh_execution_inputs", sa.Column("asked", sa.String(length=4096), nullable=True))
     op.add_column("vh_grants", sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("vh_grants", sa.Column("parts", sa.LargeBinary(), nullable=True))
     op.add_column("vh_grants", sa.Column("swept_at", sa.DateTime(timezone=True), nullable=True))
