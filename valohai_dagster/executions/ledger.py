@@ -131,6 +131,7 @@ def execution_row(created: Created, spec: ExecutionSpec, group: str) -> dict[str
         "ended_at": None,
         "phases": [],
         "usage": None,
+        "warnings": [],
     }
 
 

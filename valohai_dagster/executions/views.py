@@ -146,7 +146,7 @@ def execution_view(
         outputs=outputs,
         latest_metadata=row.cumulative_metadata or {},
         phases=row.phases or [],
-        warnings=job.get("notices", []),
+        warnings=[*job.get("notices", []), *(row.warnings or [])],
         **{name: usage.get(name) for name in USAGE},
         ctime=row.ctime,
         qtime=row.qtime,

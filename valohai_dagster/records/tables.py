@@ -112,6 +112,9 @@ executions = sa.Table(
         "phases", sa.JSON, nullable=False, default=list
     ),  # [{phase, started_at, ended_at}] of the last attempt
     sa.Column("usage", sa.JSON),
+    sa.Column(
+        "warnings", sa.JSON, nullable=False, default=list, server_default="[]"
+    ),  # what came up while it ran; those from before are the job's notices
     sa.UniqueConstraint("project_id", "counter"),
     sa.Index(None, "shard", "status"),
 )
@@ -196,6 +199,18 @@ execution_inputs = sa.Table(
     sa.Column("cached", sa.Boolean),
     sa.Column("version", sa.String(255)),  # what the source called this content: ETag, generation
     sa.Column("asked", sa.String(4096)),  # the URI that it was found by: an alias, a wildcard
+)
+
+outside_files = sa.Table(
+    "vh_outside_files",  # what the URIs of files that are no datums held at their last use (I-32)
+    metadata,
+    sa.Column("digest", sa.String(64), primary_key=True),  # sha256 of the URI, which may be long
+    sa.Column("uri", sa.String(4096), nullable=False),
+    sa.Column("version", sa.String(255)),
+    sa.Column("sha256", sa.String(64)),
+    sa.Column("size", sa.BigInteger),
+    sa.Column("execution_id", sa.String(36), nullable=False),
+    sa.Column("mtime", UtcDateTime, nullable=False),
 )
 
 metadata_events = sa.Table(

@@ -13,6 +13,7 @@ def upgrade() -> None:
     _datasets()
     _dataset_contents()
     _models()
+    _outside_files()
     _columns()
 
 
@@ -150,7 +151,24 @@ def _models() -> None:
     )
 
 
+def _outside_files() -> None:
+    op.create_table(
+        "vh_outside_files",
+        sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.Column("uri", sa.String(length=4096), nullable=False),
+        sa.Column("version", sa.String(length=255), nullable=True),
+        sa.Column("sha256", sa.String(length=64), nullable=True),
+        sa.Column("size", sa.BigInteger(), nullable=True),
+        sa.Column("execution_id", sa.String(length=36), nullable=False),
+        sa.Column("mtime", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("digest", name=op.f("pk_vh_outside_files")),
+    )
+
+
 def _columns() -> None:
+    op.add_column(
+        "vh_executions", sa.Column("warnings", sa.JSON(), server_default="[]", nullable=False)
+    )
     op.add_column(
         "vh_datums", sa.Column("properties", sa.JSON(), server_default="{}", nullable=False)
     )
