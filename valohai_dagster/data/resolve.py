@@ -21,7 +21,7 @@ from valohai_dagster.data.datums import Datum, get_datum, require_content
 from valohai_dagster.data.input_spec import InputSpec
 from valohai_dagster.errors import RefusedError, ResolutionError, StoreError
 from valohai_dagster.settings import GroupSettings
-from valohai_dagster.stores.base import Store
+from valohai_dagster.stores.base import ObjectStat, Store
 from valohai_dagster.stores.keys import Wildcard, check_key, has_wildcard
 from valohai_dagster.stores.local import LocalStore
 from valohai_dagster.stores.registry import Stores
@@ -58,6 +58,7 @@ class _Found:
     uri: str
     source: Source
     size: int | None = None
+    version: str | None = None  # as its store calls the content
     datum: Datum | None = None
     asked: str = ""
 
@@ -119,12 +120,13 @@ class _Resolver:
         served = self.stores.serving(uri)
         if served is not None:
             store, pattern = served
-            for key, path, size in _select(store, pattern, spec):
+            for stat, path in _select(store, pattern, spec):
                 yield _Found(
                     path=path,
-                    uri=store.uri(key),
-                    source=Source(store=store.name, key=key),
-                    size=size,
+                    uri=store.uri(stat.key),
+                    source=Source(store=store.name, key=stat.key),
+                    size=stat.size,
+                    version=stat.version,
                 )
             return
         if uri.startswith("store://"):
@@ -132,14 +134,20 @@ class _Resolver:
                 f"there is no such store; known are {', '.join(self.stores) or 'none'}"
             )
         root, pattern = self._file_root(uri)
-        for key, path, size in _select(root, pattern, spec):
-            url = (root.root / key).as_uri()
-            if not self._may_read(f"/{key}"):
+        for stat, path in _select(root, pattern, spec):
+            url = (root.root / stat.key).as_uri()
+            if not self._may_read(f"/{stat.key}"):
                 self.warnings.append(
                     f"input {spec.name!r}: {url} is left out, its link leads to a forbidden place"
                 )
             else:
-                yield _Found(path=path, uri=url, source=Source(url=url), size=size)
+                yield _Found(
+                    path=path,
+                    uri=url,
+                    source=Source(url=url),
+                    size=stat.size,
+                    version=stat.version,
+                )
 
     def _file_root(self, uri: str) -> tuple[LocalStore, str]:
         """A plain directory as a read-only store at `/`, if the group may read that path."""
@@ -222,22 +230,19 @@ def _nothing(spec: InputSpec) -> str:
     return f"input {spec.name!r} is required, but no file matches {shown}; check the path, or make the input optional"
 
 
-def _select(store: Store, pattern: str, spec: InputSpec) -> Iterator[tuple[str, str, int | None]]:
-    """(key, path, size) of the objects that a key or wildcard means, in key order."""
+def _select(store: Store, pattern: str, spec: InputSpec) -> Iterator[tuple[ObjectStat, str]]:
+    """The objects that a key or wildcard means, in key order, and where each lies."""
     if not has_wildcard(pattern):
         found = store.stat(check_key(pattern, store=store.name))
         if found is None:
             raise RefusedError("there is no such file")
-        yield found.key, placement.place(found.key, keep=spec.keep_directories), found.size
+        yield found, placement.place(found.key, keep=spec.keep_directories)
         return
     wildcard = Wildcard(pattern=pattern, descend_last=spec.keep_directories != "none")
     for count, found in enumerate(store.list(_literal_prefix(wildcard))):
         if wildcard.matches(found.key):
-            yield (
-                found.key,
-                placement.place(found.key, keep=spec.keep_directories, root=wildcard.root),
-                found.size,
-            )
+            keep, root = spec.keep_directories, wildcard.root
+            yield found, placement.place(found.key, keep=keep, root=root)
         if count > MAX_FILES * 10:
             raise RefusedError(
                 f"more than {MAX_FILES * 10} objects lie below {wildcard.root!r}; name a deeper directory"
@@ -268,8 +273,14 @@ def _job_file(file_id: str, found: _Found) -> JobFile:
         checksums=datum.checksums if datum else Checksums(),
         datum_id=datum.id if datum else None,
         metadata=[datum.metadata] if datum and datum.metadata else [],
-        cache_key=f"sha256:{datum.sha256}" if datum and datum.sha256 else None,
+        cache_key=_cache_key(found),
     )
+
+
+def _cache_key(found: _Found) -> str | None:
+    if found.datum is not None:
+        return f"sha256:{found.datum.sha256}" if found.datum.sha256 else None
+    return f"{found.uri}@{found.version}" if found.version else None
 
 
 def _renamed(found: _Found, filename: str) -> _Found:
