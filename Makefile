@@ -47,6 +47,7 @@ down: $(RUN_STAMP)  ## Stop the embedded services of this checkout
 
 test: $(DEV_STAMP)  ## Pass the whole suite: lint, then tests
 	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory setup-servers || echo 'Without these servers the tests of remote stores are skipped.'
 	$(BIN)/python -m pytest tests/unit tests/contract tests/integration -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
 

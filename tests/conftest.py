@@ -11,6 +11,9 @@
 | `settings` | Settings on a private state directory, no environment, embedded Redis replaced by `redis_server` | test |
 | `postgres_url` | a new, empty database | test |
 | `moto_server` | endpoint URL of an S3 (moto); make a bucket of your own | session |
+| `gcs_server`, `gcs_session_server` | two emulators of Google Cloud Storage, right about different things | session |
+| `azure_server` | Azure Blob (Azurite) | session |
+| `swift_server` | OpenStack Swift, with S3 on the same data | session |
 | `docker_client` | a Docker SDK client | session |
 | `docker_image` | name of the test image (Debian, Python, numpy, scikit-learn, matplotlib) | session |
 | `chromium` | a playwright browser on the system's Chromium | session |
@@ -37,7 +40,14 @@ from tests.support.postgres_server import PostgresServer
 from tests.support.postgres_server import binaries as postgres_binaries
 from tests.support.redis_server import RedisServer
 from tests.support.redis_server import binary as redis_binary
-from tests.support.servers.fixtures import moto_server
+from tests.support.servers import fixtures as store_fixtures
+from tests.support.servers.fixtures import (
+    azure_server,
+    gcs_server,
+    gcs_session_server,
+    moto_server,
+    swift_server,
+)
 from tests.support.tls import TlsRedis, tls_redis_binary
 
 if TYPE_CHECKING:
@@ -47,7 +57,8 @@ if TYPE_CHECKING:
 
     from valohai_dagster.settings import Settings
 
-__all__ = ["moto_server"]  # fixtures that live elsewhere
+# Fixtures that live elsewhere.
+__all__ = ["azure_server", "gcs_server", "gcs_session_server", "moto_server", "swift_server"]
 
 _PRIVATE_PREFIXES = ("VALOHAI_", "DAGSTER_", "VH_")
 _NEED_OF_FIXTURE = {
@@ -60,7 +71,7 @@ _NEED_OF_FIXTURE = {
     "tls_redis": "redis_tls",
     "postgres_url": "postgres",
     "namespaces": "namespace",
-    "moto_server": "stores",
+    **dict.fromkeys(store_fixtures.NAMES, "stores"),
 }
 
 
