@@ -12,6 +12,7 @@ range contains the job's version, so a mixed fleet drains old jobs instead of fa
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from datetime import datetime, timezone
 from enum import Enum
@@ -144,6 +145,20 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+MARK_CHARACTERS = 12  # of a content's name in the queue: enough for a preference
+MAX_INPUT_MARKS = 64  # of one job's inputs, the largest
+
+
+def name_digest(name: str) -> str:
+    """Stands for a name of a content (`JobFile.content_name`), however long that is."""
+    return hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
+
+
+def content_mark(name: str) -> str:
+    """By this a queue compares what jobs want with what workers hold."""
+    return name_digest(name)[:MARK_CHARACTERS]
+
+
 def utcnow() -> datetime:
     return datetime.now(timezone.utc)
 
@@ -184,6 +199,15 @@ class JobFile(Message):
         description="Identity of the content, if known: `sha256:<hex>`, or `<uri>@<version>` of an object of a store. "
         "Without it the agent asks the server (ETag).",
     )
+
+    @property
+    def content_name(self) -> str | None:
+        """Under what caches know the content, if that can be told without asking anybody."""
+        if self.checksums.sha256:
+            return f"sha256:{self.checksums.sha256.lower()}"
+        if self.cache_key:
+            return self.cache_key
+        return f"datum:{self.datum_id}" if self.datum_id else None
 
 
 class JobInput(Message):
@@ -277,8 +301,9 @@ class Parts(Message):
     """How a large file is written in parts; nothing is visible before `finish` is answered (O-17).
 
     `s3`: parts are PUT in any order, `finish` is a POST of their ETags. `azure`: blocks likewise, `finish` is a PUT of
-    the block list. `swift`: segments, `finish` is a PUT of the manifest. `session`: one resumable session (Google
-    Cloud Storage), whose chunks of `part_bytes` are PUT in order to the URL of part 1; the last one finishes.
+    the list of their ids (`block_id`). `swift`: segments likewise, without `finish`: no temporary URL can
+    write a manifest, so the control plane joins them when the file is reported. `session`: one resumable session
+    (Google Cloud Storage), whose chunks of `part_bytes` are PUT in order to the URL of part 1; the last one finishes.
     """
 
     style: Literal["s3", "azure", "swift", "session"]
@@ -288,6 +313,11 @@ class Parts(Message):
         description="By number, from 1. Not all at once: the agent asks for further and for fresh ones (`parts`).",
     )
     finish: Transfer | None = None
+
+
+def block_id(number: int) -> str:
+    """What Azure calls part `number` of an upload; all ids of a blob must be equally long."""
+    return base64.b64encode(f"{number:06d}".encode()).decode()
 
 
 class UploadGrant(Message):
@@ -615,5 +645,5 @@ class Worker(Message):
     gpus: str = Field(default="", description="Comma-separated device names.")
     cached: str = Field(
         default="",
-        description="Comma-separated content keys of the input cache (a few hundred at most).",
+        description="Comma-separated marks (`content_mark`) of what the input cache holds: a few hundred of the largest.",
     )

@@ -91,3 +91,16 @@ class Store(Protocol):
     def key_of(self, uri: str) -> str | None:
         """The key (may hold wildcards) when this store serves the URI (I-02), else None."""
         ...
+
+
+@runtime_checkable
+class JoiningStore(Store, Protocol):
+    """A store whose parts the control plane joins, since no signed request can: `Parts.finish` is None there."""
+
+    def join_parts(self, key: str, upload: PartedUpload, *, size: int) -> ObjectStat:
+        """Makes the object of its parts, which must add up to `size` bytes; nothing is visible before.
+
+        To be called once the uploader says that all parts are stored, and before anybody hears of the object.
+        Repeating it is safe. Raises `StoreMissing` when parts are missing or of another size.
+        """
+        ...
