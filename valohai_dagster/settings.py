@@ -8,7 +8,6 @@ The field descriptions below are the reference page (`settings_docs.py`).
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from functools import lru_cache
@@ -17,8 +16,6 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -30,27 +27,14 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 from pydantic_settings.sources import PydanticBaseSettingsSource
 
 from valohai_dagster.errors import ConfigurationError, RefusedError
+from valohai_dagster.settings_base import Section
 from valohai_dagster.settings_file import anchor_paths, merge_tables, read_toml
+from valohai_dagster.settings_problems import explain
+from valohai_dagster.settings_stores import StoreSettings
 
 CONFIG_NAME = "valohai.toml"
 STATE_NAME = ".valohai"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-
-
-class Section(BaseModel):
-    """A table of the file; unknown keys are refused so that a typing error cannot pass unnoticed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StoreSettings(Section):
-    """One place for files, `[stores.NAME]`."""
-
-    kind: Literal["local"] = Field(
-        default="local", description="`local`: a directory that control plane and workers share."
-    )
-    path: Path = Field(description="Directory of a local store; made when missing.")
-    readonly: bool = Field(default=False, description="Never write to it; inputs only.")
 
 
 class GroupSettings(Section):
@@ -417,7 +401,9 @@ def _load(
     try:
         return Settings(**data, config_file=config)
     except ValidationError as error:
-        raise ConfigurationError(_explain(error, config)) from None
+        raise ConfigurationError(
+            explain(error, config or f"no {CONFIG_NAME} found", Settings)
+        ) from None
 
 
 def _read_environment() -> dict[str, Any]:
@@ -428,29 +414,6 @@ def _read_environment() -> dict[str, Any]:
         raise ConfigurationError(
             f"an environment variable VALOHAI_* cannot be read: {error}{cause}"
         ) from error
-
-
-def _explain(error: ValidationError, config: Path | None) -> str:
-    lines = [
-        f"the settings are not valid ({config or 'no ' + CONFIG_NAME + ' found'}, then VALOHAI_* variables):"
-    ]
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        text = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            text = "there is no such setting" + _suggestion(problem["loc"])
-        lines.append(f"  - {where}: {text}" if where else f"  - {text}")
-    lines.append(
-        "See docs/settings.md for every setting; `valohai-dagster doctor` shows what is in force."
-    )
-    return "\n".join(lines)
-
-
-def _suggestion(location: tuple[int | str, ...]) -> str:
-    models: dict[str, type[BaseModel]] = {"stores": StoreSettings, "groups": GroupSettings}
-    model = models.get(str(location[0]), Settings)
-    close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _names(names: Any) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from valohai_dagster.settings import GroupSettings, Settings, StoreSettings
+from valohai_dagster.settings import GroupSettings, Settings
+from valohai_dagster.settings_stores import STORE_KINDS
 
 _INTRODUCTION = """# Settings
 
-This page is generated from the models in `valohai_dagster/settings.py` (`python -m valohai_dagster.settings_docs`).
+This page is generated from the models in `valohai_dagster/settings.py` and `settings_stores.py` (`python -m valohai_dagster.settings_docs`).
 
 Every setting has a default. Settings come from, later ones winning:
 
@@ -46,7 +47,10 @@ def render() -> str:
     """The whole page as Markdown."""
     sections = [
         ("Top level", "", Settings),
-        ("`[stores.NAME]`", "STORES__NAME__", StoreSettings),
+        *(
+            (f'`[stores.NAME]`, `kind = "{kind}"`', "STORES__NAME__", model)
+            for kind, model in STORE_KINDS.items()
+        ),
         ("`[groups.NAME]`", "GROUPS__NAME__", GroupSettings),
     ]
     return "\n".join([_INTRODUCTION, *(_section(*section) for section in sections)])
@@ -81,6 +85,9 @@ def _type(annotation: Any) -> str:
         ("NoneType", "None"),
     ):
         text = text.replace(long, short)
+    text = re.sub(
+        r"Annotated\[Union\[.*\]\]", "StoreSettings]", text
+    )  # names say more than the union
     text = re.sub(r"valohai_dagster\.settings\.|pydantic\.types\.", "", text)
     text = re.sub(r"Optional\[(.*)\]", r"\1", text)
     return text.replace(" | None", "").replace("SecretStr", "str")

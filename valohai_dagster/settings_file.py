@@ -50,7 +50,11 @@ def anchor_paths(data: dict[str, Any], base: Path) -> dict[str, Any]:
         return base / Path(path).expanduser() if isinstance(path, (str, Path)) else path
 
     data = dict(data)
-    for table, key in (("stores", "path"), ("groups", "file_inputs")):
+    for table, key in (
+        ("stores", "path"),
+        ("stores", "credentials_file"),
+        ("groups", "file_inputs"),
+    ):
         sections = data.get(table)
         if isinstance(sections, dict):
             data[table] = {

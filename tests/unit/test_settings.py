@@ -108,7 +108,7 @@ def test_settings_are_cached_until_file_or_environment_change(
         ),
         ("[environments]\nbig = 'gpu'\n", r"big names the group 'gpu', but \[groups\] has 'local'"),
         ("[stores.'a/b']\npath = '/x'\n", r"'a/b' is not a name"),
-        ("[stores.x]\nkind = 's3'\npath = '/x'\n", r"stores\.x\.kind"),
+        ("[stores.x]\nkind = 'ftp'\npath = '/x'\n", r"stores\.x: kind must be one of local, s3, gcs"),
     ],
 )
 def test_what_is_wrong_in_the_file_is_said_with_its_place(

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 
-from valohai_dagster.errors import StoreUnknown
-from valohai_dagster.settings import Settings, StoreSettings
+from valohai_dagster.errors import ConfigurationError, StoreUnknown
+from valohai_dagster.settings import Settings
+from valohai_dagster.settings_stores import LocalStoreSettings, StoreSettings
 from valohai_dagster.stores.base import Store
 from valohai_dagster.stores.local import LocalStore
+
+_DRIVERS = {  # kind: module, class, extra of this package that installs what the module imports
+    "s3": ("s3", "S3Store", "aws"),
+    "gcs": ("gcs", "GcsStore", "gcp"),
+    "azure": ("azure", "AzureStore", "azure"),
+    "swift": ("swift", "SwiftStore", "swift"),
+    "http": ("http", "HttpStore", ""),
+}
 
 
 class Stores:
@@ -75,4 +85,18 @@ def open_stores(settings: Settings) -> Stores:
 
 
 def make_store(name: str, section: StoreSettings) -> Store:
-    return LocalStore(name, section.path, readonly=section.readonly)
+    """The driver of one section; raises `ConfigurationError` when its libraries are not installed."""
+    if isinstance(section, LocalStoreSettings):
+        return LocalStore(name, section.path, readonly=section.readonly)
+    module, driver, extra = _DRIVERS[section.kind]
+    try:
+        loaded = importlib.import_module(f"valohai_dagster.stores.{module}")
+    except ImportError as error:
+        if (error.name or "").startswith("valohai_dagster"):
+            raise
+        raise ConfigurationError(
+            f'the store {name!r} has kind = "{section.kind}", which needs a library that is not installed '
+            f"({error.name or error}); install it with `pip install 'valohai-dagster[{extra}]'`"
+        ) from error
+    store: Store = getattr(loaded, driver)(name, section)
+    return store
