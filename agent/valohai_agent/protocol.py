@@ -30,6 +30,7 @@ LOG_EVENTS_PER_WINDOW = 500  # M-02: 500 events per 10 seconds and stream
 LOG_WINDOW_SECONDS = 10.0
 MAX_LOG_MESSAGE_BYTES = 64 * 1024  # M-06
 MAX_GRANT_REQUESTS = 500  # files named in one `grants-wanted` report
+MAX_INPUTS_READY = 200  # files in one `inputs-ready` report
 GRANTED_PARTS = 64  # parts of one upload that are granted at once
 
 
@@ -275,6 +276,9 @@ class Job(Message):
         default_factory=list, description="Status lines to log before the start."
     )
     trace: dict[str, str] = Field(default_factory=dict, description="W3C trace context.")
+    batches: bool = Field(
+        default=False, description="The control plane understands `inputs-ready` reports."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -295,6 +299,9 @@ class RegistryLogin(Message):
     registry: str
     username: str
     password: str
+    match: str | None = Field(
+        default=None, description="Pattern of the entry that these credentials are from."
+    )
 
 
 class Parts(Message):
@@ -302,7 +309,7 @@ class Parts(Message):
 
     `s3`: parts are PUT in any order, `finish` is a POST of their ETags. `azure`: blocks likewise, `finish` is a PUT of
     the list of their ids (`block_id`). `swift`: segments likewise, without `finish`: no temporary URL can
-    write a manifest, so the control plane joins them when the file is reported. `session`: one resumable session
+    write a manifest, so the control plane joins them when the agent asks for no further part (`parts`, count 0). `session`: one resumable session
     (Google Cloud Storage), whose chunks of `part_bytes` are PUT in order to the URL of part 1; the last one finishes.
     """
 
@@ -352,7 +359,8 @@ class GrantRequest(Message):
     """`output`: name is the datum name. `log`: name is stdout, stderr or events. `input`: name is a JobFile.id.
 
     `parts`: name is the upload_id of a grant in parts; answered under `uploads` with `count` parts from `first` on and
-    a fresh `finish`. Also asked for parts that were granted before, when their URLs have run out.
+    a fresh `finish`. Also asked for parts that were granted before, when their URLs have run out. With `count` 0, where
+    there is no `finish`: all parts are stored, join them; the answer comes when the file is complete.
     """
 
     id: str
@@ -419,6 +427,13 @@ class InputReady(Message):
         default=None,
         description="What the source calls this content: ETag, generation, time and size.",
     )
+
+
+class InputsReady(Message):
+    """Many input files are in place; only for a control plane that understands it (`Job.batches`)."""
+
+    kind: Literal["inputs-ready"] = "inputs-ready"
+    files: list[InputReady]
 
 
 class MetadataEvents(Message):
@@ -530,6 +545,7 @@ ReportBody = Annotated[
         GrantsWanted,
         PhaseChanged,
         InputReady,
+        InputsReady,
         MetadataEvents,
         OutputStored,
         StatusDetail,
