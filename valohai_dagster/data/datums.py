@@ -36,10 +36,13 @@ class Datum:
     execution_id: str | None = None
     tags: list[str] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
+    properties: dict[str, Any] = field(default_factory=dict)
+    adopted: bool = False
     live: bool = False
     file_ctime: datetime | None = None
     file_mtime: datetime | None = None
     purged: bool = False
+    purged_at: datetime | None = None
 
     @property
     def uri(self) -> str:

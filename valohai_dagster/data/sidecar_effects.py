@@ -10,11 +10,11 @@ import sqlalchemy as sa
 
 from valohai_dagster.data.aliases import set_alias
 from valohai_dagster.data.datums import add_tags
+from valohai_dagster.data.version_effects import reserve_versions
+from valohai_dagster.data.version_wishes import TAGS, wishes_of
 from valohai_dagster.errors import RefusedError
 
-TAGS = "valohai.tags"
 ALIAS = "valohai.alias"
-_UNSUPPORTED = ("valohai.dataset-versions", "valohai.model-versions")
 
 
 def apply_sidecar_effects(
@@ -22,15 +22,19 @@ def apply_sidecar_effects(
     *,
     datum_id: str,
     project_id: str,
+    execution_id: str,
     metadata: Mapping[str, Any],
     now: datetime,
 ) -> list[str]:
-    """Tags the datum and moves its alias; returns warnings. Wrong values never lose the datum."""
-    warnings = [
-        f"datum://{datum_id}: {key} in its metadata is not supported yet, no version was made"
-        for key in _UNSUPPORTED
-        if key in metadata
-    ]
+    """Tags the datum, moves its alias, and reserves the versions that it is for; returns warnings.
+
+    Wrong values never lose the datum.
+    """
+    wishes = wishes_of(metadata)
+    warnings = [f"datum://{datum_id}: {problem}" for problem in wishes.problems]
+    warnings += reserve_versions(
+        connection, wishes, project_id=project_id, execution_id=execution_id, now=now
+    )
     if TAGS in metadata:
         tags = metadata[TAGS]
         if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags):

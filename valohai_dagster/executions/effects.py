@@ -20,6 +20,7 @@ from valohai_dagster.data.printable import printable
 from valohai_dagster.data.sidecar_effects import apply_sidecar_effects
 from valohai_dagster.executions.lifecycle import status_after_finish, status_after_lease
 from valohai_dagster.executions.memory import Active, Grant, Metrics
+from valohai_dagster.executions.remarks import keep_warnings
 from valohai_dagster.executions.stream import EventKind, FollowEvent
 from valohai_dagster.executions.views import DatumUrl, datum_view
 from valohai_dagster.executions.writing import Writing
@@ -64,6 +65,11 @@ class Cause:
 
     def state(self, message: str, **data: Any) -> FollowEvent:
         return self.event(EventKind.state, message, **data)
+
+    def warn(self, *texts: str) -> list[FollowEvent]:
+        """Keeps the warnings with the execution; the events of those that are new."""
+        kept = keep_warnings(self.writing, self.active, texts)
+        return [self.event(EventKind.warning, text) for text in kept]
 
     def change(self, **values: Any) -> None:
         """The execution with other values in memory, on top of what this report has changed already."""
@@ -235,10 +241,11 @@ def _sidecar_warnings(cause: Cause, body: p.OutputStored, project_id: str) -> li
         cause.writing.touch(cause.active, t.datums),
         datum_id=body.upload_id,
         project_id=project_id,
+        execution_id=cause.active.id,
         metadata=body.metadata,
         now=cause.now,
     )
-    return [cause.event(EventKind.warning, text) for text in warnings]
+    return cause.warn(*warnings)
 
 
 def _is_mine(cause: Cause, upload_id: str) -> bool:

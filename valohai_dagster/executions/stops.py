@@ -13,6 +13,7 @@ from valohai_dagster.executions.core import ServiceCore, standing_event
 from valohai_dagster.executions.lifecycle import status_after_stop
 from valohai_dagster.executions.memory import Active
 from valohai_dagster.executions.outbox import Outbox
+from valohai_dagster.executions.remarks import settle_versions_of
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, FollowEvent
 from valohai_dagster.executions.submissions import Submission
 from valohai_dagster.executions.views import views_of
@@ -92,6 +93,9 @@ def add_final(
     if not execution_ids:
         return
     writing.flush()
+    for execution_id, warnings in settle_versions_of(writing, execution_ids).items():
+        outbox.tell(execution_id, *(_warning(writing, execution_id, text) for text in warnings))
+    writing.flush()
     views = views_of(writing.conn, list(execution_ids), datum_url=core.settings.datum_url)
     reported = reported_at or {}
     for execution_id, view in views.items():
@@ -99,6 +103,12 @@ def add_final(
         event = event.model_copy(update={"reported_at": reported.get(execution_id)})
         outbox.tell(execution_id, event)
         outbox.stops_answered.append(execution_id)
+
+
+def _warning(writing: Writing, execution_id: str, text: str) -> FollowEvent:
+    active = writing.find(execution_id)
+    attempt = active.attempt if active else 1
+    return FollowEvent(kind=EventKind.warning, time=writing.now, attempt=attempt, message=text)
 
 
 def request_stop(

@@ -18,7 +18,12 @@ def effects(place: Place, datum_id: str, **metadata: object) -> list[str]:
     named = {f"valohai.{key.replace('_', '-')}": value for key, value in metadata.items()}
     with place.records.write() as connection:
         return apply_sidecar_effects(
-            connection, datum_id=datum_id, project_id="p1", metadata=named, now=NOW
+            connection,
+            datum_id=datum_id,
+            project_id="p1",
+            execution_id="e1",
+            metadata=named,
+            now=NOW,
         )
 
 
@@ -95,13 +100,11 @@ def test_o09_tags_and_alias_of_a_sidecar_take_effect(place: Place) -> None:
     assert found(place, "best").tags == ["x", "y"]
 
 
-def test_o09_dataset_and_model_versions_are_not_silently_ignored(place: Place) -> None:
+def test_o09_versions_that_are_not_understood_are_named_and_ignored(place: Place) -> None:
     datum = place.datum("a")
-    warnings = effects(
-        place, datum.id, dataset_versions=["dataset://d/v"], model_versions=["model://m/"]
-    )
+    warnings = effects(place, datum.id, dataset_versions=["nope"], model_versions=["model://m/1"])
     assert len(warnings) == 2
-    assert all("not supported yet" in text and datum.uri in text for text in warnings)
+    assert all(datum.uri in text and "ignored" in text for text in warnings)
 
 
 @pytest.mark.parametrize("tags", ["one", [1], {"a": 1}, None])

@@ -1,0 +1,134 @@
+"""From what an execution's outputs ask for to versions of datasets and models (O-10 to O-13).
+
+While the execution runs, its versions are only reserved. Their content is worked out once, when it ends, from the
+outputs that it has then: so files of lost attempts do not count, metadata that was said again counts as said last,
+and it does not matter how often a report was delivered or which conductor applied it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from valohai_dagster.data import datasets, models
+from valohai_dagster.data.version_wishes import (
+    DatasetWish,
+    ModelWish,
+    Wishes,
+    files_of_version,
+    merge_dataset_wishes,
+    merge_model_wishes,
+    wishes_of,
+)
+from valohai_dagster.records import tables as t
+
+Named = tuple[str, str]  # datum id and name
+
+
+def reserve_versions(
+    connection: sa.Connection,
+    wishes: Wishes,
+    *,
+    project_id: str,
+    execution_id: str,
+    now: datetime,
+) -> list[str]:
+    """For one file; returns warnings. The caller's transaction also records the file."""
+    warnings: list[str] = []
+    owner = {"project_id": project_id, "execution_id": execution_id, "now": now}
+    for wish in wishes.datasets:
+        warnings += datasets.reserve_version(connection, wish, **owner)
+    for wish in wishes.models:
+        models.reserve_version(connection, wish, **owner)
+    return warnings
+
+
+def executions_with_versions(
+    connection: sa.Connection, execution_ids: Collection[str]
+) -> list[str]:
+    """Those of them that have a version in the making."""
+    v, m = t.dataset_versions.c, t.model_versions.c
+    query = sa.union(
+        sa.select(v.execution_id).where(
+            v.execution_id.in_(execution_ids), v.state == datasets.OPEN
+        ),
+        sa.select(m.execution_id).where(
+            m.execution_id.in_(execution_ids), m.status == models.CREATING
+        ),
+    )
+    return list(connection.execute(query).scalars())
+
+
+def settle_versions(connection: sa.Connection, execution_id: str, now: datetime) -> list[str]:
+    """Closes all versions of an execution that has ended, whatever its end; returns warnings.
+
+    A version for which no file is left is given up, so that its name is free again.
+    """
+    by_dataset, by_model = _wanted(connection, execution_id)
+    v, m = t.dataset_versions.c, t.model_versions.c
+    warnings: list[str] = []
+    for version in datasets.list_open(connection, execution_id):
+        wishes = by_dataset.get((version.dataset, version.name))
+        if not wishes:
+            connection.execute(t.dataset_versions.delete().where(v.id == version.id))
+            continue
+        warnings += _close(connection, version, wishes, now)
+    for version in models.list_creating(connection, execution_id):
+        found = by_model.get(version.slug)
+        if not found:
+            connection.execute(t.model_versions.delete().where(m.id == version.id))
+            continue
+        wish = merge_model_wishes(wish for wish, _ in found)
+        ids = files_of_version([], [file for _, file in found], [])
+        models.finish_version(connection, version, wish=wish, datum_ids=ids, now=now)
+    return warnings
+
+
+def _wanted(
+    connection: sa.Connection, execution_id: str
+) -> tuple[
+    dict[tuple[str, str], list[tuple[DatasetWish, Named]]], dict[str, list[tuple[ModelWish, Named]]]
+]:
+    """What the files that the execution has now ask for, in the order in which they were stored."""
+    c = t.datums.c
+    query = (
+        sa.select(c.id, c.name, c.metadata)
+        .where(c.execution_id == execution_id)
+        .order_by(c.ctime, c.id)
+    )
+    of_datasets: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    of_models: dict[str, list[Any]] = defaultdict(list)
+    for row in connection.execute(query):
+        wishes = wishes_of(row.metadata or {})
+        for wish in wishes.datasets:
+            of_datasets[wish.dataset, wish.version].append((wish, (row.id, row.name)))
+        for wish in wishes.models:
+            of_models[wish.slug].append((wish, (row.id, row.name)))
+    return of_datasets, of_models
+
+
+def _close(
+    connection: sa.Connection,
+    version: datasets.DatasetVersion,
+    wishes: Sequence[tuple[DatasetWish, Named]],
+    now: datetime,
+) -> list[str]:
+    wish = merge_dataset_wishes(wish for wish, _ in wishes)
+    carried: list[Named] = []
+    if version.base_id and not wish.start_fresh:
+        carried = [(d.id, d.name) for d in datasets.files_of(connection, version.base_id)]
+    ids = files_of_version(carried, [file for _, file in wishes], wish.exclude)
+    warnings = datasets.close_version(connection, version, wish=wish, datum_ids=ids, now=now)
+    missing = sorted(set(wish.exclude) - {name for _, name in carried})
+    if missing:
+        shown = ", ".join(map(repr, missing[:5]))
+        warnings.append(f"{version.uri}: no carried file has the name {shown}, which `exclude` has")
+    if wish.packaging:
+        warnings.append(
+            f"{version.uri}: `packaging` is not supported yet; the version is complete, its files are fetched one by one"
+        )
+    return warnings
