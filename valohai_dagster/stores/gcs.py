@@ -27,11 +27,10 @@ from valohai_agent.protocol import Parts, Transfer
 from valohai_dagster.errors import ConfigurationError, StoreMissing, StoreUnavailable
 from valohai_dagster.settings_stores import GcsStoreSettings
 from valohai_dagster.stores.base import ObjectStat, PartedUpload
-from valohai_dagster.stores.remote import RemoteStore, as_stream, expiry
+from valohai_dagster.stores.remote import RemoteStore, as_stream, expiry, known_size
 
 MAX_EXPIRY = timedelta(days=7)  # of a V4 signature
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
-PUBLIC_ENDPOINT = "https://storage.googleapis.com"
 PAGE = 1000
 FIELDS = "items(name,size,generation,updated),nextPageToken"
 
@@ -50,7 +49,6 @@ class GcsStore(RemoteStore):
     def __init__(self, name: str, section: GcsStoreSettings) -> None:
         super().__init__(name, section, place=section.bucket)
         self._section = section
-        self._endpoint = section.endpoint_url or PUBLIC_ENDPOINT
         self._waits = (section.connect_timeout_seconds, section.read_timeout_seconds)
         self._lock = threading.Lock()
 
@@ -117,7 +115,10 @@ class GcsStore(RemoteStore):
         with self.explained(f"write {key!r}", writing=True):
             blob = self._blob(key)
             blob.chunk_size = self._section.part_bytes
-            blob.upload_from_file(as_stream(content), timeout=self._waits, if_generation_match=0)
+            stream, size = as_stream(content), known_size(content)
+            blob.upload_from_file(
+                stream, size=size, timeout=self._waits, if_generation_match=0, checksum="md5"
+            )
         found = self.stat(key)
         if found is None:
             raise StoreMissing(
@@ -144,12 +145,19 @@ class GcsStore(RemoteStore):
     def _client(self) -> Any:
         from google.cloud import storage
 
-        options = {"api_endpoint": self._endpoint} if self._section.endpoint_url else None
+        options = {"universe_domain": self._credentials.universe_domain}
+        if self._section.endpoint_url:
+            options["api_endpoint"] = self._section.endpoint_url
         return storage.Client(
             project=self._section.project or "none",  # needed for making buckets only
             credentials=self._credentials,
             client_options=options,
         )
+
+    @property
+    def _endpoint(self) -> str:
+        own = self._section.endpoint_url
+        return own or f"https://storage.{self._credentials.universe_domain}"
 
     @property
     def _bucket(self) -> Any:

@@ -153,6 +153,18 @@ def as_stream(content: BinaryIO | bytes) -> BinaryIO:
     return io.BytesIO(content) if isinstance(content, bytes) else content
 
 
+def known_size(content: BinaryIO | bytes) -> int | None:
+    """Bytes from where the stream stands to its end; None when it cannot tell without being read."""
+    if isinstance(content, bytes):
+        return len(content)
+    if not content.seekable():
+        return None
+    here = content.tell()
+    end = content.seek(0, io.SEEK_END)
+    content.seek(here)
+    return max(0, end - here)
+
+
 def _meaning(status: int | None, *, writing: bool) -> tuple[type[StoreError], str]:
     """What an HTTP status means for a store, and what to do about it."""
     if status in (401, 403):

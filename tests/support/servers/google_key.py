@@ -27,6 +27,7 @@ def write_key(path: Path, *, token_uri: str) -> Path:
         "client_email": EMAIL,
         "client_id": "1",
         "token_uri": token_uri,
+        "universe_domain": "tests.invalid",  # keeps the library from asking Google about the account
     }
     path.write_text(json.dumps(content))
     return path
