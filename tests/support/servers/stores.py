@@ -29,12 +29,13 @@ def gcs_store(server: GcsServer, **options: Any) -> Store:
     made = httpx.post(url, json={"name": bucket}, params={"project": server.project})
     made.raise_for_status()
     values = {
+        "bucket": bucket,
         "credentials_file": server.credentials_file,
         "endpoint_url": server.endpoint,
         "part_bytes": PART_BYTES,
         **options,
     }
-    return make_store("main", GcsStoreSettings(kind="gcs", bucket=bucket, **values))
+    return make_store("main", GcsStoreSettings(kind="gcs", **values))
 
 
 def azure_store(server: AzureServer, **options: Any) -> Store:
@@ -44,13 +45,14 @@ def azure_store(server: AzureServer, **options: Any) -> Store:
     with BlobServiceClient(server.endpoint, credential=server.key) as client:
         client.create_container(container).close()
     values = {
+        "container": container,
         "account": server.account,
         "account_key": server.key,
         "endpoint_url": server.endpoint,
         "part_bytes": PART_BYTES,
         **options,
     }
-    return make_store("main", AzureStoreSettings(kind="azure", container=container, **values))
+    return make_store("main", AzureStoreSettings(kind="azure", **values))
 
 
 def swift_store(server: SwiftServer, **options: Any) -> Store:
@@ -58,6 +60,7 @@ def swift_store(server: SwiftServer, **options: Any) -> Store:
     headers = {"X-Auth-Token": swift_token(server)}
     httpx.put(f"{server.storage_url}/{container}", headers=headers).raise_for_status()
     values = {
+        "container": container,
         "auth_version": "1",
         "auth_url": server.auth_url,
         "user": server.user,
@@ -66,7 +69,7 @@ def swift_store(server: SwiftServer, **options: Any) -> Store:
         "part_bytes": PART_BYTES,
         **options,
     }
-    return make_store("main", SwiftStoreSettings(kind="swift", container=container, **values))
+    return make_store("main", SwiftStoreSettings(kind="swift", **values))
 
 
 def swift_token(server: SwiftServer) -> str:
