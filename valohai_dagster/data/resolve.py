@@ -1,7 +1,7 @@
 """From input URIs to files: what each is, where it lies for the job, and how to reach it (CONTRACT 5.1, 5.2).
 
-Runs when an execution is created (I-07). Stores are listed for wildcards; HTTP servers are never contacted here,
-that is the worker's part.
+Runs when an execution is created (I-07). What stores hold comes from a survey; HTTP servers that are no stores are
+never contacted here, that is the worker's part.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field
 
 from valohai_agent.protocol import Checksums, JobFile, JobInput
-from valohai_dagster.data import placement
+from valohai_dagster.data import datasets, models, placement
 from valohai_dagster.data.datums import Datum, get_datum, require_content
 from valohai_dagster.data.input_spec import InputSpec
+from valohai_dagster.data.survey import MAX_FILES, Pattern, Survey, pattern_of
 from valohai_dagster.errors import RefusedError, ResolutionError, StoreError
 from valohai_dagster.settings import GroupSettings
-from valohai_dagster.stores.base import ObjectStat, Store
-from valohai_dagster.stores.keys import Wildcard, check_key, has_wildcard
+from valohai_dagster.stores.keys import check_key
 from valohai_dagster.stores.local import LocalStore
 from valohai_dagster.stores.registry import Stores
 
-MAX_FILES = 100_000  # of one execution; more belong into an archive (O-17)
-_LATER = ("dataset", "model", "s3", "gs", "azure", "swift")
+# What to put into valohai.toml so that a URI without a store gets one, by scheme.
+_SETTING = {
+    "s3": 'kind = "s3", bucket = "{0}"',
+    "gs": 'kind = "gcs", bucket = "{0}"',
+    "azure": 'kind = "azure", account = "{0}", container = "{1}"',
+    "swift": 'kind = "swift", project = "{0}", container = "{1}"',
+}
 
 
 class Source(BaseModel):
@@ -67,6 +72,7 @@ class _Found:
 class _Resolver:
     connection: sa.Connection
     stores: Stores
+    survey: Survey
     group: GroupSettings
     project_id: str | None
     warnings: list[str] = field(default_factory=list)
@@ -94,47 +100,47 @@ class _Resolver:
     def _resolve(self, spec: InputSpec, uri: str) -> Iterator[_Found]:
         scheme = urlsplit(uri).scheme.lower()
         if scheme in ("http", "https"):
-            yield _http(uri, spec)
+            yield self._http(uri, spec)
         elif scheme == "datum":
-            yield self._datum(uri, spec)
-        elif scheme in ("store", "file"):
+            yield _of_datum(get_datum(self.connection, uri, project_id=self.project_id), spec)
+        elif scheme == "dataset":
+            version = datasets.get_version(self.connection, uri, project_id=self.project_id)
+            files = datasets.files_of(self.connection, version.id)
+            yield from (_of_datum(datum, spec) for datum in files)
+        elif scheme == "model":
+            model = models.get_version(self.connection, uri, project_id=self.project_id)
+            files = models.files_of(self.connection, model.id)
+            yield from (_of_datum(datum, spec) for datum in files)
+        elif scheme in ("store", "file", *_SETTING):
             yield from self._objects(uri, spec)
-        elif scheme in _LATER:
-            raise RefusedError(f"{scheme}:// inputs are not supported by this release")
         else:
             raise RefusedError(
-                "not an input URI; known are http(s)://, datum://, store://NAME/KEY and file:///PATH"
+                "not an input URI; known are datum://, dataset://, model://, http(s)://, s3://, gs://, azure://, "
+                "swift://, store://NAME/KEY and file:///PATH"
             )
-
-    def _datum(self, uri: str, spec: InputSpec) -> _Found:
-        datum = require_content(get_datum(self.connection, uri, project_id=self.project_id))
-        return _Found(
-            path=placement.place_datum(datum.name, keep=spec.keep_directories),
-            uri=datum.uri,
-            source=Source(store=datum.store, key=datum.key),
-            size=datum.size,
-            datum=datum,
-        )
 
     def _objects(self, uri: str, spec: InputSpec) -> Iterator[_Found]:
-        served = self.stores.serving(uri)
-        if served is not None:
-            store, pattern = served
-            for stat, path in _select(store, pattern, spec):
-                yield _Found(
-                    path=path,
-                    uri=store.uri(stat.key),
-                    source=Source(store=store.name, key=stat.key),
-                    size=stat.size,
-                    version=stat.version,
-                )
+        served = pattern_of(uri, self.stores, spec)
+        if served is None and not uri.startswith("file:"):
+            raise RefusedError(_no_store(uri, self.stores))
+        if served is None:
+            yield from self._plain_files(uri, spec)
             return
-        if uri.startswith("store://"):
-            raise RefusedError(
-                f"there is no such store; known are {', '.join(self.stores) or 'none'}"
+        store, pattern = served
+        for stat in self.survey.objects(pattern):
+            yield _Found(
+                path=_place(stat.key, pattern, spec),
+                uri=store.uri(stat.key),
+                source=Source(store=store.name, key=stat.key),
+                size=stat.size,
+                version=stat.version,
             )
-        root, pattern = self._file_root(uri)
-        for stat, path in _select(root, pattern, spec):
+
+    def _plain_files(self, uri: str, spec: InputSpec) -> Iterator[_Found]:
+        """Files of directories that the group may read, where they are."""
+        root, key = self._file_root(uri)
+        pattern = Pattern(store="", key=key, descend=spec.keep_directories != "none")
+        for stat in self.survey.objects(pattern, store=root):
             url = (root.root / stat.key).as_uri()
             if not self._may_read(f"/{stat.key}"):
                 self.warnings.append(
@@ -142,12 +148,24 @@ class _Resolver:
                 )
             else:
                 yield _Found(
-                    path=path,
+                    path=_place(stat.key, pattern, spec),
                     uri=url,
                     source=Source(url=url),
                     size=stat.size,
                     version=stat.version,
                 )
+
+    def _http(self, uri: str, spec: InputSpec) -> _Found:
+        found = _url(uri, spec)
+        served = pattern_of(uri, self.stores, spec)
+        if served is None:
+            return found
+        store, pattern = served
+        if pattern.wildcard is not None:
+            raise RefusedError("HTTP servers cannot be searched; name one file")
+        (stat,) = self.survey.objects(pattern)
+        source = Source(store=store.name, key=stat.key)
+        return replace(found, source=source, size=stat.size, version=stat.version)
 
     def _file_root(self, uri: str) -> tuple[LocalStore, str]:
         """A plain directory as a read-only store at `/`, if the group may read that path."""
@@ -180,9 +198,19 @@ def resolve_inputs(
     stores: Stores,
     group: GroupSettings,
     project_id: str | None,
+    survey: Survey | None = None,
 ) -> ResolvedInputs:
-    """Every file of every input, placed. Raises `ResolutionError` with all problems at once (I-38)."""
-    resolver = _Resolver(connection=connection, stores=stores, group=group, project_id=project_id)
+    """Every file of every input, placed. Raises `ResolutionError` with all problems at once (I-38).
+
+    `survey`: what stores have answered already; without it they are asked now.
+    """
+    resolver = _Resolver(
+        connection=connection,
+        stores=stores,
+        survey=survey or Survey(stores),
+        group=group,
+        project_id=project_id,
+    )
     jobs: list[JobInput] = []
     sources: dict[str, Source] = {}
     asked: dict[str, str] = {}
@@ -230,30 +258,38 @@ def _nothing(spec: InputSpec) -> str:
     return f"input {spec.name!r} is required, but no file matches {shown}; check the path, or make the input optional"
 
 
-def _select(store: Store, pattern: str, spec: InputSpec) -> Iterator[tuple[ObjectStat, str]]:
-    """The objects that a key or wildcard means, in key order, and where each lies."""
-    if not has_wildcard(pattern):
-        found = store.stat(check_key(pattern, store=store.name))
-        if found is None:
-            raise RefusedError("there is no such file")
-        yield found, placement.place(found.key, keep=spec.keep_directories)
-        return
-    wildcard = Wildcard(pattern=pattern, descend_last=spec.keep_directories != "none")
-    for count, found in enumerate(store.list(_literal_prefix(wildcard))):
-        if wildcard.matches(found.key):
-            keep, root = spec.keep_directories, wildcard.root
-            yield found, placement.place(found.key, keep=keep, root=root)
-        if count > MAX_FILES * 10:
-            raise RefusedError(
-                f"more than {MAX_FILES * 10} objects lie below {wildcard.root!r}; name a deeper directory"
-            )
+def _place(key: str, pattern: Pattern, spec: InputSpec) -> str:
+    wildcard = pattern.wildcard
+    root = wildcard.root if wildcard else ""
+    return placement.place(key, keep=spec.keep_directories, root=root)
 
 
-def _literal_prefix(wildcard: Wildcard) -> str:
-    return wildcard.pattern.partition("*")[0]
+def _of_datum(datum: Datum, spec: InputSpec) -> _Found:
+    require_content(datum)
+    return _Found(
+        path=placement.place_datum(datum.name, keep=spec.keep_directories),
+        uri=datum.uri,
+        source=Source(store=datum.store, key=datum.key),
+        size=datum.size,
+        datum=datum,
+    )
 
 
-def _http(uri: str, spec: InputSpec) -> _Found:
+def _no_store(uri: str, stores: Stores) -> str:
+    """I-02: which setting would make a store serve it."""
+    scheme, _, rest = uri.partition("://")
+    if scheme.lower() == "store":
+        return f"there is no such store; known are {', '.join(stores) or 'none'}"
+    first, second, *_ = [*rest.split("/"), "", ""]
+    setting = _SETTING[scheme.lower()].format(first, second)
+    known = ", ".join(stores.get(name).uri("").rstrip("/") or name for name in stores)
+    return (
+        f"no store of the settings serves it; those that there are serve {known}. Add a section [stores.NAME] with "
+        f"{setting} to valohai.toml"
+    )
+
+
+def _url(uri: str, spec: InputSpec) -> _Found:
     parts = urlsplit(uri)
     if not parts.hostname or parts.port == 0:
         raise RefusedError("the URL has no host")
@@ -279,7 +315,8 @@ def _job_file(file_id: str, found: _Found) -> JobFile:
 
 def _cache_key(found: _Found) -> str | None:
     if found.datum is not None:
-        return f"sha256:{found.datum.sha256}" if found.datum.sha256 else None
+        datum = found.datum  # without checksums its id stands for its content, which never changes
+        return f"sha256:{datum.sha256}" if datum.sha256 else f"{datum.uri}@{datum.size}"
     return f"{found.uri}@{found.version}" if found.version else None
 
 

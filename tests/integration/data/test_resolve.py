@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.data.conftest import NOW, Place
+from valohai_dagster.data import datasets, models
 from valohai_dagster.data.aliases import set_alias
 from valohai_dagster.data.datums import purge_datum
 from valohai_dagster.data.input_spec import InputSpec
-from valohai_dagster.data.resolve import Source
-from valohai_dagster.errors import ResolutionError
+from valohai_dagster.data.resolve import Source, resolve_inputs
+from valohai_dagster.data.survey import Pattern, Survey, look, remote_patterns
+from valohai_dagster.data.version_wishes import ModelWish
+from valohai_dagster.errors import ResolutionError, StoreUnavailable
+from valohai_dagster.stores.base import ObjectStat
+from valohai_dagster.stores.local import LocalStore
+from valohai_dagster.stores.registry import Stores
 
 
 def wanted(*uris: str, **changes: Any) -> InputSpec:
@@ -78,6 +85,129 @@ def test_i05_one_input_mixes_kinds_and_keeps_their_order(place: Place) -> None:
     datum = place.datum("d")
     found = names(place, "https://h/z", "store://local/s/*", f"datum://{datum.id}")
     assert found == ["z", "a", "b", "d"]
+
+
+def test_i01_a_dataset_version_gives_its_files_with_what_is_known_of_them(place: Place) -> None:
+    first = place.datum("out/a.csv", metadata={"color": "red"})
+    second = place.datum("out/b.csv", sha256=None, size=7)
+    with place.records.write() as connection:
+        version = datasets.create_version(
+            connection,
+            project_id="p1",
+            uri="dataset://set/v1",
+            datum_ids=[first.id, second.id],
+            now=NOW,
+        )
+        datasets.point_alias(connection, version, name="best", now=NOW)
+    for uri in ("dataset://set/v1", "dataset://set/best", "dataset://set/latest"):
+        resolved = place.resolve(wanted(uri))
+        a, b = resolved.inputs[0].files
+        assert (a.name, a.uri, a.metadata) == ("a.csv", first.uri, [{"color": "red"}])
+        assert a.cache_key == "sha256:" + "ab" * 32
+        assert (b.name, b.cache_key) == ("b.csv", f"{second.uri}@7")
+        assert resolved.sources[b.id] == Source(store="local", key=second.key)
+        assert set(resolved.asked.values()) == {uri}
+    assert names(place, "dataset://set/v1", keep_directories="full") == ["out/a.csv", "out/b.csv"]
+
+
+def test_i01_i08_a_model_version_gives_its_files(place: Place) -> None:
+    weights = place.datum("weights")
+    with place.records.write() as connection:
+        wish = ModelWish(slug="net")
+        made = models.create_version(
+            connection, wish, project_id="p1", datum_ids=[weights.id], now=NOW
+        )
+    assert names(place, "model://net/1") == ["weights"]
+    assert "is approved" in problems(place, wanted("model://net/latest"))[0]
+    with place.records.write() as connection:
+        models.decide(connection, made, approved=True, now=NOW)
+    assert names(place, "model://net/latest") == ["weights"]
+
+
+def test_i38_a_purged_file_of_a_dataset_is_named(place: Place) -> None:
+    gone = place.datum("gone.csv", purged=True)
+    with place.records.write() as connection:
+        datasets.create_version(
+            connection, project_id="p1", uri="dataset://d/v", datum_ids=[gone.id], now=NOW
+        )
+    (found,) = problems(place, wanted("dataset://d/v"))
+    assert found.startswith("input 'data': dataset://d/v: ")
+    assert f"{gone.uri} (gone.csv): the content was purged" in found
+
+
+def test_an_object_names_the_version_of_its_content(place: Place) -> None:
+    place.put("sets/one.csv")
+    (file,) = place.resolve(wanted("store://local/sets/one.csv")).inputs[0].files
+    stat = place.stores.default.stat("sets/one.csv")
+    assert stat is not None
+    assert file.cache_key == f"store://local/sets/one.csv@{stat.version}"
+
+
+class CountingStore(LocalStore):
+    """A directory that stands for a store behind a network and counts what it is asked."""
+
+    kind = "s3"
+
+    def __init__(self, name: str, root: Path) -> None:
+        super().__init__(name, root)
+        self.asked: list[str] = []
+
+    def list(self, prefix: str = "") -> Iterator[ObjectStat]:
+        self.asked.append(prefix)
+        return super().list(prefix)
+
+
+def test_i03_a_store_is_listed_once_per_pattern(place: Place) -> None:
+    root: Any = place.stores.default
+    remote = CountingStore("far", root.root)
+    place.stores = Stores({"far": remote}, default="far")
+    place.put("s/a", "s/b")
+    specs = [
+        InputSpec(name=name, uris=["store://far/s/*", "store://far/s/a"]) for name in ("x", "y")
+    ]
+    patterns = remote_patterns(specs, place.stores)
+    assert patterns == [Pattern(store="far", key="s/*"), Pattern(store="far", key="s/a")]
+    answers = {pattern: look(remote, pattern) for pattern in patterns}
+    assert remote.asked == ["s/"]
+    with place.records.read() as connection:
+        resolve_inputs(
+            specs,
+            connection=connection,
+            stores=place.stores,
+            group=place.group,
+            project_id="p1",
+            survey=Survey(place.stores, answers),
+        )
+    assert remote.asked == ["s/"]
+    place.resolve(*specs)
+    assert remote.asked == ["s/", "s/"], "without answers it is asked, once"
+
+
+def test_i38_what_a_store_has_answered_refuses_the_input(place: Place) -> None:
+    pattern = Pattern(store="local", key="s/*")
+    down = StoreUnavailable("the store 'local' cannot be reached", store="local")
+    with (
+        place.records.read() as connection,
+        pytest.raises(
+            ResolutionError, match=r"'data': store://local/s/\*: the store 'local' cannot"
+        ),
+    ):
+        resolve_inputs(
+            [wanted("store://local/s/*")],
+            connection=connection,
+            stores=place.stores,
+            group=place.group,
+            project_id="p1",
+            survey=Survey(place.stores, {pattern: down}),
+        )
+
+
+def test_a_listing_is_bounded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("valohai_dagster.data.survey.MAX_FILES", 2)
+    monkeypatch.setattr("valohai_dagster.data.survey.MAX_LISTED", 3)
+    place.put("s/a", "s/b", "s/c", "s/d.x", "s/e.x")
+    assert "more than 2 files match" in problems(place, wanted("store://local/s/*"))[0]
+    assert "more than 3 objects lie below" in problems(place, wanted("store://local/s/*.x"))[0]
 
 
 # -- wildcards and placement ------------------------------------------------------------------------------------
@@ -178,9 +308,12 @@ def test_i38_every_problem_is_told_at_once_with_its_uri(place: Place) -> None:
         ("store://gone/a", r"there is no such store; known are local"),
         ("store://local/no/file", "there is no such file"),
         ("store://local/../../etc/passwd", "refused"),
-        ("s3://bucket/key", "s3:// inputs are not supported by this release"),
-        ("dataset://a/b", "dataset:// inputs are not supported by this release"),
-        ("model://a/1", "model:// inputs are not supported by this release"),
+        ("s3://bucket/key", r'no store .* serve store://local. .*kind = "s3", bucket = "bucket"'),
+        ("gs://bucket/key", r'kind = "gcs", bucket = "bucket"'),
+        ("azure://acc/cont/k", r'kind = "azure", account = "acc", container = "cont"'),
+        ("swift://proj/cont/k", r'kind = "swift", project = "proj", container = "cont"'),
+        ("dataset://a/b", "this project has no dataset 'a'; known are none"),
+        ("model://a/1", "this project has no model 'a'; known are none"),
         ("just/a/path", "not an input URI; known are"),
         ("", "not an input URI"),
         ("ftp://h/a", "not an input URI"),
