@@ -175,7 +175,7 @@ def run_agent(options: AgentOptions) -> int:
 
 
 def _run_agent(options: AgentOptions) -> None:
-    from valohai_agent.cache import InputCache
+    from valohai_agent.cache.local import InputCache
     from valohai_agent.host import observe_host
     from valohai_agent.job import JobRun, Surroundings
     from valohai_agent.redis_link import connect, find_deployment
@@ -207,7 +207,7 @@ def _run_agent(options: AgentOptions) -> None:
         runtime=runtime.name,
         host=host,
     )
-    session = Session(link, identity, work_dir=options.work_dir, cached=cache.keys)
+    session = Session(link, identity, work_dir=options.work_dir, cached=cache.marks)
     session.register(stop=signals.leaving)
     around = Surroundings(
         runtime=runtime,

@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
-from valohai_agent.cache import InputCache, place
-from valohai_agent.checksums import decimal_size
-from valohai_agent.errors import AgentError, Denied, DiskFull, InputError, Unreachable
-from valohai_agent.protocol import Checksums, InputReady, JobFile, JobInput, Transfer
+from valohai_agent.cache.local import InputCache
+from valohai_agent.cache.shared import Share, ShareTree
+from valohai_agent.errors import AgentError, DiskFull, InputError
+from valohai_agent.input_grants import InputGrants, Renew
+from valohai_agent.input_news import InputNews
+from valohai_agent.input_plan import InputFile, Placed, describe, input_directory, plan_files
+from valohai_agent.input_ways import LocalWay, ShareSwitch, ShareWay, Source, blames_share
+from valohai_agent.protocol import InputReady, InputsReady, JobInput, Transfer
 from valohai_agent.transfer import Transferer
 from valohai_agent.workspace import Workspace
 
-EXPIRY_MARGIN = timedelta(seconds=30)
+LARGE_BYTES = 16 * 1024 * 1024
+LARGE_PARALLEL = 4  # files: each is fetched in several ranges
+SMALL_PARALLEL = 12
+
+Progress = Callable[[int, "int | None"], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Wanted:
-    """One file to place: its input, the file, and its path below the inputs directory."""
+class InputOptions:
+    """What one job's inputs go through.
 
-    input: str
-    file: JobFile
-    path: PurePosixPath
+    With `link` files are hard links into the cache, which is safe only where the command sees its inputs read-only.
+    On a share they are used in place below `tree`; without one they are copied from there. `no_cache`: everything is
+    fetched anew and then kept (K-20). `batches`: the control plane understands many files in one report.
+    """
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Placed:
-    size: int
-    checksums: Checksums
-    cached: bool = False
+    cache: InputCache | None = None
+    share: Share | None = None
+    tree: Callable[[Share], ShareTree] | None = None
+    link: bool = True
+    no_cache: bool = False
+    batches: bool = False
+    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 class InputFetcher:
-    """Fetches inputs through the cache and says what it does on the status stream (I-31).
+    """Fetches inputs through the caches and says what it does on the status stream (I-31).
 
-    `renew(file_ids)` asks the control plane for fresh grants (kind `input`) when one is missing, has
-    expired or is denied. `progress(done, total)` counts bytes of the whole job and may be called from
-    several threads. With `link` files are hard links into the cache, which is safe only where the
-    command sees its inputs read-only: by default where `valohai_dir` is `/valohai`.
+    `renew(file_ids)` asks the control plane for fresh grants (kind `input`) when one is missing, has expired or is
+    denied. `progress(done, total)` counts bytes of the whole job and may be called from several threads.
     """
 
     def __init__(
@@ -51,32 +60,17 @@ class InputFetcher:
         *,
         valohai_dir: str,
         transferer: Transferer,
-        cache: InputCache | None,
+        options: InputOptions,
         status: Callable[[str], None],
-        on_ready: Callable[[InputReady], None],
-        renew: Callable[[list[str]], Mapping[str, Transfer]] | None = None,
-        progress: Callable[[int, int | None], None] | None = None,
-        no_cache: bool = False,
-        link: bool | None = None,
-        parallel: int = 4,
-        now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+        on_ready: Callable[[InputReady | InputsReady], None],
+        warn: Callable[[str], None] | None = None,
+        renew: Renew | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        self._workspace = workspace
-        self._valohai_dir = valohai_dir
-        self._transferer = transferer
-        self._cache = cache
-        self._status = status
-        self._on_ready = on_ready
-        self._renew = renew
-        self._progress = progress
-        self._no_cache = no_cache
-        self._link = valohai_dir == "/valohai" if link is None else link
-        self._parallel = parallel
-        self._now = now
-        self._grants: dict[str, Transfer] = {}
-        self._lock = threading.Lock()
-        self._done: dict[str, int] = {}
-        self._total: int | None = None
+        self._workspace, self._valohai_dir = workspace, valohai_dir
+        self._transferer, self._options = transferer, options
+        self._status, self._warn, self._on_ready = status, warn or status, on_ready
+        self._renew, self._progress = renew, progress
 
     def fetch(
         self,
@@ -90,196 +84,175 @@ class InputFetcher:
         that was the reason, for the next machine may have more room.
         """
         for item in inputs:
-            (self._workspace.inputs / _input_directory(item.name)).mkdir(exist_ok=True)
-        self._grants.update(grants)
-        wanted = self._plan([item for item in inputs if item.download == "always"])
-        sizes = [item.file.size for item in wanted]
-        self._total = None if None in sizes else sum(size or 0 for size in sizes)
-        placed = self._fetch_all(wanted, refused or {})
-        return {item.name: self._describe(item, wanted, placed) for item in inputs}
-
-    def _plan(self, inputs: Sequence[JobInput]) -> list[_Wanted]:
-        """One file per target path: of several the last one wins, and the log says so (I-23)."""
-        by_path: dict[PurePosixPath, _Wanted] = {}
-        for item in inputs:
-            for file in item.files:
-                path = _input_directory(item.name) / _safe_name(item.name, file.name)
-                if path in by_path:
-                    self._status(
-                        f"Warning: two files of input {item.name!r} have the same path "
-                        f"{self._shown(path)}; the last one is kept."
-                    )
-                by_path[path] = _Wanted(input=item.name, file=file, path=path)
-        for path in by_path:
-            if any(parent in by_path for parent in path.parents):
-                raise InputError(
-                    f"{self._shown(path)} cannot be placed: a part of its path is a file too. "
-                    "Use keep-directories or another input for one of them."
-                )
-        return list(by_path.values())
+            (self._workspace.inputs / input_directory(item.name)).mkdir(parents=True, exist_ok=True)
+        fetched = [item for item in inputs if item.download == "always"]
+        files = plan_files(fetched, shown=self._shown, warn=self._status)
+        placed = self._fetch_all(files, grants, refused or {}) if files else {}
+        in_order = {item: placed[item] for item in files}
+        return describe(inputs, in_order, shown=self._shown)
 
     def _fetch_all(
-        self, wanted: list[_Wanted], refused: Mapping[str, str]
-    ) -> dict[PurePosixPath, _Placed]:
-        with ThreadPoolExecutor(max_workers=self._parallel) as pool:
-            futures = [(item, pool.submit(self._fetch_one, item, refused)) for item in wanted]
-        placed: dict[PurePosixPath, _Placed] = {}
-        problems: list[Exception] = []
-        for item, future in futures:
-            try:
-                placed[item.path] = future.result()
-            except (AgentError, OSError) as error:
-                problems.append(error)
-        if problems:
-            text = "; ".join(str(error) for error in problems[:10])
-            more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
-            kind = DiskFull if any(isinstance(e, DiskFull) for e in problems) else InputError
-            raise kind(f"{len(problems)} of {len(wanted)} input files failed: {text}{more}") from (
-                problems[0]
+        self, files: list[InputFile], grants: Mapping[str, Transfer], refused: Mapping[str, str]
+    ) -> dict[InputFile, Placed]:
+        options = self._options
+        box = InputGrants(grants, self._renew)
+        box.expect(item.file.id for item in files)
+        with contextlib.ExitStack() as stack:
+            news = self._news(files)
+            stack.callback(news.close)
+            source = Source(self._transferer, box, news, options.cancelled)
+            switch = ShareSwitch(options.share, self._warn)
+            cache = options.cache
+            local = LocalWay(
+                source,
+                cache,
+                None if cache is None else stack.enter_context(cache.arrivals()),
+                switch,
+                inputs=self._workspace.inputs,
+                link=options.link,
+                no_cache=options.no_cache,
             )
-        return placed
-
-    def _fetch_one(self, item: _Wanted, refused: Mapping[str, str]) -> _Placed:
-        if item.file.id in refused:
-            raise InputError(f"input {item.input!r}, {item.file.uri}: {refused[item.file.id]}")
-        target = self._workspace.inputs / item.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        placed = self._place(item, target)
-        self._tell(item, placed)
-        return placed
-
-    def _place(self, item: _Wanted, target: Path) -> _Placed:
-        key = self._cache_key(item) if self._cache is not None else None
-        if self._cache is None or key is None:
-            return self._download(item, target)
-        with self._cache.locked(key):
-            cached = None if self._no_cache else self._cache.find(key, item.file.checksums)
-            if cached is None:
-                self._cache.make_room(item.file.size or 0)
-                partial = self._cache.partial()
-                fresh = self._download(item, partial)
-                entry = self._cache.add(key, partial, fresh.size, fresh.checksums)
-                place(entry.path, target, link=self._link)
-                return fresh
-            place(cached.path, target, link=self._link)
-        self._count(item, cached.size)
-        return _Placed(size=cached.size, checksums=cached.checksums, cached=True)
-
-    def _cache_key(self, item: _Wanted) -> str | None:
-        """Content identity: known by the control plane, a datum (immutable), or what the server says."""
-        if item.file.cache_key:
-            return item.file.cache_key
-        if item.file.checksums.sha256:
-            return f"sha256:{item.file.checksums.sha256.lower()}"
-        if item.file.datum_id:
-            return f"datum:{item.file.datum_id}"
-        etag = self._transferer.etag(self._grant(item), name=self._error_name(item))
-        return f"{item.file.uri}#{etag}" if etag else None
-
-    def _download(self, item: _Wanted, target: Path) -> _Placed:
-        for renewed in (False, True):
-            grant = self._grant(item, fresh=renewed)
-            try:
-                moved = self._transferer.download(
-                    grant,
-                    target,
-                    name=self._error_name(item),
-                    expected=item.file.checksums,
-                    size=item.file.size,
-                    progress=lambda done, total: self._count(item, done),
-                )
-            except (Denied, Unreachable):
-                # A signed URL may have run out while the file waited for its turn.
-                if renewed or self._renew is None or grant.expires_at is None:
-                    raise
-                continue
-            target.chmod(0o644)
-            return _Placed(size=moved.size, checksums=moved.checksums)
-        raise AssertionError("unreachable")
-
-    def _grant(self, item: _Wanted, *, fresh: bool = False) -> Transfer:
-        with self._lock:
-            grant = self._grants.get(item.file.id)
-        expired = grant is not None and (
-            grant.expires_at is not None and grant.expires_at - EXPIRY_MARGIN < self._now()
-        )
-        if (grant is None or expired or fresh) and self._renew is not None:
-            renewed = dict(self._renew([item.file.id]))
-            with self._lock:
-                self._grants.update(renewed)
-            grant = renewed.get(item.file.id, grant)
-        if grant is None:
-            raise InputError(f"{self._error_name(item)}: the control plane granted no access to it")
-        return grant
-
-    def _tell(self, item: _Wanted, placed: _Placed) -> None:
-        path, size = self._shown(item.path), decimal_size(placed.size)
-        with self._lock:  # the four lines of a file stay together
-            self._status(f"{path}: {'from cache' if placed.cached else 'downloaded'}, {size}")
-            if not placed.cached:
-                self._status(f"{path}: md5 sum: {placed.checksums.md5}")
-                self._status(f"{path}: sha1 sum: {placed.checksums.sha1}")
-                self._status(f"{path}: sha256 sum: {placed.checksums.sha256}")
-        self._on_ready(
-            InputReady(
-                input=item.input,
-                file_id=item.file.id,
-                name=item.file.name,
-                size=placed.size,
-                checksums=placed.checksums,
-                cached=placed.cached,
+            return _Fetch(self._workspace, options, source, switch, local, box, news, refused).run(
+                files
             )
+
+    def _news(self, files: list[InputFile]) -> InputNews:
+        return InputNews(
+            Counter(item.input for item in files),
+            shown=lambda item: self._shown(item.path),
+            status=self._status,
+            report=self._on_ready,
+            batches=self._options.batches,
+            progress=self._progress,
+            total=_total(files),
         )
-
-    def _count(self, item: _Wanted, done: int) -> None:
-        if self._progress is None:
-            return
-        with self._lock:
-            self._done[str(item.path)] = done
-            total_done = sum(self._done.values())
-        self._progress(total_done, self._total)
-
-    def _describe(
-        self, item: JobInput, wanted: list[_Wanted], placed: Mapping[PurePosixPath, _Placed]
-    ) -> dict[str, Any]:
-        if item.download == "on-demand":
-            files = [_entry(file, None, file.size, file.checksums) for file in item.files]
-        else:
-            files = [
-                _entry(w.file, self._shown(w.path), placed[w.path].size, placed[w.path].checksums)
-                for w in wanted
-                if w.input == item.name
-            ]
-        return {"input_id": item.input_id, "files": files}
 
     def _shown(self, path: PurePosixPath) -> str:
         return f"{self._valohai_dir}/inputs/{path}"
 
-    def _error_name(self, item: _Wanted) -> str:
-        return f"input {item.input!r}, {item.file.uri}"
+
+@dataclass
+class _Fetch:
+    """Places the files of one job."""
+
+    workspace: Workspace
+    options: InputOptions
+    source: Source
+    switch: ShareSwitch
+    local: LocalWay
+    grants: InputGrants
+    news: InputNews
+    refused: Mapping[str, str]
+    placed: dict[InputFile, Placed] = field(default_factory=dict)
+    problems: list[tuple[InputFile, Exception]] = field(default_factory=list)
+
+    def run(self, files: list[InputFile]) -> dict[InputFile, Placed]:
+        """An input lies wholly on this machine or wholly on the share: one that is here already stays here."""
+        hits = self.local.hits(files)
+        elsewhere = {item.input for item in files if item not in hits}
+        rest = self._on_share(files, elsewhere)
+        for directory in {item.path.parent for item in rest}:
+            (self.workspace.inputs / directory).mkdir(parents=True, exist_ok=True)
+        missing = [item for item in rest if item not in hits]
+        if missing and self.options.cache is not None:
+            self.options.cache.make_room(sum(item.file.size or 0 for item in missing))
+        here = [item for item in rest if item in hits]
+        self._keep(self._each(here, lambda item: self.local.place_hit(item, hits[item])))
+        self._keep(self._each(missing, self.local.bring))
+        if self.problems:
+            raise _failure(self.problems, len(files))
+        return self.placed
+
+    def _on_share(self, files: list[InputFile], inputs: set[str]) -> list[InputFile]:
+        """Places these inputs on the share, as far as that works; gives the files that are still to be placed."""
+        share, rest = self.switch.share, files
+        if share is None or self.options.tree is None or not inputs:
+            return rest
+        try:
+            tree = self.options.tree(share)
+            share.make_room(sum(item.file.size or 0 for item in files))
+            way = ShareWay(self.source, share, tree, no_cache=self.options.no_cache)
+            wanted = [item for item in files if item.input in inputs]
+            results = self._each(wanted, way.bring, tell=False)
+        except OSError as error:
+            self.switch.turn_off(error)
+            return rest
+        fallen: dict[str, Exception] = {}
+        for item, result in results:
+            if isinstance(result, Exception) and blames_share(result):
+                fallen.setdefault(item.input, result)
+        for error in fallen.values():
+            self.switch.turn_off(error)
+        done = [(item, result) for item, result in results if item.input not in fallen]
+        for name in inputs - fallen.keys():
+            self.workspace.in_place[name] = tree.root / input_directory(name)
+        for item, result in done:
+            if isinstance(result, Placed):
+                self.news.ready(item, result)
+        self._keep(done)
+        return [item for item in files if item.input in fallen or item.input not in inputs]
+
+    def _each(
+        self,
+        files: Sequence[InputFile],
+        bring: Callable[[InputFile], Placed],
+        *,
+        tell: bool = True,
+    ) -> list[tuple[InputFile, Placed | Exception]]:
+        """All of them at once, as far as that is useful; a failure of one stops no other."""
+
+        def one(item: InputFile) -> Placed:
+            if item.file.id in self.refused:
+                raise InputError(f"{item.label}: {self.refused[item.file.id]}")
+            placed = bring(item)
+            self.grants.settle(item.file.id)
+            if tell:
+                self.news.ready(item, placed)
+            return placed
+
+        with (
+            ThreadPoolExecutor(LARGE_PARALLEL, "inputs") as large,
+            ThreadPoolExecutor(SMALL_PARALLEL, "inputs") as small,
+        ):
+            futures = [
+                (item, (small if _is_small(item) else large).submit(one, item)) for item in files
+            ]
+        return [(item, _result(future)) for item, future in futures]
+
+    def _keep(self, results: Iterable[tuple[InputFile, Placed | Exception]]) -> None:
+        for item, result in results:
+            if isinstance(result, Placed):
+                self.placed[item] = result
+            else:
+                self.problems.append((item, result))
 
 
-def _entry(
-    file: JobFile, path: str | None, size: int | None, checksums: Checksums
-) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": file.name, "size": size, "uri": file.uri}
-    if path is not None:
-        entry["path"] = path
-    entry["checksums"] = checksums.model_dump(exclude_none=True)
-    entry["metadata"] = file.metadata
-    if file.datum_id is not None:
-        entry["datum_id"] = file.datum_id
-    return entry
+def _is_small(item: InputFile) -> bool:
+    return item.file.size is not None and item.file.size < LARGE_BYTES
 
 
-def _input_directory(name: str) -> PurePosixPath:
-    return _safe_name("", name)
+def _result(future: Future[Placed]) -> Placed | Exception:
+    """Raises what is nobody's expected failure."""
+    try:
+        return future.result()
+    except (AgentError, OSError) as error:
+        return error
 
 
-def _safe_name(input_name: str, name: str) -> PurePosixPath:
-    """The name as a path below its directory; refused when it would lead out of it."""
-    parts = name.split("/")
-    if not name or "\0" in name or any(part in ("", ".", "..") for part in parts):
-        where = f" of input {input_name!r}" if input_name else " of an input"
-        raise InputError(f"The file name {name!r}{where} cannot be placed below its directory.")
-    return PurePosixPath(*parts)
+def _total(files: Iterable[InputFile]) -> int | None:
+    total = 0
+    for item in files:
+        if item.file.size is None:
+            return None
+        total += item.file.size
+    return total
+
+
+def _failure(problems: Sequence[tuple[InputFile, Exception]], files: int) -> AgentError:
+    errors = [error for _, error in problems]
+    text = "; ".join(str(error) for error in errors[:10])
+    more = f" (and {len(errors) - 10} more)" if len(errors) > 10 else ""
+    kind = DiskFull if any(isinstance(error, DiskFull) for error in errors) else InputError
+    failure = kind(f"{len(errors)} of {files} input files failed: {text}{more}")
+    failure.__cause__ = errors[0]
+    return failure

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from valohai_agent.archive import unpack_archive
-from valohai_agent.cache import InputCache
+from valohai_agent.cache.local import InputCache
+from valohai_agent.cache.shared import Share
 from valohai_agent.clock import Clock, SystemClock
 from valohai_agent.config_files import build_environment, switch, write_config_files
 from valohai_agent.console import Console
 from valohai_agent.errors import AgentError
 from valohai_agent.host import Host, host_facts, leased_report
-from valohai_agent.inputs import InputFetcher
+from valohai_agent.job_inputs import JobInputs
 from valohai_agent.lease import Lease
 from valohai_agent.local_api import LocalApi
 from valohai_agent.outputs import OutputCollector, OutputSummary, upload_logs
@@ -40,6 +41,7 @@ from valohai_agent.protocol import (
 )
 from valohai_agent.remote_debug import remote_debug
 from valohai_agent.runtimes.base import ExitStatus, Running, RunSpec, Runtime
+from valohai_agent.runtimes.pulling import without_login
 from valohai_agent.stopping import Cause, Limits, Patience, SignalName
 from valohai_agent.supervise import Supervisor
 from valohai_agent.transfer import Transferer
@@ -60,6 +62,7 @@ class Surroundings:
     worker: str
     host: Host = field(default_factory=Host)
     cache: InputCache | None = None
+    share: Share | None = None
     gpus: str = ""
     clock: Clock = field(default_factory=SystemClock)
     patience: Patience = field(default_factory=Patience)
@@ -105,6 +108,7 @@ class JobRun:
         self._console: Console
         self._workspace: Workspace
         self._grants = Grants()
+        self._inputs = JobInputs(lease, around.cache, around.share)
         lease.on_lost = self._lease_lost
 
     # -- from outside ---------------------------------------------------------------------------------------------
@@ -173,6 +177,7 @@ class JobRun:
             logs_stored = self._run_with_console()
         finally:
             self.lease.reporter.flush()
+            self._inputs.close()
             self._workspace.remove(
                 remove_tree=around.runtime.remove_tree, keep_logs=not logs_stored
             )
@@ -262,31 +267,31 @@ class JobRun:
         if not self._around.runtime.uses_images:
             return
         self._phases.enter(Phase.pulling, f"pulling {self.job.image}")
-        self._around.runtime.pull(
-            self.job.image,
-            login=self._grants.registry,
-            progress=lambda words, done, total: self._phases.move(done, total, words),
-            force=switch(environment, "VH_NO_IMAGE_CACHE") or switch(environment, "VH_CLEAN"),
-            cancelled=self._cancel_preparing,
-        )
+        with without_login(self._grants.refused.get("registry"), self._warn):
+            self._around.runtime.pull(
+                self.job.image,
+                login=self._grants.registry,
+                progress=lambda words, done, total: self._phases.move(done, total, words),
+                force=switch(environment, "VH_NO_IMAGE_CACHE") or switch(environment, "VH_CLEAN"),
+                cancelled=self._cancel_preparing,
+            )
         self._go_on()
 
     def _download_inputs(
         self, transferer: Transferer, environment: dict[str, str], valohai_dir: str
     ) -> dict[str, object]:
         self._phases.enter(Phase.downloading)
-        fetcher = InputFetcher(
+        inputs = self._inputs.fetch(
             self._workspace,
-            valohai_dir=valohai_dir,
+            self._grants,
             transferer=transferer,
-            cache=self._around.cache,
+            environment=environment,
+            valohai_dir=valohai_dir,
             status=self._console.status,
-            on_ready=self.lease.report,
-            renew=lambda file_ids: self.lease.input_grants(file_ids).inputs,
+            warn=self._warn,
             progress=self._phases.move,
-            no_cache=switch(environment, "VH_NO_DATA_CACHE"),
+            cancelled=self._cancel_preparing,
         )
-        inputs = fetcher.fetch(self.job.inputs, self._grants.inputs, self._grants.refused)
         self._go_on()
         return inputs
 
@@ -337,7 +342,7 @@ class JobRun:
         """VH_CLEAN: images and cached data go before and after (K-22)."""
         if not switch(environment, "VH_CLEAN"):
             return
-        freed = self._around.cache.clear() if self._around.cache else 0
+        freed = self._inputs.clear()
         self._console.status(
             f"VH_CLEAN: removed {freed:,} bytes of cached inputs; {self._around.runtime.clean()}"
         )

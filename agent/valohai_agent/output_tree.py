@@ -143,7 +143,7 @@ def _real(workspace: Workspace, base: list[str], parts: list[str]) -> Path | Non
     below = parts[len(base) :]
     if parts[: len(base)] != base or not below or below[0] not in VISIBLE:
         return None
-    return workspace.root.joinpath(*below)
+    return workspace.locate(*below)
 
 
 def _walk(

@@ -39,6 +39,7 @@ class Workspace:
         self.execution_id = execution_id
         self.attempt = attempt
         self.worker = worker
+        self.in_place: dict[str, Path] = {}  # inputs that lie on a share, by their directory
         self._lock_fd = lock_fd
 
     @property
@@ -64,6 +65,14 @@ class Workspace:
     @property
     def logs(self) -> Path:
         return self.root / "logs"
+
+    def locate(self, *parts: str) -> Path:
+        """Where a path below `/valohai` is on disk."""
+        for name, directory in self.in_place.items():
+            own = ["inputs", *name.split("/")]
+            if list(parts[: len(own)]) == own:
+                return directory.joinpath(*parts[len(own) :])
+        return self.root.joinpath(*parts)
 
     @classmethod
     def create(cls, work_dir: Path, execution_id: str, attempt: int, worker: str) -> Workspace:

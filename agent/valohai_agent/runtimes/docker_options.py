@@ -119,6 +119,10 @@ def _mounts(spec: RunSpec) -> list[Any]:
         Mount(f"/valohai/inputs/{name}", str(workspace.inputs / name), type="bind")
         for name in spec.writable_inputs
     ]
+    mounts += [
+        Mount(f"/valohai/inputs/{name}", str(directory), type="bind", read_only=True)
+        for name, directory in workspace.in_place.items()
+    ]
     return mounts + [_user_mount(mount) for mount in spec.mounts]
 
 

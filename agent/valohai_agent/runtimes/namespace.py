@@ -108,7 +108,7 @@ def failure(run: Path) -> str | None:
 def job_binds(
     workspace: Workspace, writable_inputs: Sequence[str], mounts: Sequence[JobMount]
 ) -> list[Bind]:
-    """The four directories, on-demand inputs, and the directories that the group lets jobs mount."""
+    """The four directories, inputs on demand and on a share, and the directories that the group lets jobs mount."""
     binds = [
         Bind(source=str(workspace.repository), target="/valohai/repository"),
         Bind(source=str(workspace.inputs), target="/valohai/inputs", readonly=True),
@@ -118,6 +118,10 @@ def job_binds(
     binds += [
         Bind(source=str(workspace.inputs / name), target=f"/valohai/inputs/{name}")
         for name in writable_inputs
+    ]
+    binds += [
+        Bind(source=str(directory), target=f"/valohai/inputs/{name}", readonly=True)
+        for name, directory in workspace.in_place.items()
     ]
     return binds + [
         Bind(source=mount.source, target=mount.destination, readonly=mount.readonly)
