@@ -10,6 +10,8 @@
     +-- ServiceUnavailable          a part is not reachable now; repeating later may work
     |   +-- BrokerUnavailable       Redis
     |   +-- RecordsUnavailable      the database
+    +-- SourceUnreadable            something outside cannot be looked at: gone, denied, or its store is down
+    +-- RegistryError               an image registry gives no credentials
     +-- StoreError                  a file store (`.store` names it)
         +-- StoreConflict           the key exists and stores never overwrite (O-02)
         +-- StoreMissing            no such object
@@ -34,8 +36,10 @@ __all__ = [
     "ProjectError",
     "RecordsUnavailable",
     "RefusedError",
+    "RegistryError",
     "ResolutionError",
     "ServiceUnavailable",
+    "SourceUnreadable",
     "SpecError",
     "StoreBadKey",
     "StoreConflict",
@@ -99,6 +103,14 @@ class BrokerUnavailable(ServiceUnavailable):
 
 class RecordsUnavailable(ServiceUnavailable):
     """The records database cannot be reached."""
+
+
+class SourceUnreadable(ValohaiError):
+    """What steps read from outside cannot be looked at; the text names it without credentials."""
+
+
+class RegistryError(ValohaiError):
+    """No credentials for an image registry can be had; the text names the entry and what to check."""
 
 
 class StoreError(ValohaiError):

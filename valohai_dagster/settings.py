@@ -30,6 +30,7 @@ from valohai_dagster.errors import ConfigurationError, RefusedError
 from valohai_dagster.settings_base import Section
 from valohai_dagster.settings_file import anchor_paths, merge_tables, read_toml
 from valohai_dagster.settings_problems import explain
+from valohai_dagster.settings_registries import RegistrySettings
 from valohai_dagster.settings_stores import StoreSettings
 
 CONFIG_NAME = "valohai.toml"
@@ -62,6 +63,12 @@ class GroupSettings(Section):
         default=False,
         description="Let steps mount directories of the worker machine (`mounts` of valohai.yaml).",
     )
+    local_stores: bool = Field(
+        default=True,
+        description="The group's workers see the directories of `local` stores at the same paths: they run on this host, "
+        "or mount them. With `false`, executions that need such a store are refused when they are submitted. "
+        "Groups of kind `local` always see them.",
+    )
     fail_fast: bool = Field(
         default=False,
         description="End a step at its first failing command instead of its last.",
@@ -77,19 +84,6 @@ class GroupSettings(Section):
     env: dict[str, str] = Field(
         default_factory=dict,
         description="Environment variables of the agent processes (not of the executions).",
-    )
-
-
-class RegistrySettings(Section):
-    """Credentials for private images, `[registries.NAME]` (T-22). They travel only in sealed grants."""
-
-    match: str = Field(
-        description="Images that they are for, with `*` for any text: `registry.example.com/team/*`. "
-        "An image without a registry is matched as `docker.io/library/NAME` or `docker.io/OWNER/NAME`."
-    )
-    username: str
-    password: SecretStr = Field(
-        description="Better from the environment: `VALOHAI_REGISTRIES__<NAME>__PASSWORD`."
     )
 
 
@@ -153,7 +147,7 @@ class Settings(BaseSettings):
     )
     registries: dict[str, RegistrySettings] = Field(
         default_factory=dict,
-        description="Credentials for private image registries by name; the first whose `match` fits is used.",
+        description="Credentials for private image registries by name; of those whose `match` fits, the longest counts.",
     )
     http_host: str = Field(
         default="127.0.0.1",

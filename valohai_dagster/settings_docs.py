@@ -11,17 +11,18 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from valohai_dagster.settings import GroupSettings, Settings
+from valohai_dagster.settings_registries import REGISTRY_KINDS
 from valohai_dagster.settings_stores import STORE_KINDS
 
 _INTRODUCTION = """# Settings
 
-This page is generated from the models in `valohai_dagster/settings.py` and `settings_stores.py` (`python -m valohai_dagster.settings_docs`).
+This page is generated from the models in `valohai_dagster/settings.py`, `settings_stores.py` and `settings_registries.py` (`python -m valohai_dagster.settings_docs`).
 
 Every setting has a default. Settings come from, later ones winning:
 
 1. `valohai.toml`: the file named by `VALOHAI_CONFIG`, else the first one found from the current directory upwards.
 2. Environment variables: `VALOHAI_` and the name in capitals. Values inside a table are reached with `__` between
-   the names (names of stores and groups in small letters then), and lists and tables may be given as JSON.
+   the names (names of stores, groups and registries in small letters then), and lists and tables may be given as JSON.
 
 Relative paths count from the directory of `valohai.toml`, without one from the current directory.
 
@@ -52,6 +53,10 @@ def render() -> str:
             for kind, model in STORE_KINDS.items()
         ),
         ("`[groups.NAME]`", "GROUPS__NAME__", GroupSettings),
+        *(
+            (f'`[registries.NAME]`, `kind = "{kind}"`', "REGISTRIES__NAME__", model)
+            for kind, model in REGISTRY_KINDS.items()
+        ),
     ]
     return "\n".join([_INTRODUCTION, *(_section(*section) for section in sections)])
 
@@ -85,9 +90,8 @@ def _type(annotation: Any) -> str:
         ("NoneType", "None"),
     ):
         text = text.replace(long, short)
-    text = re.sub(
-        r"Annotated\[Union\[.*\]\]", "StoreSettings]", text
-    )  # names say more than the union
+    # names say more than the unions
+    text = re.sub(r"Annotated\[Union\[.*(Store|Registry)Settings.*\]\]", r"\1Settings]", text)
     text = re.sub(r"valohai_dagster\.settings\.|pydantic\.types\.", "", text)
     text = re.sub(r"Optional\[(.*)\]", r"\1", text)
     return text.replace(" | None", "").replace("SecretStr", "str")

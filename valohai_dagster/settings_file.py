@@ -54,6 +54,7 @@ def anchor_paths(data: dict[str, Any], base: Path) -> dict[str, Any]:
         ("stores", "path"),
         ("stores", "credentials_file"),
         ("groups", "file_inputs"),
+        ("registries", "credentials_file"),
     ):
         sections = data.get(table)
         if isinstance(sections, dict):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
+from valohai_dagster.settings_registries import REGISTRY_KINDS
 from valohai_dagster.settings_stores import STORE_KINDS
 
 Location = tuple["int | str", ...]
+KINDS: Mapping[str, Mapping[str, type[BaseModel]]] = {
+    "stores": STORE_KINDS,
+    "registries": REGISTRY_KINDS,
+}
 
 
 def explain(error: ValidationError, source: object, model: type[BaseModel]) -> str:
@@ -38,14 +43,15 @@ def explain(error: ValidationError, source: object, model: type[BaseModel]) -> s
 
 
 def _without_kind(location: Location) -> tuple[Location, str]:
-    """The location as the file has it: pydantic puts the kind of store after its name."""
-    if len(location) > 2 and location[0] == "stores" and location[2] in STORE_KINDS:
+    """The location as the file has it: pydantic puts the kind of store or registry after its name."""
+    if len(location) > 2 and location[2] in KINDS.get(str(location[0]), ()):
         return (*location[:2], *location[3:]), str(location[2])
     return location, ""
 
 
 def _suggestion(location: Location, kind: str, model: type[BaseModel]) -> str:
-    fields = STORE_KINDS[kind].model_fields if kind else _section(location, model).model_fields
+    section = KINDS[str(location[0])][kind] if kind else _section(location, model)
+    fields = section.model_fields
     close = difflib.get_close_matches(str(location[-1]), fields, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -348,7 +348,8 @@ class Grants(Message):
     registry: RegistryLogin | None = None
     uploads: dict[str, UploadGrant] = Field(default_factory=dict, description="By GrantRequest.id.")
     refused: dict[str, str] = Field(
-        default_factory=dict, description="Reason by JobFile.id or GrantRequest.id."
+        default_factory=dict,
+        description="Reason by JobFile.id or GrantRequest.id, or under `archive` or `registry`.",
     )
     initial: bool = Field(
         default=False, description="True on the grants that are pushed unasked after `leased`."

@@ -12,7 +12,7 @@ from valohai_dagster.data.secrets import SecretKey, Variable, variables_of_group
 from valohai_dagster.errors import ValohaiError
 from valohai_dagster.executions import ledger
 from valohai_dagster.executions.dispatch import QueueEntry
-from valohai_dagster.executions.grants import GrantMinter, job_of
+from valohai_dagster.executions.grants import GrantPlanner, job_of
 from valohai_dagster.executions.memory import Active, Details, Metrics
 from valohai_dagster.executions.preparation import Prepared, VariablesOf, choose_group, prepare
 from valohai_dagster.executions.spec_model import ExecutionSpec
@@ -48,13 +48,13 @@ class Admission:
         *,
         records: Records,
         stores: Stores,
-        minter: GrantMinter,
+        planner: GrantPlanner,
         secret_key: SecretKey,
     ) -> None:
         self._settings = settings
         self._records = records
         self._stores = stores
-        self._minter = minter
+        self._planner = planner
         self._secret_key = secret_key
 
     def admit(self, writing: Writing, specs: Sequence[ExecutionSpec]) -> list[Admitted]:
@@ -169,7 +169,7 @@ class Admission:
         self, writing: Writing, created: ledger.Created, spec: ExecutionSpec, prepared: Prepared
     ) -> Admitted:
         job = prepared.job
-        sources = self._minter.seal_sources(prepared.sources)
+        sources = self._planner.seal_sources(prepared.sources)
         row = ledger.execution_row(created, spec, job.group)
         row.update(
             job=job.model_dump(mode="json"),

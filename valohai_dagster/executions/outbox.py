@@ -7,6 +7,7 @@ from typing import Any
 
 from valohai_agent.protocol import Command
 from valohai_dagster.executions.stream import FollowEvent
+from valohai_dagster.executions.wishes import Wish
 
 
 @dataclass(kw_only=True)
@@ -16,6 +17,7 @@ class Outbox:
     events: list[tuple[str, list[FollowEvent]]] = field(default_factory=list)  # execution, events
     commands: list[tuple[str, str, Command]] = field(default_factory=list)  # group, worker
     grants: list[tuple[str, str, bytes]] = field(default_factory=list)  # group, execution, sealed
+    wishes: list[Wish] = field(default_factory=list)  # to be granted outside
     ended: list[tuple[str, str, int]] = field(default_factory=list)  # group, execution, attempt
     posts: list[tuple[str, dict[Any, Any]]] = field(default_factory=list)  # stream, entry
     handled: dict[str, list[str]] = field(default_factory=dict)  # stream, entries that are done

@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from valohai_agent.protocol import Job
-from valohai_dagster.data.resolve import Source, resolve_inputs
+from valohai_dagster.data.resolve import ResolvedInputs, Source, resolve_inputs
 from valohai_dagster.data.secrets import (
     SecretKey,
     Variable,
@@ -24,6 +24,7 @@ from valohai_dagster.data.secrets import (
 from valohai_dagster.errors import RefusedError, SpecError
 from valohai_dagster.executions.credentials import open_credentials
 from valohai_dagster.executions.ledger import Created
+from valohai_dagster.executions.reach import unreachable
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.trace_context import traceparent_of
 from valohai_dagster.settings import Settings
@@ -82,6 +83,7 @@ def prepare(
         project_id=created.project_id,
     )
     policy = settings.groups[group]
+    _require_reach(spec, resolved, stores, settings, group)
     job = Job(
         execution_id=spec.execution_id,
         attempt=1,
@@ -120,6 +122,21 @@ def prepare(
         ],
     )
     return Prepared(job=job, sources=dict(resolved.sources), asked=dict(resolved.asked))
+
+
+def _require_reach(
+    spec: ExecutionSpec, resolved: ResolvedInputs, stores: Stores, settings: Settings, group: str
+) -> None:
+    """Refuses what the group's workers could not read or write, before the work is done."""
+    uses = [
+        (spec.upload_store or settings.default_store, "outputs"),
+        (settings.log_store_name, "the log"),
+        (spec.commit.archive_store, "the code archive"),
+        *((s.store, "inputs") for s in resolved.sources.values() if s.store is not None),
+    ]
+    problems = unreachable(uses, stores, group, settings.groups[group])
+    if problems:
+        raise SpecError(f"step {spec.step!r} cannot run in the group {group!r}", problems)
 
 
 def _trace(spec: ExecutionSpec, settings: Settings) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -18,9 +18,10 @@ from valohai_dagster import telemetry
 from valohai_dagster.executions.core import ServiceCore
 from valohai_dagster.executions.dispatch import LeaseFacts
 from valohai_dagster.executions.effects import Cause, apply_report, moment_of
-from valohai_dagster.executions.grants import GrantMinter, seal
+from valohai_dagster.executions.grants import GrantPlanner, Lessee
 from valohai_dagster.executions.lifecycle import Standing, Verdict, judge_report
 from valohai_dagster.executions.memory import Active
+from valohai_dagster.executions.minting import Minting
 from valohai_dagster.executions.outbox import Outbox
 from valohai_dagster.executions.reading import StreamReader
 from valohai_dagster.executions.shards import Shards
@@ -60,11 +61,13 @@ class Reports:
         self,
         core: ServiceCore,
         shards: Shards,
-        minter: GrantMinter,
+        planner: GrantPlanner,
+        minting: Minting,
     ) -> None:
         self._core = core
         self._shards = shards
-        self._minter = minter
+        self._planner = planner
+        self._minting = minting
         self._conditions = StopConditions()
         self._groups = {
             core.keys.reports(group, shard): group
@@ -140,6 +143,8 @@ class Reports:
         outbox = await self._shards.insist(step, "reports")
         for kind in outbox.applied:
             telemetry.count(Count.reports, kind=kind)
+        for wish in outbox.wishes:
+            self._minting.begin(wish)
         await self._core.deliver(outbox)
 
     def _leases_wanted(self, arrivals: Sequence[Arrival]) -> set[tuple[str, str]]:
@@ -234,12 +239,15 @@ class Reports:
         body: p.Leased | p.GrantsWanted,
         lease: LeaseFacts,
     ) -> None:
+        to = Lessee(token=lease.token, public_key=lease.public_key)
         if isinstance(body, p.Leased):
-            grants = self._minter.initial(writing, writing.details(active.id))
+            to = replace(to, uses_images=body.runtime != "process")
+            wish = self._planner.initial(writing, active, to)
         else:
             wanted = body.requests[: p.MAX_GRANT_REQUESTS]
-            grants = self._minter.requested(writing, active, wanted)
-        outbox.grants.append((active.group, active.id, seal(grants, lease.public_key)))
+            wish = self._planner.requested(writing, active, wanted, to)
+        if wish is not None:
+            outbox.wishes.append(wish)
 
     def _give_up(self, writing: Writing, arrival: Arrival, failure: Exception | None) -> Outbox:
         outbox = Outbox()

@@ -21,11 +21,13 @@ from valohai_dagster.executions import ledger
 from valohai_dagster.executions.admission import Admission
 from valohai_dagster.executions.core import OUTAGES, ServiceCore, run_all
 from valohai_dagster.executions.deaths import Deaths
-from valohai_dagster.executions.grants import GrantMinter
+from valohai_dagster.executions.grants import GrantPlanner
 from valohai_dagster.executions.identity import Identity
 from valohai_dagster.executions.intake import Intake
 from valohai_dagster.executions.local_groups import LocalGroups
 from valohai_dagster.executions.losses import Losses
+from valohai_dagster.executions.minting import Minting
+from valohai_dagster.executions.registries.logins import RegistryLogins
 from valohai_dagster.executions.reports import Reports
 from valohai_dagster.executions.seat import Seat
 from valohai_dagster.executions.shards import Shards
@@ -73,8 +75,10 @@ class ExecutionService(ServiceCore):
             clock=clock,
         )
         identity = Identity.of(settings.state_dir)
-        minter = GrantMinter(settings, stores, secret_key)
         self.shards = Shards(self, identity)
+        logins = RegistryLogins(settings.registries, clock=clock)
+        self._minting = Minting(self, self.shards, secret_key, logins.login_for)
+        planner = GrantPlanner(settings, stores, secret_key, busy=self._minting.is_busy)
         self.groups = LocalGroups(self, broker_url, self.worker_gone)
         self._seat = Seat(broker, self.keys, identity)
         self._supervision = Supervision(self, self.groups, self._seat)
@@ -82,9 +86,9 @@ class ExecutionService(ServiceCore):
         self._losses = Losses(self, self.groups)
         self._watch = LeaseWatch(self, self.shards, self._losses, self)
         self._stops = Stops(self)
-        self._reports = Reports(self, self.shards, minter)
+        self._reports = Reports(self, self.shards, planner, self._minting)
         admission = Admission(
-            settings, records=records, stores=stores, minter=minter, secret_key=secret_key
+            settings, records=records, stores=stores, planner=planner, secret_key=secret_key
         )
         self._intake = Intake(self, self.shards, admission, self._stops)
         self._serving: asyncio.Future[None] | None = None
@@ -115,6 +119,7 @@ class ExecutionService(ServiceCore):
         finally:
             self.groups.close()
             await _certainly(self.drain())
+            self._minting.close()
             self.close()
 
     async def drain(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from valohai_agent.errors import ImageError
 from valohai_agent.protocol import RegistryLogin
 
 DOCKER_HUB = "docker.io"
@@ -37,13 +39,31 @@ def pull_error(image: str, words: str, login: RegistryLogin | None, *, present: 
     registry = registry_of(image)
     if login is not None:
         return (
-            f"{tried}the registry {registry} refuses the user {login.username!r} for it: {words}. Check username and "
-            "password of the entry under [registries] in the control plane's valohai.toml."
+            f"{tried}the registry {registry} refuses the user {login.username!r} for it: {words}. Check the credentials "
+            f"of the entry {_entry(login)}under [registries] in the control plane's valohai.toml."
         )
     return (
         f"{tried}the registry {registry} wants credentials: {words}. Add them as [registries.NAME] with a `match` for "
         "this image to the control plane's valohai.toml, or check the name, if the image is public."
     )
+
+
+def _entry(login: RegistryLogin) -> str:
+    """Names the pattern that chose these credentials (A-31); an older control plane does not tell it."""
+    return f"with match = {login.match!r} " if login.match else ""
+
+
+@contextmanager
+def without_login(reason: str | None, warn: Callable[[str], None]) -> Iterator[None]:
+    """Around a pull for which the control plane has no credentials, and why; the image may be had without."""
+    if reason is None:
+        yield
+        return
+    warn(f"pulling without credentials: {reason}")
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"{error} Its credentials: {reason}") from error
 
 
 class LayerProgress:

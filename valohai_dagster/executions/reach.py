@@ -1,0 +1,34 @@
+"""Which stores the workers of a group can reach.
+
+Stores behind a network are reached by their signed URLs. A local store is a directory: its grants are of use only
+where the same directory is mounted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from valohai_dagster.settings import GroupSettings
+from valohai_dagster.stores.registry import Stores
+
+
+def out_of_reach(store: str, stores: Stores, group_name: str, group: GroupSettings) -> str | None:
+    """Why workers of the group cannot use the store, and what to do; None when they can."""
+    if stores[store].kind != "local" or group.kind == "local" or group.local_stores:
+        return None
+    return (
+        f"workers of the group {group_name!r} do not see the directory of the local store {store!r}: choose a store "
+        f"that is reached by network, or mount the directory there at the same path and set local_stores = true in "
+        f"[groups.{group_name}]"
+    )
+
+
+def unreachable(
+    uses: Iterable[tuple[str, str]], stores: Stores, group_name: str, group: GroupSettings
+) -> list[str]:
+    """One problem per store, with the first thing (store, what for) that an execution would need it for."""
+    first: dict[str, str] = {}
+    for store, what in uses:
+        first.setdefault(store, what)
+    found = ((what, out_of_reach(s, stores, group_name, group)) for s, what in first.items())
+    return [f"{what}: {why}" for what, why in found if why is not None]
