@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -21,6 +21,7 @@ from valohai_dagster.executions.stream import (
     FollowEvent,
     InputView,
 )
+from valohai_dagster.executions.views import Origin
 from valohai_dagster.plugin.log_sections import Chunk
 from valohai_dagster.projects.edges import derive_edges
 from valohai_dagster.projects.names import legal_name, legal_names
@@ -183,6 +184,19 @@ class FakeBackend:
 
     def view(self, execution_id: str) -> ExecutionView | None:
         return self.views.get(execution_id)
+
+    def origins(self, datum_ids: Collection[str]) -> Mapping[str, Origin]:
+        made = {datum.id: view for view in self.views.values() for datum in view.outputs}
+        specs = {spec.execution_id: spec for spec in self.submitted}
+        return {
+            ident: Origin(
+                execution_id=made[ident].id,
+                run_id=specs[made[ident].id].run_id,
+                asset_key="/".join(specs[made[ident].id].asset_key or []),
+            )
+            for ident in datum_ids
+            if ident in made
+        }
 
     def publish(self, project: Project) -> tuple[CommitRef, tuple[str, ...]]:
         commit = CommitRef(

@@ -35,6 +35,7 @@ class Play:
     stderr: str = ""
     until_stopped: bool = False  # runs until somebody stops it
     until: threading.Event | None = None  # runs until the test says so
+    versions: Mapping[str, str] | None = None  # URI of an input file -> what its source called it
     while_running: Callable[[p.Job], None] | None = None  # called once the command runs
 
     @classmethod
@@ -118,6 +119,8 @@ class SimWorker:
             for done in range(0, 101, 25):
                 text = f"{phase.value} {done} %"
                 lease.report(p.PhaseChanged(phase=phase, message=text, done=done, total=100))
+        if play.versions is not None:
+            _tell_inputs(lease, play.versions)
         lease.report(p.PhaseChanged(phase=p.Phase.running))
         for event in play.metadata:
             lease.report(p.MetadataEvents(events=[dict(event)]))
@@ -144,6 +147,20 @@ class SimWorker:
             command.kind in ("stop", "stop-hard") and command.execution_id == lease.job.execution_id
             for command in self.agent.commands()
         )
+
+
+def _tell_inputs(lease: SimLease, versions: Mapping[str, str]) -> None:
+    for item in lease.job.inputs:
+        for file in item.files:
+            ready = p.InputReady(
+                input=item.name,
+                file_id=file.id,
+                name=file.name,
+                size=file.size or 0,
+                checksums=file.checksums,
+                version=versions.get(file.uri),
+            )
+            lease.report(ready)
 
 
 @contextlib.contextmanager

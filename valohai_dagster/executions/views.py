@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,6 +19,17 @@ from valohai_dagster.executions.stream import (
 from valohai_dagster.records import tables as t
 
 DatumUrl = Callable[[str], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Which execution made a datum."""
+
+    execution_id: str
+    run_id: str | None
+    asset_key: str | None  # joined with /
+
+
 USAGE = (  # M-08: what the agent measured of the last attempt
     "max_memory_bytes",
     "cpu_seconds",
@@ -58,6 +70,20 @@ def input_view(row: Any) -> InputView:
         version=row.version,
         asked=row.asked,
     )
+
+
+def origins_of(conn: sa.Connection, datum_ids: Collection[str]) -> dict[str, Origin]:
+    """By datum id; uploads are left out."""
+    e = t.executions.c
+    query = (
+        sa.select(t.datums.c.id.label("datum_id"), e.id, e.run_id, e.asset_key)
+        .join(t.executions, e.id == t.datums.c.execution_id)
+        .where(t.datums.c.id.in_(datum_ids))
+    )
+    return {
+        row.datum_id: Origin(execution_id=row.id, run_id=row.run_id, asset_key=row.asset_key)
+        for row in conn.execute(query)
+    }
 
 
 def view_of(

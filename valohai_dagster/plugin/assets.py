@@ -28,7 +28,7 @@ if (
     from valohai_dagster.plugin.backend import Backend
     from valohai_dagster.plugin.checks import MetricCheck
     from valohai_dagster.plugin.step_options import Declarations, PerStep, StepOptions
-    from valohai_dagster.plugin.step_tag import StepTag
+    from valohai_dagster.plugin.step_tag import StepTag, TaggedSource
     from valohai_dagster.projects.project import GitAuth, Project
     from valohai_dagster.projects.step import StepDefinition
 
@@ -56,6 +56,7 @@ def load_valohai_project(
     checks: Mapping[str, Sequence[MetricCheck]] | None = None,
     retry_policy: PerStep[dg.RetryPolicy] = None,
     pool: PerStep[str] = None,
+    external_assets: bool = True,
     strict: bool = False,
     open_backend: Callable[[], Backend] | None = None,
 ) -> dg.Definitions:
@@ -75,6 +76,9 @@ def load_valohai_project(
     - `partition_mappings`: by step and its upstream step, where Dagster's default mapping is not what is meant.
     - `checks`: asset checks by step, see `MetricCheck`.
     - `retry_policy` for failed executions, and the `pool` that limits how many run at once.
+
+    Default URIs of inputs that lie outside (a bucket, a web server, a datum alias) become observable assets that the
+    steps depend on, unless `external_assets` is False.
     """
     declared: Declarations = {
         "partitions_def": partitions_def,
@@ -94,6 +98,7 @@ def load_valohai_project(
             owners=owners,
             tags=tags,
             open_backend=open_backend,
+            external_assets=external_assets,
             **declared,
         )
     except ProjectError as error:
@@ -159,14 +164,20 @@ def project_assets(
     owners: Sequence[str] | None = None,
     tags: Mapping[str, str] | None = None,
     open_backend: Callable[[], Backend] | None = None,
+    external_assets: bool = False,
     **declared: Unpack[Declarations],
 ) -> list[dg.AssetsDefinition]:
-    """One asset per step, in the order of the file; for the options see `load_valohai_project`."""
+    """One asset per step, in the order of the file, then what they read from outside; see `load_valohai_project`."""
+    from valohai_dagster.data.external import external_sources
     from valohai_dagster.plugin import backend
+    from valohai_dagster.plugin.external import observable, sources_of
     from valohai_dagster.plugin.step_options import options_by_step
 
     options = options_by_step(project, declared)
-    return [
+    sources = []
+    if external_assets:
+        sources = external_sources(project.asset_name, project.steps, project.edges)
+    steps = [
         step_asset(
             project,
             step,
@@ -176,9 +187,14 @@ def project_assets(
             or legal_name(step.step.category or project.name, fallback="project"),
             owners=owners,
             tags=tags,
+            sources=sources_of(step.name, sources),
         )
         for step in project.steps.values()
     ]
+    if not sources:
+        return steps
+    group = group_name or legal_name(project.name, fallback="project")
+    return [*steps, observable(project, sources, group_name=group, owners=owners, tags=tags)]
 
 
 def step_asset(
@@ -190,8 +206,9 @@ def step_asset(
     group_name: str,
     owners: Sequence[str] | None = None,
     tags: Mapping[str, str] | None = None,
+    sources: Sequence[TaggedSource] = (),
 ) -> dg.AssetsDefinition:
-    """The asset of one step."""
+    """The asset of one step; `sources` are those outside that feed it."""
     from valohai_dagster.plugin.checks import check_spec
     from valohai_dagster.plugin.compute import DeployedStep, run_step
     from valohai_dagster.plugin.config_schema import config_schema
@@ -206,6 +223,7 @@ def step_asset(
         retry=options.retry_policy,
         checks=options.checks,
         partition_parameter=options.partition_parameter,
+        sources=sources,
     )
     deployed = DeployedStep(project=project, tag=tag, open_backend=open_backend)
     key = dg.AssetKey(tag.asset_key)
@@ -242,10 +260,12 @@ def step_asset(
 
 def _deps(tag: StepTag, options: StepOptions) -> list[dg.AssetDep]:
     mappings = options.partition_mappings or {}
-    return [
+    steps = [
         dg.AssetDep(dg.AssetKey(path), partition_mapping=mappings.get(source))
         for source, path in tag.upstream.items()
     ]
+    outside = dict.fromkeys(source.key for source in tag.sources)
+    return [*steps, *(dg.AssetDep(dg.AssetKey(path)) for path in outside)]
 
 
 def kinds_of(step: StepDefinition) -> set[str]:

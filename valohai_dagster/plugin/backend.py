@@ -5,7 +5,7 @@ One small object, so that tests of the Dagster face run without Redis, database 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from valohai_dagster.errors import StoreError, ValohaiError
@@ -15,6 +15,7 @@ from valohai_dagster.plugin.log_sections import Chunk
 from valohai_dagster.projects.project import Project
 
 if TYPE_CHECKING:
+    from valohai_dagster.executions.views import Origin
     from valohai_dagster.settings import Settings
 
 TAIL_BYTES = 64 * 1024  # of stderr, searched for its last lines
@@ -34,6 +35,10 @@ class Backend(Protocol):
     def stop(self, execution_id: str, *, hard: bool = False, reason: str = "") -> None: ...
 
     def view(self, execution_id: str) -> ExecutionView | None: ...
+
+    def origins(self, datum_ids: Collection[str]) -> Mapping[str, Origin]:
+        """Which executions made these datums."""
+        ...
 
     def publish(self, project: Project) -> tuple[CommitRef, tuple[str, ...]]:
         """The commit with its archive in the code store, and warnings about its content."""
@@ -82,6 +87,12 @@ class ServiceBackend:
 
     def view(self, execution_id: str) -> ExecutionView | None:
         return self._client.view(execution_id)
+
+    def origins(self, datum_ids: Collection[str]) -> Mapping[str, Origin]:
+        from valohai_dagster.executions.views import origins_of
+
+        with self._client.records.read() as connection:
+            return origins_of(connection, datum_ids)
 
     def publish(self, project: Project) -> tuple[CommitRef, tuple[str, ...]]:
         from valohai_dagster.projects.archive import build_archive, publish

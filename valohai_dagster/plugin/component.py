@@ -146,6 +146,7 @@ class ValohaiProjectComponent(dg.Component, StepDeclarations):
     owners: Sequence[str] | None = None
     tags: Mapping[str, str] | None = None
     steps: dict[str, StepModel] | None = None
+    external_assets: bool = True
     git_sensor: bool = False
     git_sensor_seconds: int = 60
 
@@ -169,6 +170,7 @@ class ValohaiProjectComponent(dg.Component, StepDeclarations):
             group_name=self.group_name,
             owners=self.owners,
             tags=self.tags,
+            external_assets=self.external_assets,
             **self._declared(),
         )
         if not self.git_sensor:

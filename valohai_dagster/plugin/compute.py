@@ -14,9 +14,9 @@ import dagster as dg
 from dagster import AssetExecutionContext, AssetKey, DagsterEventType, EventLogRecord
 
 from valohai_dagster.errors import SpecError, ValohaiError
-from valohai_dagster.executions.spec import LaunchIds
+from valohai_dagster.executions.spec import LaunchIds, StepConfig
 from valohai_dagster.executions.spec_model import ExecutionSpec, execution_id_of
-from valohai_dagster.executions.stream import ExecutionStatus
+from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
 from valohai_dagster.plugin.backend import Backend, open_backend
 from valohai_dagster.plugin.checks import evaluate
 from valohai_dagster.plugin.compat import (
@@ -25,7 +25,9 @@ from valohai_dagster.plugin.compat import (
     input_storage_id,
     instance_id,
     log_key_of_event,
+    observe,
     pin_input,
+    pin_version,
     step_key_of,
 )
 from valohai_dagster.plugin.compute_logs import current_log_key
@@ -45,6 +47,7 @@ from valohai_dagster.plugin.partitions import NO_PARTITIONS, RunPartitions
 from valohai_dagster.plugin.results import materialize_result
 from valohai_dagster.plugin.step_tag import StepTag, tag_at
 from valohai_dagster.plugin.upstream_results import latest_ids
+from valohai_dagster.plugin.used_inputs import unseen, used_sources, used_upstream
 from valohai_dagster.projects.project import Project, project_at
 
 
@@ -77,6 +80,7 @@ def run_step(
         ).to_dagster() from None  # a cause would only show the same text again
     if view.status is not ExecutionStatus.complete:
         raise failed(view, backend.last_stderr(view.id, STDERR_LINES)).to_dagster()
+    _record_used_inputs(context, tag, view, backend)
     result = materialize_result(view, exported=tag.exported, read_small=backend.read_small)
     ran = code_version_of(tag.step, spec.commit.identifier)
     yield result._replace(
@@ -85,14 +89,31 @@ def run_step(
     )
 
 
+def _record_used_inputs(
+    context: AssetExecutionContext, tag: StepTag, view: ExecutionView, backend: Backend
+) -> None:
+    """Provenance of what was really used, where that is not the newest of what this step depends on."""
+    instance = context.instance
+    for observation in unseen(instance, tag, view):
+        observe(context, observation)
+    used = used_upstream(
+        instance,
+        tag,
+        view,
+        backend.origins,
+        given=_config(context, tag).inputs,
+        partitioned=lambda key: input_partition_keys(context, key) is not None,
+    )
+    for one in [*used_sources(instance, tag, view), *used]:
+        pin_version(context, one.key, one.version, one.record)
+
+
 def prepare(
     context: AssetExecutionContext, deployed: DeployedStep, backend: Backend
 ) -> tuple[StepTag, ExecutionSpec]:
     """The step at the commit that was asked for, and the execution's spec."""
     tag, project = deployed.tag, deployed.project
-    op = context.op_execution_context
-    given = written_config(context.run.run_config, op.node_handle.path)
-    config = step_config(tag.step, op.op_config, given)
+    config = _config(context, tag)
     if config.commit or config.adhoc:
         project = project_at(project, commit=config.commit, adhoc=config.adhoc)
         tag = tag_at(tag, project)
@@ -119,6 +140,12 @@ def prepare(
             context.log.warning(text)
         raise
     return tag, spec
+
+
+def _config(context: AssetExecutionContext, tag: StepTag) -> StepConfig:
+    op = context.op_execution_context
+    given = written_config(context.run.run_config, op.node_handle.path)
+    return step_config(tag.step, op.op_config, given)
 
 
 def partitions_of(context: AssetExecutionContext) -> RunPartitions:

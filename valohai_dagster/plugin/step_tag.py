@@ -59,6 +59,16 @@ class RetrySpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaggedSource:
+    """An external source that feeds an input of the step, see `data.external`."""
+
+    key: KeyPath
+    input: str
+    asked: str  # the URI that the records name beside each file found by it
+    is_pattern: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepTag:
     """One step of one commit, its place in the asset graph, and what Dagster keeps of it in user code only."""
 
@@ -79,6 +89,7 @@ class StepTag:
     retry: RetrySpec | None = None
     checks: tuple[MetricCheck, ...] = ()
     partition_parameter: str | None = None
+    sources: tuple[TaggedSource, ...] = ()
 
     def to_text(self) -> str:
         data = {
@@ -100,6 +111,7 @@ class StepTag:
             "retry": asdict(self.retry) if self.retry else None,
             "checks": [check.to_dict() for check in self.checks],
             "partition_parameter": self.partition_parameter,
+            "sources": [asdict(source) for source in self.sources],
         }
         return json.dumps(data, separators=(",", ":"), ensure_ascii=False, default=str)
 
@@ -112,6 +124,7 @@ def step_tag(
     retry: dg.RetryPolicy | None = None,
     checks: Sequence[MetricCheck] = (),
     partition_parameter: str | None = None,
+    sources: Sequence[TaggedSource] = (),
 ) -> StepTag:
     """The tag of one step of a loaded project. It holds no credentials."""
     edges = edges_into(project, step.name)
@@ -127,7 +140,7 @@ def step_tag(
         yaml_path=project.source.yaml_path,
         commit=project.commit,
         asset_key=asset_path_of(project, step.name),
-        parents=tuple(upstream.values()),
+        parents=_parents(upstream, sources),
         edges=tuple(edges),
         upstream=upstream,
         exported=exported_values(project, step.name),
@@ -135,7 +148,14 @@ def step_tag(
         retry=RetrySpec.of(retry) if retry else None,
         checks=tuple(checks),
         partition_parameter=partition_parameter,
+        sources=tuple(sources),
     )
+
+
+def _parents(
+    upstream: Mapping[str, KeyPath], sources: Sequence[TaggedSource]
+) -> tuple[KeyPath, ...]:
+    return (*upstream.values(), *dict.fromkeys(source.key for source in sources))
 
 
 @lru_cache(maxsize=4_096)
@@ -170,11 +190,15 @@ def read_step_tag(text: str) -> StepTag:
         retry=RetrySpec(**data["retry"]) if data.get("retry") else None,
         checks=tuple(MetricCheck.from_dict(check) for check in data.get("checks") or ()),
         partition_parameter=data.get("partition_parameter"),
+        sources=tuple(
+            TaggedSource(**{**source, "key": tuple(source["key"])})
+            for source in data.get("sources") or ()
+        ),
     )
 
 
 def tag_at(tag: StepTag, project: Project) -> StepTag:
-    """The same step of another commit; what belongs to the loaded asset graph stays: key, checks, retries, exports."""
+    """The same step of another commit; what belongs to the loaded asset graph stays: key, checks, sources and so on."""
     step = project.step(tag.step.name)
     fresh = step_tag(project, step, code_version=code_version_of(step, project.commit.identifier))
     return replace(
@@ -184,6 +208,8 @@ def tag_at(tag: StepTag, project: Project) -> StepTag:
         retry=tag.retry,
         checks=tag.checks,
         partition_parameter=tag.partition_parameter,
+        sources=tag.sources,
+        parents=_parents(fresh.upstream, tag.sources),
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dagster._config.snap import ConfigSchemaSnapshot, ConfigTypeSnap
 from dagster._core.definitions.data_version import (
     CODE_VERSION_TAG,
+    DATA_VERSION_IS_USER_PROVIDED_TAG,
     DATA_VERSION_TAG,
     extract_data_version_from_entry,
     get_input_data_version_tag,
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKFILL_ID_TAG",
     "CODE_VERSION_TAG",
+    "DATA_VERSION_IS_USER_PROVIDED_TAG",
     "DATA_VERSION_TAG",
     "GLOBAL_CONCURRENCY_TAG",
     "NOT_FINISHED_STATUSES",
@@ -99,6 +101,7 @@ __all__ = [
     "WorkerStatus",
     "code_location_pin",
     "code_reference",
+    "disable_dagster_warnings",
     "extract_data_version_from_entry",
     "finish_subscription",
     "get_input_data_version_tag",
@@ -110,6 +113,7 @@ __all__ = [
     "observe",
     "pin_code_location",
     "pin_input",
+    "pin_version",
     "report_engine_event",
     "step_key_of",
     "tagged_ops",
@@ -185,6 +189,25 @@ def pin_input(
     assert isinstance(known, dict)
     known[key] = InputAssetVersionInfo(
         newest.storage_id, event.event_type, version, newest.run_id, newest.timestamp
+    )
+
+
+def pin_version(
+    context: AssetExecutionContext, key: AssetKey, version: str, record: EventLogRecord | None
+) -> None:
+    """Makes the engine record that data version of the upstream asset, and the event it came with if there is one."""
+    from dagster import DagsterEventType, DataVersion
+    from dagster._core.execution.context.data_version_cache import InputAssetVersionInfo
+
+    known = context.op_execution_context.get_step_execution_context().input_asset_records
+    event = record.event_log_entry.dagster_event if record is not None else None
+    assert isinstance(known, dict)
+    known[key] = InputAssetVersionInfo(
+        record.storage_id if record is not None else 0,
+        event.event_type if event is not None else DagsterEventType.ASSET_OBSERVATION,
+        DataVersion(version),
+        record.run_id if record is not None else "",
+        record.timestamp if record is not None else 0.0,
     )
 
 

@@ -5,14 +5,14 @@ Everything here blocks and is called on lanes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from valohai_dagster.errors import ValohaiError
 from valohai_dagster.executions.stream import DatumView, ExecutionView
-from valohai_dagster.executions.views import view_of
+from valohai_dagster.executions.views import Origin, origins_of, view_of
 from valohai_dagster.plugin.backend import TAIL_BYTES
 from valohai_dagster.plugin.commits import LaunchCommit, commit_for
 from valohai_dagster.plugin.log_source import ServiceLogs, last_lines
@@ -44,6 +44,10 @@ class Platform:
     def view(self, execution_id: str) -> ExecutionView | None:
         with self.records.read() as connection:
             return view_of(connection, execution_id, datum_url=self.settings.datum_url)
+
+    def origins(self, datum_ids: Collection[str]) -> Mapping[str, Origin]:
+        with self.records.read() as connection:
+            return origins_of(connection, datum_ids)
 
     def client_data(self, execution_id: str) -> Mapping[str, Any]:
         """What the driver kept with the execution when it was submitted."""

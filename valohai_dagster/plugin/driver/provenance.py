@@ -19,6 +19,7 @@ from valohai_dagster.plugin.compat.engine import (
 )
 from valohai_dagster.plugin.launching import used_record, used_records
 from valohai_dagster.plugin.upstream_results import latest_ids
+from valohai_dagster.plugin.used_inputs import Used
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,13 @@ class Provenance:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Provenance:
         return cls(versions=data.get("versions") or {}, pointers=data.get("pointers") or {})
+
+    def with_used(self, used: Sequence[Used]) -> Provenance:
+        """The same, but of these assets what was really used."""
+        names = {one.key.to_user_string(): one for one in used}
+        versions = {**self.versions, **{name: one.version for name, one in names.items()}}
+        pointers = {**self.pointers, **{name: one.storage_id for name, one in names.items()}}
+        return Provenance(versions=versions, pointers=pointers)
 
     def tags(self, data_version: str, code_version: str) -> dict[str, str]:
         """As the engine writes them (DAGSTER_NOTES 5)."""

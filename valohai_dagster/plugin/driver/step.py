@@ -19,7 +19,7 @@ from dagster import (
 from valohai_dagster.errors import ValohaiError
 from valohai_dagster.executions.effects import leased_text
 from valohai_dagster.executions.service import ExecutionService
-from valohai_dagster.executions.spec import LaunchIds
+from valohai_dagster.executions.spec import LaunchIds, StepConfig
 from valohai_dagster.executions.spec_model import ExecutionSpec, execution_id_of
 from valohai_dagster.executions.stream import (
     EventKind,
@@ -57,6 +57,7 @@ from valohai_dagster.plugin.launching import (
 )
 from valohai_dagster.plugin.partitions import RunPartitions
 from valohai_dagster.plugin.results import materialize_result, numeric_metrics
+from valohai_dagster.plugin.used_inputs import unseen, used_sources, used_upstream
 
 T = TypeVar("T")
 
@@ -215,7 +216,7 @@ class StepTry:
     def _prepare(self) -> ExecutionSpec:
         """Blocks. Raises `ValohaiError` when the launch asks for something that cannot be."""
         run, facts = self._run, self._facts
-        config = config_of(self._tag, run.run_config, facts.path, resolved=run.resolved_config)
+        config = self._config()
         launch = run.platform.commit(self._tag, config)
         self._tag = launch.tag
         parents = Parents(
@@ -238,6 +239,11 @@ class StepTry:
         self._warnings = spec.warnings
         kept = {"provenance": self._provenance.to_dict(), "warnings": self._warnings}
         return spec.model_copy(update={"client": kept})
+
+    def _config(self) -> StepConfig:
+        run = self._run
+        path = self._facts.path
+        return config_of(self._tag, run.run_config, path, resolved=run.resolved_config)
 
     def _ids(self) -> LaunchIds:
         run = self._run
@@ -351,7 +357,11 @@ class StepTry:
         )
 
     async def _succeed(self, view: ExecutionView) -> DagsterEvent:
-        """Outputs, materializations, checks, and the end, in the engine's order."""
+        """What was seen of outside sources, outputs, materializations, checks and the end, in the engine's order."""
+        seen = await self._run.call(lambda: unseen(self._run.instance, self._tag, view))
+        if seen:
+            told = [entry for one in seen for entry in self._events.observation(one)]
+            await self._write([*self._start(), *told])
         entries = await self._run.call(lambda: self._outputs(view))
         if not self._tag.checks:
             return await self._finish([*entries, *self._events.success(self._seconds())])
@@ -367,10 +377,20 @@ class StepTry:
     def _outputs(self, view: ExecutionView) -> list[EventLogEntry]:
         """Blocks: small pictures are read."""
         run, tag = self._run, self._tag
+        parents = run.parent_partitions(self._facts)
+        used = used_upstream(
+            run.instance,
+            tag,
+            view,
+            run.platform.origins,
+            given=self._config().inputs,
+            partitioned=lambda key: key.to_user_string() in parents,
+        )
+        provenance = self._provenance.with_used([*used_sources(run.instance, tag, view), *used])
         result = materialize_result(view, exported=tag.exported, read_small=run.platform.read_small)
         version = result.data_version.value if result.data_version else ""
         tags = {
-            **self._provenance.tags(version, self._facts.tag.code_version),
+            **provenance.tags(version, self._facts.tag.code_version),
             **(result.tags or {}),
             CODE_VERSION_TAG: code_version_of(tag.step, view.commit),
         }
