@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -31,9 +32,11 @@ def service(settings: Settings) -> Iterator[RunningService]:
         yield service
 
 
-def begin(service: RunningService, redis_server: RedisServer) -> SimLease:
-    service.client.submit(make_spec())
-    lease = service.agent(redis_server).take()
+def begin(
+    service: RunningService, redis_server: RedisServer, name: str = "sim-1", **spec: Any
+) -> SimLease:
+    service.client.submit(make_spec(**spec))
+    lease = service.agent(redis_server, name).take()
     lease.leased()
     lease.wait_grants()
     return lease
@@ -74,7 +77,7 @@ def test_o11_adding_to_a_closed_version_is_a_warning_of_the_execution_told_once(
     first = begin(service, redis_server)
     first.store("a", b"1", **{DATASET: ["dataset://faces/v1"]})
     end(service, first, p.Outcome.complete)
-    second = begin(service, redis_server)
+    second = begin(service, redis_server, "sim-2")
     for name in ("b", "c"):
         second.store(name, b"2", **{DATASET: ["dataset://faces/v1"]})
     view = end(service, second, p.Outcome.complete)
@@ -92,7 +95,7 @@ def test_o11_adding_to_a_closed_version_is_a_warning_of_the_execution_told_once(
 
 
 def test_o11_another_conductor_closes_what_was_begun(
-    service: RunningService, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    service: RunningService, redis_server: RedisServer
 ) -> None:
     lease = begin(service, redis_server)
     lease.store("a", b"1", **{DATASET: [{"uri": "dataset://d/v", "targeting_aliases": ["best"]}]})
