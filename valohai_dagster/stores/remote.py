@@ -86,6 +86,10 @@ class RemoteStore:
         """The service's own word for it; never text that may hold a URL or a signature."""
         return type(error).__name__
 
+    def code_in(self, answer: httpx.Response) -> str:
+        """The same, in the body of a refused request."""
+        return ""
+
     @contextmanager
     def explained(self, what: str, *, writing: bool = False) -> Iterator[None]:
         """Turns the library's errors within into ours, which say what was tried and what to do."""
@@ -128,7 +132,7 @@ class RemoteStore:
             )
         if answer.is_success:
             return answer
-        raise self.failure(what, answer.status_code, writing=True)
+        raise self.failure(what, answer.status_code, self.code_in(answer), writing=True)
 
     def client(self) -> httpx.Client:
         return httpx.Client(timeout=self._timeout, verify=_certificates())
@@ -283,7 +287,9 @@ class _Reading(io.RawIOBase):
                 store=self._store.name,
             )
         if not answer.is_success:
-            raise self._store.failure(self._what, status)
+            with self._store.explained(self._what):
+                answer.read()
+            raise self._store.failure(self._what, status, self._store.code_in(answer))
         version = answer.headers.get("ETag")
         if self._version is not None and version != self._version:
             raise StoreUnavailable(
