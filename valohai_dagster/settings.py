@@ -81,6 +81,27 @@ class GroupSettings(Section):
         default_factory=list,
         description="Directories below which `file:///...` inputs may be read. Needs a group on this host.",
     )
+    cache_max_gb: float | None = Field(
+        default=None,
+        ge=0,
+        description="Input files that each worker keeps for later executions, in GB (10^9 bytes). Default: as many as "
+        "the disk allows.",
+    )
+    cache_disk_percent: float = Field(
+        default=80.0,
+        ge=1,
+        le=100,
+        description="How full a worker's disk may get before input files that it keeps are removed.",
+    )
+    shared_cache: Path | None = Field(
+        default=None,
+        description="Directory of a file server (NFS, SMB) that all workers of the group have mounted: inputs are fetched "
+        "once for all of them and used there. Agents that somebody else starts have `--shared-cache`.",
+    )
+    shared_cache_copy: bool = Field(
+        default=False,
+        description="Copy inputs from the shared cache to the worker's own disk before they are used.",
+    )
     env: dict[str, str] = Field(
         default_factory=dict,
         description="Environment variables of the agent processes (not of the executions).",

@@ -15,13 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from valohai_agent.errors import AgentError
 from valohai_agent.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from valohai_agent.version import __version__
+
+if TYPE_CHECKING:
+    from valohai_agent.cache.local import InputCache
+    from valohai_agent.cache.shared import Share
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,17 @@ class AgentOptions:
     gpus: str
     once: bool
     idle_exit_seconds: float | None
+    cache: CacheOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What of input files is kept, and where (I-33 to I-35)."""
+
+    max_gb: float | None
+    disk_percent: float
+    shared: Path | None
+    shared_copy: bool
 
 
 def default_name() -> str:
@@ -123,6 +138,37 @@ def run(
         Optional[float],
         typer.Option(help="Exit after so many idle seconds.", envvar="VALOHAI_AGENT_IDLE_EXIT"),
     ] = None,
+    cache_max_gb: Annotated[
+        Optional[float],
+        typer.Option(
+            min=0,
+            help="Input files that are kept, in GB (10^9 bytes); without it as many as the disk allows.",
+            envvar="VALOHAI_AGENT_CACHE_MAX_GB",
+        ),
+    ] = None,
+    cache_disk_percent: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            max=100,
+            help="How full the disk of the work directory may get before kept input files go.",
+            envvar="VALOHAI_AGENT_CACHE_DISK_PERCENT",
+        ),
+    ] = 80.0,
+    shared_cache: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Directory of a file server that several workers share: inputs are kept and used there.",
+            envvar="VALOHAI_AGENT_SHARED_CACHE",
+        ),
+    ] = None,
+    shared_cache_copy: Annotated[
+        bool,
+        typer.Option(
+            help="Copy inputs from the shared cache to this machine's disk before they are used.",
+            envvar="VALOHAI_AGENT_SHARED_CACHE_COPY",
+        ),
+    ] = False,
     log_format: Annotated[
         LogFormat,
         typer.Option(help="Lines for people, or JSON objects.", envvar="VALOHAI_AGENT_LOG_FORMAT"),
@@ -149,6 +195,12 @@ def run(
         gpus=gpus,
         once=once,
         idle_exit_seconds=idle_exit,
+        cache=CacheOptions(
+            max_gb=cache_max_gb,
+            disk_percent=cache_disk_percent,
+            shared=shared_cache.absolute() if shared_cache else None,
+            shared_copy=shared_cache_copy,
+        ),
     )
     raise typer.Exit(run_agent(options))
 
@@ -175,7 +227,7 @@ def run_agent(options: AgentOptions) -> int:
 
 
 def _run_agent(options: AgentOptions) -> None:
-    from valohai_agent.cache.local import InputCache
+    from valohai_agent.cache.keeping import Caretaker
     from valohai_agent.host import observe_host
     from valohai_agent.job import JobRun, Surroundings
     from valohai_agent.redis_link import connect, find_deployment
@@ -188,7 +240,7 @@ def _run_agent(options: AgentOptions) -> None:
     options.work_dir.mkdir(parents=True, exist_ok=True)
     runtime = select_runtime(options.runtime, work_dir=options.work_dir, slots=options.slots)
     host = observe_host()
-    cache = InputCache(options.work_dir / "cache")
+    cache, share = _caches(options)
     reap = functools.partial(
         reap_leftovers,
         options.work_dir,
@@ -215,16 +267,15 @@ def _run_agent(options: AgentOptions) -> None:
         worker=options.name,
         host=host,
         cache=cache,
+        share=share,
         gpus=options.gpus,
     )
-    loop = WorkerLoop(
-        session,
-        LoopOptions(
-            slots=options.slots, once=options.once, idle_exit_seconds=options.idle_exit_seconds
-        ),
-        start_run=lambda lease: JobRun(lease, around),
-        reap=reap,
+    wanted = LoopOptions(
+        slots=options.slots, once=options.once, idle_exit_seconds=options.idle_exit_seconds
     )
+    loop = WorkerLoop(session, wanted, start_run=lambda lease: JobRun(lease, around), reap=reap)
+    caretaker = Caretaker(cache, idle=lambda: session.busy == 0)
+    caretaker.start()
     signals.attach(drain=loop.drain, stop=loop.stop_jobs)
     _log_start(options, runtime.name)
     try:
@@ -232,7 +283,27 @@ def _run_agent(options: AgentOptions) -> None:
     finally:
         session.close()
         link.close()
+        caretaker.close()
+        _close_caches(cache, share)
     logger.info("agent %s is done", options.name, extra={"action": "exit"})
+
+
+def _caches(options: AgentOptions) -> tuple[InputCache, Share | None]:
+    from valohai_agent.cache.local import InputCache
+    from valohai_agent.cache.shared import Share
+
+    kept, mark = options.cache, options.cache.disk_percent / 100
+    limit = None if kept.max_gb is None else int(kept.max_gb * 10**9)
+    cache = InputCache(options.work_dir / "cache", max_bytes=limit, disk_mark=mark)
+    if kept.shared is None:
+        return cache, None
+    return cache, Share(kept.shared, copy=kept.shared_copy, disk_mark=mark)
+
+
+def _close_caches(cache: InputCache, share: Share | None) -> None:
+    cache.close()
+    if share is not None:
+        share.close()
 
 
 class Signals:

@@ -270,7 +270,18 @@ class LocalGroup:
             *("--queue", self.name, "--deployment", self._deployment, "--name", name),
             *("--slots", str(self._settings.slots), "--runtime", self._settings.runtime),
             *("--work-dir", str(self._work_dir)),
+            *self._cache_options(),
         ]
+
+    def _cache_options(self) -> list[str]:
+        group = self._settings
+        options = ["--cache-disk-percent", str(group.cache_disk_percent)]
+        if group.cache_max_gb is not None:
+            options += ["--cache-max-gb", str(group.cache_max_gb)]
+        if group.shared_cache is not None:
+            options += ["--shared-cache", str(group.shared_cache)]
+            options += ["--shared-cache-copy"] if group.shared_cache_copy else []
+        return options
 
     def _environment(self) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(_WITHHELD)}
