@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import httpx
 
@@ -31,6 +31,12 @@ from valohai_dagster.stores.keys import check_key
 
 CHUNK_BYTES = 1024 * 1024
 READ_TRIES = 4  # connections that one content may take
+
+
+class Readable(Protocol):
+    """What is sent: anything that gives its bytes in order."""
+
+    def read(self, count: int = -1, /) -> bytes: ...
 
 
 class RemoteStore:
@@ -123,7 +129,7 @@ class RemoteStore:
         """The content from `offset` on; raises `StoreMissing`. A dropped connection is taken up where it broke."""
         return io.BufferedReader(_Reading(self, key, request, offset), CHUNK_BYTES)
 
-    def send(self, transfer: Transfer, content: BinaryIO | bytes, *, what: str) -> httpx.Response:
+    def send(self, transfer: Transfer, content: Readable | bytes, *, what: str) -> httpx.Response:
         """Writes the content by a signed request; a stream is sent as it is read. Raises for a refusal."""
         body = content if isinstance(content, bytes) else _chunks(content)
         with self.explained(what, writing=True), self.client() as client:
@@ -195,7 +201,7 @@ def _certificates() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-def _chunks(stream: BinaryIO) -> Iterator[bytes]:
+def _chunks(stream: Readable) -> Iterator[bytes]:
     while chunk := stream.read(CHUNK_BYTES):
         yield chunk
 

@@ -21,7 +21,7 @@ CONTENT = bytes(range(256)) * (PART_BYTES // 256) * 2 + b"end"
 
 @pytest.fixture
 def store(azure_server: AzureServer) -> AzureStore:
-    return cast(AzureStore, azure_store(azure_server))
+    return cast("AzureStore", azure_store(azure_server))
 
 
 def call(transfer: Transfer, content: bytes = b"") -> httpx.Response:
