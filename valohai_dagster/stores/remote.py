@@ -141,7 +141,7 @@ class RemoteStore:
         raise self.failure(what, answer.status_code, self.code_in(answer), writing=True)
 
     def client(self) -> httpx.Client:
-        return httpx.Client(timeout=self._timeout, verify=_certificates())
+        return httpx.Client(timeout=self._timeout, verify=certificates())
 
 
 def expiry(expires: timedelta) -> datetime:
@@ -196,7 +196,7 @@ def _meaning(status: int | None, *, writing: bool) -> tuple[type[StoreError], st
 
 
 @lru_cache(maxsize=1)
-def _certificates() -> ssl.SSLContext:
+def certificates() -> ssl.SSLContext:
     """Reading all certificate authorities takes longer than most requests."""
     return httpx.create_ssl_context()
 
