@@ -225,6 +225,12 @@ class Settings(BaseSettings):
     grant_seconds: float = Field(
         default=3600.0, gt=0, description="Life of a signed URL that is handed to a worker."
     )
+    sweep_after_seconds: float = Field(
+        default=3600.0,
+        ge=0,
+        description="How long after the end of its last URL an upload that nobody reported is removed from its store. "
+        "A request that began in time may take that long to end.",
+    )
     shards: int = Field(
         default=8,
         ge=1,

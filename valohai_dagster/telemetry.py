@@ -22,6 +22,7 @@ class Count(str, Enum):
 
     reports = "reports_applied"  # kind
     ended = "executions_ended"  # status, group
+    swept = "uploads_swept"  # store
     outages = "outages"  # step: what waited
 
     @property
@@ -46,6 +47,7 @@ class Seconds(str, Enum):
 _LABELS: dict[Count | Seconds, tuple[str, ...]] = {
     Count.reports: ("kind",),
     Count.ended: ("status", "group"),
+    Count.swept: ("store",),
     Count.outages: ("step",),
     Seconds.phase: ("phase", "group"),
 }

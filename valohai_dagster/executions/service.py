@@ -35,6 +35,8 @@ from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.stops import Stops
 from valohai_dagster.executions.stream import ExecutionView
 from valohai_dagster.executions.supervision import Supervision
+from valohai_dagster.executions.surveys import Surveys
+from valohai_dagster.executions.sweeping import Sweeper
 from valohai_dagster.executions.watch import LeaseWatch
 from valohai_dagster.executions.writing import ShardLost
 from valohai_dagster.records.engine import Records
@@ -90,7 +92,9 @@ class ExecutionService(ServiceCore):
         admission = Admission(
             settings, records=records, stores=stores, planner=planner, secret_key=secret_key
         )
-        self._intake = Intake(self, self.shards, admission, self._stops)
+        self._surveys = Surveys(self, self.shards, admission)
+        self._intake = Intake(self, self.shards, admission, self._stops, self._surveys)
+        self.sweeper = Sweeper(self, self.shards, secret_key)
         self._serving: asyncio.Future[None] | None = None
         self._leaving: asyncio.Future[None] | None = None
 
@@ -110,6 +114,7 @@ class ExecutionService(ServiceCore):
                 self._forever(self._deaths.read),
                 self._forever(self._tick),
                 self._forever(self._supervision.step),
+                self._forever(self.sweeper.step),
             )
         )
         try:
@@ -120,6 +125,7 @@ class ExecutionService(ServiceCore):
             self.groups.close()
             await _certainly(self.drain())
             self._minting.close()
+            self.sweeper.close()
             self.close()
 
     async def drain(self) -> None:
@@ -161,6 +167,7 @@ class ExecutionService(ServiceCore):
 
     async def _tick(self) -> None:
         await self._watch.tick()
+        await self._surveys.look()
         await asyncio.sleep(TICK_SECONDS)
 
     # -- for the same process ----------------------------------------------------------------------------------

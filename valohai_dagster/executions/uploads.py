@@ -18,7 +18,7 @@ from valohai_dagster.records import tables as t
 
 _G, _E = t.grants.c, t.executions.c
 _FINAL = [status.value for status in Status if status.final]
-_OPEN = sa.and_(_G.accepted.is_(False), _G.swept_at.is_(None))
+_OPEN = sa.and_(sa.not_(_G.accepted), _G.swept_at.is_(None))  # as the index has it
 
 
 def unfinished(conn: sa.Connection, active: Active, upload_id: str) -> Any:

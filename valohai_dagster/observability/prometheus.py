@@ -16,6 +16,7 @@ EXTRA = "valohai-dagster[observability]"
 HELP: Mapping[Count | Seconds, str] = {
     Count.reports: "Reports of agents that were applied to the records.",
     Count.ended: "Executions that have ended.",
+    Count.swept: "Uploads that nobody reported and that were removed from their store.",
     Count.outages: "Times that something waited because Redis or a database was away.",
     Seconds.report_to_event: "From an agent's report to the event in Dagster's log.",
     Seconds.lane: "From handing events of a run over to their lane until they are stored.",

@@ -180,7 +180,13 @@ grants = sa.Table(
     sa.Column("expires_at", UtcDateTime),  # of the last URL that was signed for it
     sa.Column("accepted", sa.Boolean, nullable=False, default=False),
     sa.Column("parts", sa.LargeBinary),  # upload in parts as its store knows it, encrypted
-    sa.Column("swept_at", UtcDateTime, index=True),  # nothing of it is left in the store
+    sa.Column("swept_at", UtcDateTime),  # nothing of it is left in the store
+    sa.Index(
+        "ix_vh_grants_open",
+        "expires_at",
+        sqlite_where=sa.text("accepted = 0 AND swept_at IS NULL"),
+        postgresql_where=sa.text("NOT accepted AND swept_at IS NULL"),
+    ),
 )
 
 execution_inputs = sa.Table(

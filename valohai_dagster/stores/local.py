@@ -140,6 +140,19 @@ class LocalStore:
                 with suppress(OSError):
                     path.parent.rmdir()  # only the object's own directory: others may be writing in those above
 
+    def remove_unfinished(self, key: str) -> None:
+        """Removes what a writer that died has left beside the key. Only for keys with a directory of their own."""
+        directory = self._path(key).parent
+        with self._explained(f"tidy up beside {key!r}"):
+            self._refuse_readonly()
+            with suppress(FileNotFoundError, NotADirectoryError):
+                for entry in list(os.scandir(directory)):
+                    if TEMPORARY.fullmatch(entry.name):
+                        Path(entry.path).unlink(missing_ok=True)
+            if directory != self.root:
+                with suppress(OSError):
+                    directory.rmdir()
+
     def uri(self, key: str) -> str:
         return f"store://{self.name}/{key}"
 

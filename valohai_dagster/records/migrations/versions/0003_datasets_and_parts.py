@@ -181,4 +181,12 @@ def _columns() -> None:
     op.add_column("vh_grants", sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("vh_grants", sa.Column("parts", sa.LargeBinary(), nullable=True))
     op.add_column("vh_grants", sa.Column("swept_at", sa.DateTime(timezone=True), nullable=True))
-    op.create_index(op.f("ix_vh_grants_swept_at"), "vh_grants", ["swept_at"], unique=False)
+    op.create_index(
+        "ix_vh_grants_open",
+        "vh_grants",
+        ["expires_at"],
+        unique=False,
+        sqlite_where=sa.text("accepted = 0 AND swept_at IS NULL"),
+        postgresql_where=sa.text("NOT accepted AND swept_at IS NULL"),
+    )
+    op.execute("UPDATE vh_grants SET expires_at = granted_at")  # so that these are swept too
