@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from valohai_dagster.plugin.compute_logs import ValohaiComputeLogManager
     from valohai_dagster.plugin.git_sensor import build_git_sensor
     from valohai_dagster.plugin.jobs import valohai_job
+    from valohai_dagster.plugin.observe_sensor import build_observe_sensor
     from valohai_dagster.plugin.launcher import ValohaiRunLauncher
     from valohai_dagster.plugin.resources import ValohaiResource
     from valohai_dagster.projects.project import GitAuth, Project, load_project
@@ -41,6 +42,7 @@ _HOME = {
     "ValohaiResource": "plugin.resources",
     "ValohaiRunLauncher": "plugin.launcher",
     "build_git_sensor": "plugin.git_sensor",
+    "build_observe_sensor": "plugin.observe_sensor",
     "load_project": "projects.project",
     "load_settings": "settings",
     "load_valohai_project": "plugin.assets",
@@ -62,6 +64,7 @@ __all__ = [
     "ValohaiRunLauncher",
     "__version__",
     "build_git_sensor",
+    "build_observe_sensor",
     "load_project",
     "load_settings",
     "load_valohai_project",

@@ -48,7 +48,7 @@ class ExternalSource:
     @property
     def is_pattern(self) -> bool:
         """Whether it stands for any number of files."""
-        return "*" in self.uri or self.uri.startswith("dataset://")
+        return not _is_web(self.uri) and ("*" in self.uri or self.uri.startswith("dataset://"))
 
 
 def external_sources(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SOURCE_KIND = {"http": "http", "https": "http", "s3": "s3", "gs": "gcs", "azure": "azure"}
 NAMED_FILES = 20  # of a listing, in metadata
+_known: dict[str, dict[AssetKey, ExternalSource]] = {}  # by project, of this process
 
 
 def sources_of(step: str, sources: Sequence[ExternalSource]) -> list[TaggedSource]:
@@ -46,6 +47,7 @@ def observable(
 ) -> dg.AssetsDefinition:
     """All sources of a project: one op observes those that are selected, one after the other."""
     by_key = {AssetKey(source.path): source for source in sources}
+    _known[project.name] = by_key
     specs = [
         dg.AssetSpec(
             key,
@@ -66,6 +68,11 @@ def observable(
     _observe.__annotations__["context"] = AssetExecutionContext  # Dagster does not resolve texts
     name = f"{project.asset_name}__observe_external"
     return dg.multi_observable_source_asset(specs=specs, name=name, can_subset=True)(_observe)
+
+
+def known_sources() -> Mapping[str, Mapping[AssetKey, ExternalSource]]:
+    """Those of every project that this process has loaded, by the project's name."""
+    return dict(_known)
 
 
 def _description(source: ExternalSource) -> str:
