@@ -130,6 +130,12 @@ def aliases_of(connection: sa.Connection, datum_ids: Sequence[str]) -> dict[str,
     return found
 
 
+def learn_checksums(connection: sa.Connection, datum_id: str, checksums: Checksums) -> None:
+    """What a worker has found in a datum that was adopted without being read."""
+    unknown = sa.and_(datums.c.id == datum_id, datums.c.sha256.is_(None))
+    connection.execute(datums.update().where(unknown).values(**checksums.model_dump()))
+
+
 def add_tags(connection: sa.Connection, datum_id: str, tags: Sequence[str]) -> None:
     """Appends tags that are not there yet."""
     c = datums.c

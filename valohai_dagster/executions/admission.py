@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 from valohai_dagster.data.secrets import SecretKey, Variable, variables_of_groups
+from valohai_dagster.data.survey import Answer, Pattern, Survey, remote_patterns
 from valohai_dagster.errors import ValohaiError
 from valohai_dagster.executions import ledger
+from valohai_dagster.executions.credentials import open_credentials
 from valohai_dagster.executions.dispatch import QueueEntry
 from valohai_dagster.executions.grants import GrantPlanner, job_of
 from valohai_dagster.executions.memory import Active, Details, Metrics
 from valohai_dagster.executions.preparation import Prepared, VariablesOf, choose_group, prepare
+from valohai_dagster.executions.remarks import settle_versions_of
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.stream import ExecutionStatus as Status
 from valohai_dagster.executions.stream import ExecutionView
@@ -37,10 +40,15 @@ class Admitted:
     ahead: int | None = None  # how many are before it, if it was queued now
     new: bool = False
     elsewhere: bool = False  # the shard is another conductor's
+    changed: Sequence[str] = ()  # warnings of inputs that have changed since their last use
 
 
 class Admission:
-    """Part of the service, on the records' thread."""
+    """Part of the service, on the records' thread.
+
+    An execution whose inputs lie in stores behind a network stays `created` until those have answered: `patterns_of`
+    tells what to ask, `settle` goes on with the answers.
+    """
 
     def __init__(
         self,
@@ -78,6 +86,7 @@ class Admission:
             ended = {"status": Status.crashed.value, "reason": reason, "ended_at": writing.now}
             writing.update(active, **ended)
             writing.change(active, status=Status.crashed)
+            settle_versions_of(writing, [active.id])
             return
         for created in self._identities(writing, [spec]):
             self._refuse(writing, created, spec, Status.crashed, reason)
@@ -135,22 +144,88 @@ class Admission:
         variables_of: VariablesOf,
     ) -> Admitted:
         try:
-            group, notices = choose_group(spec, self._settings)
-            prepared = prepare(
-                writing.conn,
-                spec,
-                created,
-                group=group,
-                notices=notices,
-                settings=self._settings,
-                stores=self._stores,
-                secret_key=self._secret_key,
-                variables_of=variables_of,
-            )
+            if self.patterns_of(spec):
+                return self._await_stores(writing, created, spec)
+            survey = Survey(self._stores)
+            prepared = self._prepare(writing, created, spec, variables_of, survey)
         except ValohaiError as error:
             view = self._refuse(writing, created, spec, Status.error, str(error))
             return Admitted(spec=spec, shard=created.shard, view=view, new=True)
         return self._queue(writing, created, spec, prepared)
+
+    def _prepare(
+        self,
+        writing: Writing,
+        created: ledger.Created,
+        spec: ExecutionSpec,
+        variables_of: VariablesOf,
+        survey: Survey,
+    ) -> Prepared:
+        group, notices = choose_group(spec, self._settings)
+        return prepare(
+            writing.conn,
+            spec,
+            created,
+            group=group,
+            notices=notices,
+            settings=self._settings,
+            stores=self._stores,
+            secret_key=self._secret_key,
+            variables_of=variables_of,
+            survey=survey,
+        )
+
+    # -- those that wait for stores ----------------------------------------------------------------------------
+    def patterns_of(self, spec: ExecutionSpec) -> list[Pattern]:
+        """What stores behind a network have to be asked before the execution can be queued."""
+        return remote_patterns(open_credentials(spec, self._secret_key), self._stores)
+
+    def _await_stores(
+        self, writing: Writing, created: ledger.Created, spec: ExecutionSpec
+    ) -> Admitted:
+        group, _ = choose_group(spec, self._settings)
+        row = ledger.execution_row(created, spec, group)
+        active = _active(created, group, Status.created, spec)
+        writing.change(active)
+        writing.keep_metrics(created.id, Metrics())
+        view = self._insert(writing, active, row, spec.project.name)
+        return Admitted(spec=spec, shard=created.shard, view=view, new=True)
+
+    def settle(
+        self, writing: Writing, execution_id: str, answers: Mapping[Pattern, Answer]
+    ) -> Admitted | None:
+        """Queues or refuses an execution that waited for stores; None when it does not wait any more."""
+        active = writing.find(execution_id)
+        if active is None or active.status is not Status.created:
+            return None
+        if not writing.is_mine(active.shard):
+            return None
+        writing.flush()
+        row = ledger.row_of(writing.conn, execution_id)
+        spec = ledger.spec_of(row)
+        identity = {"id": row.id, "shard": active.shard, "ctime": row.ctime}
+        created = ledger.Created(**identity, project_id=row.project_id, counter=row.counter)
+        survey = Survey(self._stores, answers)
+        try:
+            prepared = self._prepare(writing, created, spec, self._variables_now(writing), survey)
+        except ValohaiError as error:
+            ended = {"status": Status.error.value, "reason": str(error), "ended_at": writing.now}
+            writing.update(active, **ended)
+            writing.change(active, status=Status.error)
+            return Admitted(spec=spec, shard=active.shard, new=True)
+        job, sources = prepared.job, self._planner.seal_sources(prepared.sources)
+        changed = _active(created, job.group, Status.queued, spec)
+        queued = {"status": Status.queued.value, "qtime": writing.now, "group_name": job.group}
+        writing.update(active, job=job.model_dump(mode="json"), sources=sources, **queued)
+        writing.change(changed)
+        if inputs := ledger.input_rows(job, prepared.asked):
+            writing.insert(changed, t.execution_inputs, *inputs)
+        entry = QueueEntry(job=job, priority=spec.priority)
+        known = {"spec": spec, "shard": active.shard, "queue": entry}
+        return Admitted(**known, new=True, changed=prepared.changed)
+
+    def _variables_now(self, writing: Writing) -> VariablesOf:
+        return lambda groups: variables_of_groups(writing.conn, groups, self._secret_key)
 
     def _refuse(
         self,
@@ -177,14 +252,7 @@ class Admission:
             status=Status.queued.value,
             qtime=writing.now,
         )
-        active = Active(
-            id=created.id,
-            shard=created.shard,
-            group=job.group,
-            status=Status.queued,
-            priority=spec.priority,
-            condition=spec.stop_condition,
-        )
+        active = _active(created, job.group, Status.queued, spec)
         writing.change(active)
         known = {name: row[name] for name in ("id", "project_id", "image", "spec", "job")}
         writing.keep_details(Details(**known, sources=sources))
@@ -192,7 +260,8 @@ class Admission:
         inputs = ledger.input_rows(job, prepared.asked)
         view = self._insert(writing, active, row, spec.project.name, inputs=inputs)
         entry = QueueEntry(job=job, priority=spec.priority)
-        return Admitted(spec=spec, shard=created.shard, view=view, queue=entry, new=True)
+        known = {"spec": spec, "shard": created.shard, "view": view, "queue": entry}
+        return Admitted(**known, new=True, changed=prepared.changed)
 
     def _insert(
         self,
@@ -246,6 +315,17 @@ class Admission:
         views = views_of(writing.conn, wanted, datum_url=self._settings.datum_url)
         for key in wanted:
             answers[key] = replace(answers[key], view=views.get(key))
+
+
+def _active(created: ledger.Created, group: str, status: Status, spec: ExecutionSpec) -> Active:
+    return Active(
+        id=created.id,
+        shard=created.shard,
+        group=group,
+        status=status,
+        priority=spec.priority,
+        condition=spec.stop_condition,
+    )
 
 
 _NOBODY = dict.fromkeys(("worker", "host", "runtime", "end", "reason"))

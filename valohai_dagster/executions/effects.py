@@ -16,6 +16,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from valohai_agent import protocol as p
+from valohai_dagster.data.datums import learn_checksums
+from valohai_dagster.data.outside import note_content
 from valohai_dagster.data.printable import printable
 from valohai_dagster.data.sidecar_effects import apply_sidecar_effects
 from valohai_dagster.executions.lifecycle import status_after_finish, status_after_lease
@@ -138,7 +140,7 @@ def _(body: p.PhaseChanged, cause: Cause) -> list[FollowEvent]:
 def _(body: p.InputReady, cause: Cause) -> list[FollowEvent]:
     conn, c = cause.writing.touch(cause.active), t.execution_inputs.c
     mine = sa.and_(c.execution_id == cause.active.id, c.file_id == body.file_id)
-    uri = conn.execute(sa.select(c.uri).where(mine)).scalar_one_or_none()
+    known = conn.execute(sa.select(c.uri, c.datum_id, c.sha256).where(mine)).one_or_none()
     values = {
         "name": body.name,
         "size": body.size,
@@ -147,24 +149,21 @@ def _(body: p.InputReady, cause: Cause) -> list[FollowEvent]:
         **({"version": body.version} if body.version else {}),
     }
     conn.execute(t.execution_inputs.update().where(mine).values(**values))
-    if uri is None or not _changed_since_last_use(cause, uri, body.checksums.sha256):
+    if known is None:
         return []
-    text = f"the content of {uri} differs from its last use by an earlier execution"
-    return [cause.event(EventKind.warning, text)]
-
-
-def _changed_since_last_use(cause: Cause, uri: str, sha256: str | None) -> bool:
-    """I-32: outside content under one URI that is not what an earlier execution saw."""
-    c = t.execution_inputs.c
-    query = (
-        sa.select(c.sha256)
-        .join(t.executions, t.executions.c.id == c.execution_id)
-        .where(c.uri == uri, c.execution_id != cause.active.id, c.sha256.is_not(None))
-        .order_by(t.executions.c.ctime.desc())
-        .limit(1)
+    if known.datum_id is not None:
+        if known.sha256 is None:
+            learn_checksums(conn, known.datum_id, body.checksums)
+        return []
+    warning = note_content(
+        conn,
+        known.uri,
+        checksums=body.checksums,
+        size=body.size,
+        execution_id=cause.active.id,
+        now=cause.now,
     )
-    last = cause.writing.conn.execute(query).scalar_one_or_none()
-    return bool(sha256 and last and last != sha256)
+    return cause.warn(warning) if warning else []
 
 
 @_apply.register

@@ -15,8 +15,9 @@ from valohai_dagster.executions.reading import StreamReader
 from valohai_dagster.executions.shards import Shards
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.stops import Stops
-from valohai_dagster.executions.stream import ExecutionView
+from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
 from valohai_dagster.executions.submissions import Submission, parse_submission
+from valohai_dagster.executions.surveys import Surveys, changed_events
 from valohai_dagster.executions.writing import ShardLost
 
 log = logging.getLogger(__name__)
@@ -35,11 +36,13 @@ class Intake:
         shards: Shards,
         admission: Admission,
         stops: Stops,
+        surveys: Surveys,
     ) -> None:
         self._core = core
         self._shards = shards
         self._admission = admission
         self._stops = stops
+        self._surveys = surveys
         self._reader = StreamReader(core, shards, lambda shard: [core.keys.submissions(shard)])
         self._waiting: asyncio.Queue[tuple[ExecutionSpec, asyncio.Future[ExecutionView]]] = (
             asyncio.Queue()
@@ -167,9 +170,13 @@ class Intake:
                 outbox.tell(one.spec.execution_id, event)
             if one.view is not None and (standing or (one.new and one.view.status.final)):
                 outbox.tell(one.spec.execution_id, standing_event(one.view, now))
+            outbox.tell(one.spec.execution_id, *changed_events(self._core, one))
             if one.queue is not None:
                 outbox.queued.add(one.queue.job.group)
         await self._core.deliver(outbox)
+        for one in admitted:
+            if one.view is not None and one.view.status is ExecutionStatus.created:
+                self._surveys.begin(one.spec.execution_id)
 
 
 def _is_stop(item: tuple[str, Submission | None]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from valohai_agent.protocol import Job
+from valohai_dagster.data.outside import note_versions
 from valohai_dagster.data.resolve import ResolvedInputs, Source, resolve_inputs
 from valohai_dagster.data.secrets import (
     SecretKey,
@@ -21,6 +22,7 @@ from valohai_dagster.data.secrets import (
     unknown_groups,
     variable_groups,
 )
+from valohai_dagster.data.survey import Survey
 from valohai_dagster.errors import RefusedError, SpecError
 from valohai_dagster.executions.credentials import open_credentials
 from valohai_dagster.executions.ledger import Created
@@ -38,6 +40,7 @@ class Prepared:
     job: Job
     sources: dict[str, Source]  # by JobFile.id: how to mint a grant for it
     asked: dict[str, str]  # by JobFile.id: the URI that it was found by
+    changed: list[str]  # warnings of outside files that have changed since their last use (I-32)
 
 
 def choose_group(spec: ExecutionSpec, settings: Settings) -> tuple[str, list[str]]:
@@ -65,8 +68,9 @@ def prepare(
     stores: Stores,
     secret_key: SecretKey,
     variables_of: VariablesOf,
+    survey: Survey,
 ) -> Prepared:
-    """`variables_of`: the variables of groups, as `variables_of_groups` has them.
+    """`variables_of`: the variables of groups, as `variables_of_groups` has them. `survey`: what stores have answered.
 
     Raises `ProblemsError` or `RefusedError` with everything that is wrong.
     """
@@ -81,9 +85,12 @@ def prepare(
         stores=stores,
         group=settings.groups[group],
         project_id=created.project_id,
+        survey=survey,
     )
     policy = settings.groups[group]
     _require_reach(spec, resolved, stores, settings, group)
+    files = [file for item in resolved.inputs for file in item.files]
+    changed = note_versions(conn, files, execution_id=spec.execution_id, now=created.ctime)
     job = Job(
         execution_id=spec.execution_id,
         attempt=1,
@@ -118,10 +125,13 @@ def prepare(
             *spec.warnings,
             *notices,
             *resolved.warnings,
+            *changed,
             *(f"the environment variable group {name!r} is empty or unknown" for name in unknown),
         ],
     )
-    return Prepared(job=job, sources=dict(resolved.sources), asked=dict(resolved.asked))
+    return Prepared(
+        job=job, sources=dict(resolved.sources), asked=dict(resolved.asked), changed=changed
+    )
 
 
 def _require_reach(

@@ -123,6 +123,7 @@ class ExecutionService(ServiceCore):
                 self._serving.result()
         finally:
             self.groups.close()
+            await _certainly(self._surveys.leave())
             await _certainly(self.drain())
             self._minting.close()
             self.sweeper.close()

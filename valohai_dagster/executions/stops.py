@@ -54,7 +54,9 @@ class Stops:
         active = core.memory.active.get(execution_id)
         if active is None:
             return Outbox()  # it has ended, or has gone to another conductor, in this moment
-        withdrawn = active.token is None and await core.dispatch.withdraw(active.group, active.id)
+        withdrawn = active.status is ExecutionStatus.created or (
+            active.token is None and await core.dispatch.withdraw(active.group, active.id)
+        )
 
         def change(writing: Writing) -> Outbox:
             outbox = Outbox()

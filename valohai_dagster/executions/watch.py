@@ -64,7 +64,11 @@ class LeaseWatch:
 
     async def tick(self) -> None:
         await self._look_for_emptied_redis()
-        ours = [a for a in self._core.memory.all() if self._shards.may_write(a.shard)]
+        ours = [
+            a
+            for a in self._core.memory.all()
+            if self._shards.may_write(a.shard) and a.status is not ExecutionStatus.created
+        ]
         await self._look_at(self._in_turn(ours))
         await self._look_at_stops()
         await self._look_at_waiting([a for a in ours if a.status is ExecutionStatus.queued])
