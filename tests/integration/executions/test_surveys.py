@@ -81,7 +81,7 @@ def service(settings: Settings, far: FarStore) -> Iterator[RunningService]:
 
 
 def submit(service: RunningService, *uris: str) -> str:
-    spec = make_spec(inputs=[InputSpec(name="data", uris=list(uris))])
+    spec = make_spec(inputs=[InputSpec(name="data", uris=list(uris))] if uris else [])
     service.client.submit(spec)
     return spec.execution_id
 
