@@ -92,8 +92,8 @@ class ExecutionService(ServiceCore):
         admission = Admission(
             settings, records=records, stores=stores, planner=planner, secret_key=secret_key
         )
-        self._surveys = Surveys(self, self.shards, admission)
-        self._intake = Intake(self, self.shards, admission, self._stops, self._surveys)
+        self.surveys = Surveys(self, self.shards, admission)
+        self._intake = Intake(self, self.shards, admission, self._stops, self.surveys)
         self.sweeper = Sweeper(self, self.shards, secret_key)
         self._serving: asyncio.Future[None] | None = None
         self._leaving: asyncio.Future[None] | None = None
@@ -123,7 +123,7 @@ class ExecutionService(ServiceCore):
                 self._serving.result()
         finally:
             self.groups.close()
-            await _certainly(self._surveys.leave())
+            await _certainly(self.surveys.leave())
             await _certainly(self.drain())
             self._minting.close()
             self.sweeper.close()
@@ -168,7 +168,7 @@ class ExecutionService(ServiceCore):
 
     async def _tick(self) -> None:
         await self._watch.tick()
-        await self._surveys.look()
+        await self.surveys.look()
         await asyncio.sleep(TICK_SECONDS)
 
     # -- for the same process ----------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class Surveys:
             lambda: core.read(lambda conn: ledger.row_of(conn, execution_id)), "surveying"
         )
         patterns = self._admission.patterns_of(ledger.spec_of(row))
-        found = await asyncio.gather(*(self._ask(pattern) for pattern in patterns))
+        found = await asyncio.gather(*(self.ask(pattern) for pattern in patterns))
         answers = dict(zip(patterns, found, strict=True))
 
         def change(writing: Writing) -> tuple[Admitted | None, Outbox]:
@@ -121,7 +121,7 @@ class Surveys:
         await core.deliver(await self._shards.insist(lambda: core.transact(change), "giving up"))
 
     # -- stores ------------------------------------------------------------------------------------------------
-    async def _ask(self, pattern: Pattern) -> Answer:
+    async def ask(self, pattern: Pattern) -> Answer:
         """What the store answers; several executions that want the same are answered together."""
         future = self._asking.get(pattern)
         if future is None:

@@ -16,7 +16,9 @@ from tests.support.redis_server import RedisServer
 from tests.support.service import RunningService, make_spec, static_settings
 from valohai_agent import protocol as p
 from valohai_dagster.data.input_spec import InputSpec
+from valohai_dagster.data.survey import Pattern
 from valohai_dagster.errors import StoreUnavailable
+from valohai_dagster.executions.service import ExecutionService
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, ExecutionView, FollowEvent
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.base import ObjectStat
@@ -119,15 +121,19 @@ def test_a_slow_store_holds_up_nobody_else(
 
 
 def test_i03_executions_that_wait_for_the_same_are_answered_together(
-    service: RunningService, far: FarStore, redis_server: RedisServer
+    service: RunningService, far: FarStore
 ) -> None:
-    submitted = {submit(service, "s3://far/set/*") for _ in range(3)}
-    for execution_id in submitted:
-        service.events(execution_id, kinds(EventKind.snapshot))
     far.open.set()
-    agent = service.agent(redis_server)
-    assert {agent.take().job.execution_id for _ in submitted} == submitted
+    answers: list[object] = []
+
+    async def ask(running: ExecutionService) -> None:
+        answers.append(await running.surveys.ask(Pattern(store="far", key="set/*")))
+
+    service.call(ask, ask, ask)
     assert far.asked == ["set/"]
+    assert answers[0] is answers[1] is answers[2]
+    service.call(ask)
+    assert far.asked == ["set/", "set/"], "later ones see what is there then"
 
 
 def test_i38_a_store_that_is_down_refuses_the_execution_with_its_message(
