@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import time
+import uuid
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import parse_qsl, urlsplit
 
 import httpx
 import pytest
+from azure.core.credentials import AccessToken
 
+from tests.support.servers import kinds
 from tests.support.servers.kinds import AzureServer
 from tests.support.servers.stores import PART_BYTES, azure_store
+from tests.support.tls import Authority
 from valohai_agent.protocol import Parts, Transfer, block_id
 from valohai_dagster.errors import StoreBadKey, StoreError, StoreNotWritable, StoreUnavailable
 from valohai_dagster.stores.azure import AzureStore
@@ -110,6 +120,57 @@ def test_a_connection_string_does_as_well(azure_server: AzureServer, store: Azur
     other.put("a", b"content")
     assert call(other.sign_get("a", expires=HOUR)).content == b"content"
     assert other.uri("a").startswith(f"azure://{azure_server.account}/")
+
+
+USER_ID, TENANT_ID = str(uuid.uuid4()), str(uuid.uuid4())
+
+
+@dataclass
+class EntraUser:
+    """Tokens with the claims that Azurite looks at; the signature, which it does not check, is missing."""
+
+    asked: int = 0
+
+    def get_token(self, *scopes: str, **_options: Any) -> AccessToken:
+        self.asked += 1
+        now = int(time.time())
+        claims = {
+            "aud": "https://storage.azure.com",
+            "iss": f"https://sts.windows.net/{TENANT_ID}/",
+            "iat": now,
+            "nbf": now - 60,
+            "exp": now + 3600,
+            "oid": USER_ID,
+            "tid": TENANT_ID,
+        }
+        parts = ({"alg": "RS256", "typ": "JWT"}, claims)
+        words = [base64.urlsafe_b64encode(json.dumps(part).encode()) for part in parts]
+        token = b".".join([*(word.rstrip(b"=") for word in words), b"c2lnbmF0dXJl"])
+        return AccessToken(token.decode(), now + 3600)
+
+
+def test_without_the_accounts_key_a_delegation_key_signs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entra is played by a credential that makes its own tokens; Azurite takes them and hands out delegation keys.
+
+    It computes signatures made with those by the rules of an older version of the service, so the URL is looked at.
+    """
+    certificate = Authority(tmp_path).issue("azure")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate.authority))
+    user = EntraUser()
+    monkeypatch.setattr("azure.identity.DefaultAzureCredential", lambda: user)
+    with kinds.azurite(certificate=certificate) as server:
+        store = azure_store(server, account_key=None)
+        assert store.put("a", b"content") == store.stat("a")
+        url = urlsplit(store.sign_get("a", expires=HOUR).url)
+        asked = user.asked
+        store.sign_put("b", expires=timedelta(days=1))
+        assert user.asked == asked, "one key signs for days"
+    fields = dict(parse_qsl(url.query))
+    assert (fields["sp"], fields["sr"], fields["spr"]) == ("r", "b", "https")
+    assert (fields["skoid"], fields["sktid"]) == (USER_ID, TENANT_ID)
+    assert fields["ske"] > fields["se"]
 
 
 def test_backslashes_are_refused(store: AzureStore) -> None:

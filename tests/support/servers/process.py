@@ -1,4 +1,4 @@
-"""A server in a process of its own: started once it is asked for, ready when it answers, gone with `stop`."""
+"""A server in processes of its own, ready when it answers, gone when it is left."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 
 import httpx
 
@@ -35,6 +36,17 @@ class ServerProcess:
         self.name = name
         self.directory = directory or Path(tempfile.mkdtemp(prefix=f"vts-{name}-", dir="/tmp"))
         self._processes: list[tuple[subprocess.Popen[bytes], Path]] = []
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self.stop()
 
     def run(
         self,
@@ -71,7 +83,7 @@ class ServerProcess:
         for process, log in self._processes:
             assert process.poll() is None, f"{log.stem} ended with {process.returncode}"
         try:
-            httpx.get(url, trust_env=False, timeout=5)
+            httpx.get(url, trust_env=False, timeout=5, verify=False)
         except httpx.TransportError:
             return False
         return True
