@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 import typer
 
+from valohai_dagster.cli.trace import trace
 from valohai_dagster.data import aliases, datums, transfers
 from valohai_dagster.errors import NotFoundError, RefusedError
 from valohai_dagster.executions.ledger import ensure_project
@@ -141,6 +142,9 @@ def list_(
         )
     else:
         _print_table(found, names)
+
+
+app.command()(trace)
 
 
 @dataclass(frozen=True, kw_only=True)
