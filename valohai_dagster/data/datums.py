@@ -17,6 +17,7 @@ from valohai_dagster.records.tables import datum_aliases, datums
 from valohai_dagster.stores.registry import Stores
 
 SCHEME = "datum://"
+CHUNK = 500  # rows of one statement with a list of ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +146,31 @@ def add_tags(connection: sa.Connection, datum_id: str, tags: Sequence[str]) -> N
     )
 
 
-def purge_datum(connection: sa.Connection, stores: Stores, datum: Datum) -> None:
-    """Deletes the content and keeps the record (O-20). Marked first: a crash leaves content, never a lie."""
-    connection.execute(datums.update().where(datums.c.id == datum.id).values(purged=True))
+def remove_tags(connection: sa.Connection, datum_id: str, tags: Sequence[str]) -> None:
+    have = connection.execute(sa.select(datums.c.tags).where(datums.c.id == datum_id)).scalar_one()
+    kept = [tag for tag in have if tag not in tags]
+    connection.execute(datums.update().where(datums.c.id == datum_id).values(tags=kept))
+
+
+def mark_purged(connection: sa.Connection, datum_ids: Sequence[str], now: datetime) -> None:
+    """The records keep the datums, without content (O-20). Before `delete_content`: a crash in between leaves
+    content that nobody reads, never a record that lies.
+    """
+    for start in range(0, len(datum_ids), CHUNK):
+        these = datums.c.id.in_(datum_ids[start : start + CHUNK])
+        unpurged = sa.and_(these, datums.c.purged.is_(False))
+        connection.execute(datums.update().where(unpurged).values(purged=True, purged_at=now))
+
+
+def delete_content(stores: Stores, datum: Datum, *, adopted_too: bool = False) -> bool:
+    """Deletes what the store has, outside of any transaction; whether it did.
+
+    What was adopted belongs to somebody else and stays, unless that is asked for.
+    """
+    if datum.adopted and not adopted_too:
+        return False
     stores.get(datum.store).delete(datum.key)
+    return True
 
 
 def require_content(datum: Datum) -> Datum:

@@ -19,20 +19,12 @@ from valohai_agent.protocol import Checksums, JobFile, JobInput
 from valohai_dagster.data import datasets, models, placement
 from valohai_dagster.data.datums import Datum, get_datum, require_content
 from valohai_dagster.data.input_spec import InputSpec
-from valohai_dagster.data.survey import MAX_FILES, Pattern, Survey, pattern_of
+from valohai_dagster.data.survey import MAX_FILES, SETTINGS, Pattern, Survey, no_store, pattern_of
 from valohai_dagster.errors import RefusedError, ResolutionError, StoreError
 from valohai_dagster.settings import GroupSettings
 from valohai_dagster.stores.keys import check_key
 from valohai_dagster.stores.local import LocalStore
 from valohai_dagster.stores.registry import Stores
-
-# What to put into valohai.toml so that a URI without a store gets one, by scheme.
-_SETTING = {
-    "s3": 'kind = "s3", bucket = "{0}"',
-    "gs": 'kind = "gcs", bucket = "{0}"',
-    "azure": 'kind = "azure", account = "{0}", container = "{1}"',
-    "swift": 'kind = "swift", project = "{0}", container = "{1}"',
-}
 
 
 class Source(BaseModel):
@@ -111,7 +103,7 @@ class _Resolver:
             model = models.get_version(self.connection, uri, project_id=self.project_id)
             files = models.files_of(self.connection, model.id)
             yield from (_of_datum(datum, spec) for datum in files)
-        elif scheme in ("store", "file", *_SETTING):
+        elif scheme in ("store", "file", *SETTINGS):
             yield from self._objects(uri, spec)
         else:
             raise RefusedError(
@@ -122,7 +114,7 @@ class _Resolver:
     def _objects(self, uri: str, spec: InputSpec) -> Iterator[_Found]:
         served = pattern_of(uri, self.stores, spec)
         if served is None and not uri.startswith("file:"):
-            raise RefusedError(_no_store(uri, self.stores))
+            raise RefusedError(no_store(uri, self.stores))
         if served is None:
             yield from self._plain_files(uri, spec)
             return
@@ -272,20 +264,6 @@ def _of_datum(datum: Datum, spec: InputSpec) -> _Found:
         source=Source(store=datum.store, key=datum.key),
         size=datum.size,
         datum=datum,
-    )
-
-
-def _no_store(uri: str, stores: Stores) -> str:
-    """I-02: which setting would make a store serve it."""
-    scheme, _, rest = uri.partition("://")
-    if scheme.lower() == "store":
-        return f"there is no such store; known are {', '.join(stores) or 'none'}"
-    first, second, *_ = [*rest.split("/"), "", ""]
-    setting = _SETTING[scheme.lower()].format(first, second)
-    known = ", ".join(stores.get(name).uri("").rstrip("/") or name for name in stores)
-    return (
-        f"no store of the settings serves it; those that there are serve {known}. Add a section [stores.NAME] with "
-        f"{setting} to valohai.toml"
     )
 
 

@@ -20,6 +20,14 @@ from valohai_dagster.stores.registry import Stores
 MAX_FILES = 100_000  # of one execution; more belong into an archive (O-17)
 MAX_LISTED = 10 * MAX_FILES  # objects that a listing may go through to find them
 
+# What to put into valohai.toml so that a URI without a store gets one, by scheme.
+SETTINGS = {
+    "s3": 'kind = "s3", bucket = "{0}"',
+    "gs": 'kind = "gcs", bucket = "{0}"',
+    "azure": 'kind = "azure", account = "{0}", container = "{1}"',
+    "swift": 'kind = "swift", project = "{0}", container = "{1}"',
+}
+
 Answer = Union[Sequence[ObjectStat], ValohaiError]
 
 
@@ -112,6 +120,20 @@ def remote_patterns(inputs: Iterable[InputSpec], stores: Stores) -> list[Pattern
             if served is not None and served[0].kind != "local":
                 found[served[1]] = None
     return list(found)
+
+
+def no_store(uri: str, stores: Stores) -> str:
+    """I-02: which setting would make a store serve it."""
+    scheme, _, rest = uri.partition("://")
+    if scheme.lower() == "store":
+        return f"there is no such store; known are {', '.join(stores) or 'none'}"
+    known = ", ".join(stores.get(name).uri("").rstrip("/") or name for name in stores)
+    text = f"no store of the settings serves it; those that there are serve {known}"
+    setting = SETTINGS.get(scheme.lower(), 'kind = "http" or "local"')
+    first, second, *_ = [*rest.split("/"), "", ""]
+    return (
+        f"{text}. Add a section [stores.NAME] with {setting.format(first, second)} to valohai.toml"
+    )
 
 
 def _literal_prefix(wildcard: Wildcard) -> str:

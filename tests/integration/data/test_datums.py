@@ -66,10 +66,12 @@ def test_listing_is_newest_first_and_filters(place: Place) -> None:
 def test_o20_purge_deletes_the_content_and_keeps_the_record(place: Place) -> None:
     datum = place.datum("a")
     with place.records.write() as connection:
-        datums.purge_datum(connection, place.stores, datum)
+        datums.mark_purged(connection, [datum.id], NOW)
+    assert datums.delete_content(place.stores, datum)
     assert place.stores.default.stat(datum.key) is None
     kept = found(place, datum.id)
     assert kept.purged
+    assert kept.purged_at == NOW
     with pytest.raises(RefusedError, match=r"\(a\): the content was purged"):
         datums.require_content(kept)
 
@@ -127,3 +129,19 @@ def test_o09_a_bad_alias_is_named_and_ignored(place: Place, alias: object) -> No
     assert "is no datum alias" in warning
     with place.records.read() as connection:
         assert datums.aliases_of(connection, [datum.id]) == {}
+
+
+def test_what_was_adopted_is_deleted_only_when_asked(place: Place) -> None:
+    datum = place.datum("a", adopted=True)
+    assert not datums.delete_content(place.stores, datum)
+    assert place.stores.default.stat(datum.key) is not None
+    assert datums.delete_content(place.stores, datum, adopted_too=True)
+    assert place.stores.default.stat(datum.key) is None
+
+
+def test_o25_tags_come_and_go(place: Place) -> None:
+    datum = place.datum("a", tags=["x"])
+    with place.records.write() as connection:
+        datums.add_tags(connection, datum.id, ["y", "x"])
+        datums.remove_tags(connection, datum.id, ["x", "none"])
+    assert found(place, datum.id).tags == ["y"]

@@ -11,7 +11,7 @@ import pytest
 from tests.integration.data.conftest import NOW, Place
 from valohai_dagster.data import datasets, models
 from valohai_dagster.data.aliases import set_alias
-from valohai_dagster.data.datums import purge_datum
+from valohai_dagster.data.datums import mark_purged
 from valohai_dagster.data.input_spec import InputSpec
 from valohai_dagster.data.resolve import Source, resolve_inputs
 from valohai_dagster.data.survey import Pattern, Survey, look, remote_patterns
@@ -285,7 +285,7 @@ def test_i37_i38_optional_inputs_may_be_empty(place: Place) -> None:
 def test_i38_every_problem_is_told_at_once_with_its_uri(place: Place) -> None:
     purged = place.datum("gone.csv")
     with place.records.write() as connection:
-        purge_datum(connection, place.stores, purged)
+        mark_purged(connection, [purged.id], NOW)
     unknown = "00000000-0000-4000-8000-000000000000"
     found = problems(
         place,

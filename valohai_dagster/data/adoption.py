@@ -1,0 +1,187 @@
+"""Existing objects of a store become datums where they are, without being copied (I-40)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import BinaryIO, cast
+
+import sqlalchemy as sa
+
+from valohai_agent.protocol import Checksums
+from valohai_dagster.data.datums import CHUNK, Datum, new_id
+from valohai_dagster.data.input_spec import InputSpec
+from valohai_dagster.data.placement import place
+from valohai_dagster.data.survey import Pattern, look, no_store, pattern_of
+from valohai_dagster.data.transfers import CHUNK_BYTES, HashingReader, Progress
+from valohai_dagster.errors import RefusedError, StoreError
+from valohai_dagster.records.engine import Records
+from valohai_dagster.records.tables import datums
+from valohai_dagster.stores.base import ObjectStat, Store
+from valohai_dagster.stores.keys import check_key
+from valohai_dagster.stores.registry import Stores
+
+NOT_FOUND = "adoptable_file_not_found"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """An object that is to become a datum."""
+
+    url: str  # as it was asked for, maybe with a wildcard
+    store: Store
+    stat: ObjectStat
+    name: str
+
+    @property
+    def uri(self) -> str:
+        return self.store.uri(self.stat.key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """A URL that cannot be adopted; `code` is for programs."""
+
+    url: str
+    message: str
+    code: str | None = None
+
+
+@dataclass(kw_only=True)
+class Adoption:
+    """By URI of each object: the datum that it became, or was already."""
+
+    created: dict[str, Datum] = field(default_factory=dict)
+    existing: dict[str, Datum] = field(default_factory=dict)
+
+
+def find_candidates(urls: Sequence[str], stores: Stores) -> tuple[list[Candidate], list[Missing]]:
+    """Asks the stores; wildcards as in inputs (I-03), names are those below the wildcard's directory."""
+    found: dict[str, Candidate] = {}
+    missing: list[Missing] = []
+    for url in urls:
+        try:
+            objects = list(_candidates(url, stores))
+        except (RefusedError, StoreError, ValueError) as error:
+            missing.append(Missing(url=url, message=f"{url}: {error}"))
+            continue
+        if not objects:
+            text = f"{url}: there is no such file in the store"
+            missing.append(Missing(url=url, message=text, code=NOT_FOUND))
+        found.update((candidate.uri, candidate) for candidate in objects)
+    return list(found.values()), missing
+
+
+def _candidates(url: str, stores: Stores) -> list[Candidate]:
+    served = pattern_of(url, stores, InputSpec(name="adopted", keep_directories="suffix"))
+    if served is None:
+        raise RefusedError(no_store(url, stores))
+    store, pattern = served
+    wildcard = pattern.wildcard
+    objects = look(store, pattern) if wildcard else _one(store, pattern)
+    root = wildcard.root if wildcard else ""
+    return [
+        Candidate(
+            url=url,
+            store=store,
+            stat=stat,
+            name=check_key(place(stat.key, keep="suffix", root=root)),
+        )
+        for stat in objects
+    ]
+
+
+def _one(store: Store, pattern: Pattern) -> list[ObjectStat]:
+    found = store.stat(check_key(pattern.key, store=store.name))
+    return [found] if found else []
+
+
+def adopt(
+    records: Records,
+    candidates: Sequence[Candidate],
+    *,
+    project_id: str | None,
+    tags: Sequence[str] = (),
+    checksums_of: Callable[[Candidate], Checksums] | None = None,
+    now: datetime,
+) -> Adoption:
+    """Records them; what is a datum already is left as it is. `checksums_of` reads an object through."""
+    adoption = Adoption()
+    for start in range(0, len(candidates), CHUNK):
+        part = candidates[start : start + CHUNK]
+        with records.read() as connection:
+            known = _known(connection, part)
+        sums = {c.uri: checksums_of(c) for c in part if checksums_of and c.uri not in known}
+        with records.write() as connection:
+            known = _known(connection, part)
+            made = [
+                _datum(c, sums.get(c.uri), project_id, tags, now)
+                for c in part
+                if c.uri not in known
+            ]
+            if made:
+                rows = [
+                    {column.name: getattr(datum, column.name) for column in datums.columns}
+                    for datum in made
+                ]
+                connection.execute(datums.insert(), rows)
+        adoption.existing.update(known)
+        uris = [c.uri for c in part if c.uri not in known]
+        adoption.created.update(zip(uris, made, strict=True))
+    return adoption
+
+
+def read_checksums(candidate: Candidate, progress: Progress | None = None) -> Checksums:
+    """Reads the whole object, in constant memory; raises `StoreError` when it changes meanwhile."""
+    with candidate.store.open(candidate.stat.key) as source:
+        reader = HashingReader(cast("BinaryIO", source), progress)
+        while reader.read(CHUNK_BYTES):
+            pass
+    if reader.size != candidate.stat.size:
+        raise StoreError(
+            f"{candidate.uri} has {reader.size} bytes, was listed with {candidate.stat.size}: it changes right now; "
+            "adopt it when it is finished",
+            store=candidate.store.name,
+        )
+    return reader.checksums()
+
+
+def _known(connection: sa.Connection, part: Sequence[Candidate]) -> dict[str, Datum]:
+    """Datums with content at these places, the oldest of each, by URI."""
+    uris = {(c.store.name, c.stat.key): c.uri for c in part}
+    c = datums.c
+    query = (
+        sa.select(datums)
+        .where(c.key.in_([key for _, key in uris]), c.purged.is_(False))
+        .order_by(c.ctime.desc())
+    )
+    rows = connection.execute(query).mappings()
+    return {
+        uris[row["store"], row["key"]]: Datum(**row)
+        for row in rows
+        if (row["store"], row["key"]) in uris
+    }
+
+
+def _datum(
+    candidate: Candidate,
+    checksums: Checksums | None,
+    project_id: str | None,
+    tags: Sequence[str],
+    now: datetime,
+) -> Datum:
+    stat = candidate.stat
+    return Datum(
+        id=new_id(),
+        name=candidate.name,
+        size=stat.size,
+        store=candidate.store.name,
+        key=stat.key,
+        project_id=project_id,
+        ctime=now,
+        tags=list(dict.fromkeys(tags)),
+        adopted=True,
+        file_mtime=stat.mtime,
+        **(checksums or Checksums()).model_dump(),
+    )
