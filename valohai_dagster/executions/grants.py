@@ -31,7 +31,6 @@ from valohai_dagster.executions.parted import open_parts
 from valohai_dagster.executions.reach import out_of_reach
 from valohai_dagster.executions.wishes import Get, MoreParts, Put, Wish
 from valohai_dagster.executions.writing import Writing
-from valohai_dagster.records import tables as t
 from valohai_dagster.settings import Settings
 from valohai_dagster.stores.registry import Stores
 
@@ -166,7 +165,8 @@ class GrantPlanner:
 
     def _more_parts(self, writing: Writing, active: Active, request: GrantRequest) -> MoreParts:
         """Only for what this very attempt began and nobody has accepted or swept."""
-        conn = writing.touch(active, t.grants)
+        writing.flush()  # an acceptance may be in the same batch
+        conn = writing.touch(active)
         found = uploads.unfinished(conn, active, request.name)
         if found is None or found.parts is None:
             raise RefusedError(

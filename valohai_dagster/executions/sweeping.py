@@ -89,6 +89,7 @@ class Sweeper:
         self._core = core
         self._shards = shards
         self._secret_key = secret_key
+        self.clock = core.clock
         self._mark: Mark | None = None
         self._rests: dict[str, _Rest] = {}
         self._working: dict[str, asyncio.Future[None]] = {}
@@ -107,7 +108,7 @@ class Sweeper:
         shards = [shard for shard in self._shards.held if self._shards.may_write(shard)]
         if not shards:
             return False
-        core, now = self._core, self._core.clock()
+        core, now = self._core, self.clock()
         before = now - timedelta(seconds=core.settings.sweep_after_seconds)
         resting = [name for name, rest in self._rests.items() if rest.until > now]
         mark = self._mark
@@ -158,7 +159,7 @@ class Sweeper:
             return
         known = self._rests.get(store)
         length = FIRST_REST if known is None else min(known.length * 2, LONGEST_REST)
-        self._rests[store] = _Rest(until=self._core.clock() + length, length=length)
+        self._rests[store] = _Rest(until=self.clock() + length, length=length)
         log.warning(
             "%d unreported uploads stay in the store %r for now, the next try is in %.0f s: %s",
             len(swept.failures),
