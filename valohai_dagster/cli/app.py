@@ -23,6 +23,7 @@ COMMANDS = {
     "outputs": ("outputs", "outputs"),
     "metrics": ("metrics", "metrics"),
     "data": ("data", "app"),
+    "stores": ("stores", "app"),
     "secrets": ("secrets", "app"),
     "agents": ("agents", "app"),
     "conductor": ("conductor", "conductor"),

@@ -1,0 +1,107 @@
+"""`valohai-dagster stores`: what lies in stores that nobody has a record of."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from datetime import datetime, timedelta, timezone
+from typing import Annotated
+
+import typer
+
+from valohai_dagster.data.secrets import load_secret_key
+from valohai_dagster.executions.sweeping import remove_leftovers
+from valohai_dagster.executions.uploads import Leftover, leftovers, mark_swept
+from valohai_dagster.records.engine import Records, open_records
+from valohai_dagster.settings import Settings, load_settings
+from valohai_dagster.stores.registry import open_stores
+
+AT_ONCE = 500
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="The stores, and what is left over in them."
+)
+
+
+@app.callback()
+def root() -> None:
+    pass
+
+
+@app.command()
+def sweep(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would be removed.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Removes uploads that were granted to executions and never reported, such as those of killed workers.
+
+    Conductors do so by themselves; this does it now. Uploads are left alone while their attempt may go on, and until
+    `sweep_after_seconds` after the end of their last URL. What belongs to an output or a log is never touched.
+    """
+    settings = load_settings()
+    records = open_records(settings)
+    try:
+        found = _find(records, settings)
+        failures = {} if dry_run else _remove(records, settings, found)
+    finally:
+        records.close()
+    if as_json:
+        typer.echo(json.dumps(_described(found, failures, dry_run), indent=2))
+    else:
+        _print(found, failures, dry_run)
+    if failures:
+        sys.exit(1)
+
+
+def _find(records: Records, settings: Settings) -> list[Leftover]:
+    before = datetime.now(timezone.utc) - timedelta(seconds=settings.sweep_after_seconds)
+    found: list[Leftover] = []
+    with records.read() as conn:
+        while True:
+            mark = (found[-1].expires_at, found[-1].upload_id) if found else None
+            more = leftovers(conn, before=before, limit=AT_ONCE, after=mark)
+            found += more
+            if len(more) < AT_ONCE:
+                return found
+
+
+def _remove(records: Records, settings: Settings, found: list[Leftover]) -> dict[str, str]:
+    """Why some could not be removed, by upload id."""
+    swept = remove_leftovers(found, open_stores(settings), load_secret_key(settings))
+    for start in range(0, len(swept.removed), AT_ONCE):
+        with records.write() as conn:
+            mark_swept(conn, swept.removed[start : start + AT_ONCE], datetime.now(timezone.utc))
+    return swept.failures
+
+
+def _described(found: list[Leftover], failures: dict[str, str], dry_run: bool) -> dict[str, object]:
+    return {
+        "dry_run": dry_run,
+        "uploads": [
+            {
+                "id": item.upload_id,
+                "execution": item.execution_id,
+                "attempt": item.attempt,
+                "kind": item.kind,
+                "name": item.name,
+                "store": item.store,
+                "key": item.key,
+                "expired_at": item.expires_at.isoformat(),
+                "removed": not dry_run and item.upload_id not in failures,
+                "problem": failures.get(item.upload_id),
+            }
+            for item in found
+        ],
+    }
+
+
+def _print(found: list[Leftover], failures: dict[str, str], dry_run: bool) -> None:
+    for item in found:
+        typer.echo(f"{item.store}  {item.key}")
+    for problem, number in Counter(failures.values()).items():
+        typer.echo(f"error: {number} could not be removed: {problem}", err=True)
+    verb = "would be removed" if dry_run else "removed"
+    typer.echo(f"{len(found) - len(failures)} unreported uploads {verb}", err=True)
