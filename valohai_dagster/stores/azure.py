@@ -62,12 +62,14 @@ class AzureStore(RemoteStore):
         return self._signed(key, "r", expires)
 
     def sign_put(self, key: str, *, expires: timedelta, size: int | None = None) -> Transfer:
+        self.refuse_readonly()
         headers = {"x-ms-blob-type": "BlockBlob", **FRESH}
         return self._signed(key, "c", expires, method="PUT", headers=headers)
 
     def begin_parts(self, key: str, *, size: int) -> PartedUpload | None:
         """Asks nothing of the service: blocks need no beginning."""
         self.check(key)
+        self.refuse_readonly()
         wanted = self._section.part_bytes
         if size <= wanted:
             return None

@@ -59,6 +59,7 @@ class GcsStore(RemoteStore):
 
     def sign_put(self, key: str, *, expires: timedelta, size: int | None = None) -> Transfer:
         """Fails when the object exists (O-02), and for more than `size` bytes."""
+        self.refuse_readonly()
         headers = {"x-goog-if-generation-match": "0"}
         if size is not None:
             headers["x-goog-content-length-range"] = f"0,{size}"

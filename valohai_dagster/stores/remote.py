@@ -83,6 +83,12 @@ class RemoteStore:
         except StoreBadKey:
             return False
 
+    def refuse_readonly(self) -> None:
+        if self.readonly:
+            raise StoreNotWritable(
+                f"the store {self.name!r} is set readonly in [stores.{self.name}]", store=self.name
+            )
+
     # -- errors -------------------------------------------------------------------------------------------------
 
     def status_of(self, error: Exception) -> int | None:
@@ -99,10 +105,8 @@ class RemoteStore:
     @contextmanager
     def explained(self, what: str, *, writing: bool = False) -> Iterator[None]:
         """Turns the library's errors within into ours, which say what was tried and what to do."""
-        if writing and self.readonly:
-            raise StoreNotWritable(
-                f"the store {self.name!r} is set readonly in [stores.{self.name}]", store=self.name
-            )
+        if writing:
+            self.refuse_readonly()
         try:
             yield
         except StoreError:
