@@ -84,6 +84,10 @@ class Keys:
         """Counts the jobs that were queued; makes the queue first in, first out."""
         return self.group_prefix(group) + "sequence"
 
+    def passed(self, group: str) -> str:
+        """Hash: how often a waiting job was passed over for one whose inputs the taker had."""
+        return self.group_prefix(group) + "passed"
+
     def roster(self, group: str) -> str:
         """Set of the names of workers that checked in; names whose entry has expired are removed on reading."""
         return self.group_prefix(group) + "roster"
@@ -147,7 +151,7 @@ def digest(text: str) -> str:
 
 
 MARK_CHARACTERS = 12  # of a content's name in the queue: enough for a preference
-MAX_INPUT_MARKS = 64  # of one job's inputs, the largest
+MAX_INPUT_MARKS = 24  # of one job's inputs, the largest
 
 
 def name_digest(name: str) -> str:

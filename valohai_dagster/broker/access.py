@@ -50,6 +50,7 @@ def agent_rules(keys: Keys, group: str, *, version: tuple[int, ...] = (7, 2)) ->
         f"(+hget +hmget +hset +pexpire +exists ~{lease} ~{worker})",
         f"(+sadd ~{keys.roster(group)})",
         f"(+zrange +zrem ~{ready})",
+        f"(+hmget +hincrby +hdel ~{keys.passed(group)})",
         f"(+blpop ~{bell})",
         f"(+xread +xrange %R~{command} %R~{grant})",
         f"(+del %W~{grant})",

@@ -22,31 +22,80 @@ local function heartbeat(keys, args)
   return 1
 end
 
+local WINDOW = 12      -- ready jobs that are looked at
+local MAX_PASSED = 8   -- times that a job lets one from behind go first
+local PRIORITY = 1e12  -- jobs whose scores differ by less have one class and priority
+
+-- Ready jobs that the caller can run: the first one and, where `several`, those of its class and priority.
+local function choices(ready, prefix, lowest, highest, several)
+  local found, rank = {}, nil
+  local entries = redis.call('ZRANGE', ready, 0, WINDOW - 1, 'WITHSCORES')
+  for i = 1, #entries, 2 do
+    local id, its_rank = entries[i], math.floor(tonumber(entries[i + 1]) / PRIORITY)
+    local job = redis.call('HMGET', prefix .. 'job:' .. id, 'attempt', 'v', 'inputs')
+    if not job[1] then
+      redis.call('ZREM', ready, id)
+    elseif rank and rank ~= its_rank then
+      break
+    elseif redis.call('EXISTS', prefix .. 'lease:' .. id) == 0 then
+      local v = tonumber(job[2])
+      if v >= lowest and v <= highest then
+        rank = its_rank
+        found[#found + 1] = {id = id, attempt = job[1], inputs = job[3] or ''}
+        if not several then break end
+      end
+    end
+  end
+  return found
+end
+
+-- Which of them has most bytes of its inputs among the marks that the worker holds; the first one of equals. Nobody
+-- goes before a job that has been passed over too often. An agent's user that has no rights on the counts (older than
+-- these) gets the first.
+local function preferred(found, prefix, cached)
+  local held, best, most, ids, any = {}, 1, 0, {}, false
+  for _, job in ipairs(found) do any = any or job.inputs ~= '' end
+  if not any then return 1 end
+  for mark in string.gmatch(cached, '[^,]+') do held[mark] = true end
+  for i, job in ipairs(found) do
+    local bytes = 0
+    for mark, size in string.gmatch(job.inputs, '(%x+) (%d+)') do
+      if held[mark] then bytes = bytes + tonumber(size) end
+    end
+    job.bytes, ids[i] = bytes, job.id
+    if bytes > most then best, most = i, bytes end
+  end
+  if best == 1 then return 1 end
+  local passed = redis.pcall('HMGET', prefix .. 'passed', unpack(ids))
+  if passed.err then return 1 end
+  best, most = 1, found[1].bytes
+  for i = 1, #found do
+    if found[i].bytes > most then best, most = i, found[i].bytes end
+    if tonumber(passed[i] or '0') >= MAX_PASSED then break end
+  end
+  for i = 1, best - 1 do redis.call('HINCRBY', prefix .. 'passed', ids[i], 1) end
+  return best
+end
+
 -- KEYS: ready set, worker entry. ARGS: group prefix, worker, incarnation, token, public key, lease_ms,
 -- protocol_min, protocol_max. Returns {} or {execution id, job JSON, attempt}.
 -- The job leaves the ready set and its lease is written in this one step: a worker that dies right after
 -- still holds a lease that expires.
 local function take(keys, args)
-  local prefix, worker, incarnation, token = args[1], args[2], args[3], args[4]
-  local entry = redis.call('HMGET', keys[2], 'incarnation', 'state')
-  if entry[1] ~= incarnation or entry[2] == 'draining' then return {} end
-  for _, id in ipairs(redis.call('ZRANGE', keys[1], 0, 15)) do
-    local job = redis.call('HMGET', prefix .. 'job:' .. id, 'job', 'attempt', 'v')
-    local lease = prefix .. 'lease:' .. id
-    if not job[1] then
-      redis.call('ZREM', keys[1], id)
-    elseif redis.call('EXISTS', lease) == 0 then
-      local v = tonumber(job[3])
-      if v >= tonumber(args[7]) and v <= tonumber(args[8]) then
-        redis.call('ZREM', keys[1], id)
-        redis.call('HSET', lease, 'worker', worker, 'incarnation', incarnation, 'token', token,
-          'attempt', job[2], 'public_key', args[5], 'taken_ms', tostring(now_ms()), 'phase', 'leased')
-        redis.call('PEXPIRE', lease, tonumber(args[6]))
-        return {id, job[1], job[2]}
-      end
-    end
-  end
-  return {}
+  local prefix = args[1]
+  local entry = redis.call('HMGET', keys[2], 'incarnation', 'state', 'cached')
+  if entry[1] ~= args[3] or entry[2] == 'draining' then return {} end
+  local cached = entry[3] or ''
+  local found = choices(keys[1], prefix, tonumber(args[7]), tonumber(args[8]), cached ~= '')
+  if #found == 0 then return {} end
+  local job = found[#found > 1 and preferred(found, prefix, cached) or 1]
+  local lease = prefix .. 'lease:' .. job.id
+  redis.call('ZREM', keys[1], job.id)
+  if cached ~= '' then redis.pcall('HDEL', prefix .. 'passed', job.id) end
+  redis.call('HSET', lease, 'worker', args[2], 'incarnation', args[3], 'token', args[4],
+    'attempt', job.attempt, 'public_key', args[5], 'taken_ms', tostring(now_ms()), 'phase', 'leased')
+  redis.call('PEXPIRE', lease, tonumber(args[6]))
+  return {job.id, redis.call('HGET', prefix .. 'job:' .. job.id, 'job'), job.attempt}
 end
 
 -- KEYS: lease, job. ARGS: worker, incarnation, token, attempt, public key, lease_ms, phase.
@@ -87,7 +136,8 @@ local function collect_grants(keys, args)
   return out
 end
 
--- KEYS: ready set, job, lease, sequence, bell. ARGS: execution id, job JSON, attempt, version, base score, force.
+-- KEYS: ready set, job, lease, sequence, bell. ARGS: execution id, job JSON, attempt, version, base score, force, and
+-- what its inputs are (`mark bytes,...`; an older control plane does not say).
 -- Puts a job into the queue, behind all of its class and priority, and wakes an agent. Does nothing while a later
 -- attempt is known, nor, without force, the same one. Returns {1, how many are ahead} or {0, 0}.
 local function enqueue(keys, args)
@@ -95,7 +145,7 @@ local function enqueue(keys, args)
   local attempt = tonumber(args[3])
   if known > attempt or (known == attempt and args[6] ~= '1') then return {0, 0} end
   if attempt > known then redis.call('DEL', keys[3]) end
-  redis.call('HSET', keys[2], 'job', args[2], 'attempt', args[3], 'v', args[4])
+  redis.call('HSET', keys[2], 'job', args[2], 'attempt', args[3], 'v', args[4], 'inputs', args[7] or '')
   redis.call('ZADD', keys[1], tonumber(args[5]) + redis.call('INCR', keys[4]), args[1])
   redis.call('RPUSH', keys[5], '1')
   redis.call('LTRIM', keys[5], -64, -1)

@@ -5,6 +5,7 @@ Thin: each method is one step of the protocol; what to do and when is decided el
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -14,11 +15,13 @@ from typing import Any
 import redis.asyncio as aioredis
 
 from valohai_agent.protocol import (
+    MAX_INPUT_MARKS,
     PROTOCOL_VERSION,
     Command,
     Job,
     Keys,
     Worker,
+    content_mark,
     ready_score,
 )
 from valohai_dagster.executions.memory import Recent
@@ -76,7 +79,7 @@ class Dispatch:
             *(keys.ready(group), keys.job(group, exec_id), keys.lease(group, exec_id)),
             *(keys.sequence(group), keys.bell(group)),
             *(exec_id, job.model_dump_json(), job.attempt, PROTOCOL_VERSION),
-            *(int(base), "1" if entry.force else "0"),
+            *(int(base), "1" if entry.force else "0", input_marks(job)),
         )
 
     async def withdraw(self, group: str, execution_id: str) -> bool:
@@ -208,6 +211,7 @@ class Dispatch:
         """Removes an ended execution's keys; its live log stays readable for a while."""
         keys = self.keys
         pipe.zrem(keys.ready(group), execution_id)
+        pipe.hdel(keys.passed(group), execution_id)
         pipe.delete(
             keys.job(group, execution_id),
             keys.lease(group, execution_id),
@@ -236,6 +240,19 @@ class Dispatch:
             await self.redis.srem(roster, *gone)
         found = [worker for fields in entries if (worker := _worker(fields, group))]
         return {worker.name: worker for worker in found}
+
+
+def input_marks(job: Job) -> str:
+    """What the queue compares with the caches of workers: marks and sizes of the job's largest inputs."""
+    sizes = (
+        (file.size, name)
+        for item in job.inputs
+        if item.download == "always"
+        for file in item.files
+        if file.size and (name := file.content_name)
+    )
+    largest = heapq.nlargest(MAX_INPUT_MARKS, sizes)
+    return ",".join(f"{content_mark(name)} {size}" for size, name in largest)
 
 
 def _by_group(items: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:

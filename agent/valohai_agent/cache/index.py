@@ -107,10 +107,10 @@ class Index:
         ]
 
     def marks(self, limit: int) -> list[str]:
-        """Short digests of the names of the largest contents (`content_mark`), at most `limit`."""
+        """Short digests of the names of the `limit` largest contents (`content_mark`): each has one or two."""
         largest = "SELECT sha256 FROM content ORDER BY size DESC LIMIT ?"
         query = f"SELECT substr(digest, 1, {MARK_CHARACTERS}) FROM names WHERE sha256 IN ({largest}) LIMIT ?"  # noqa: S608
-        return [row[0] for row in self._rows(query, [limit, limit])]
+        return [row[0] for row in self._rows(query, [limit, 2 * limit])]
 
     def unverified(self, before: float) -> Content | None:
         """The one whose bytes were looked at longest ago, if that was earlier than `before`."""

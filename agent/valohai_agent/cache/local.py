@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 DISK_MARK = 0.80  # I-35
 ORPHAN_SECONDS = 600.0  # a content without an entry may be on its way into the index for so long
-MARKS = 300  # of contents that this machine tells the queue about
+MARKS = 150  # contents that this machine tells the queue about, the largest
 BATCH = 256  # entries looked at together for eviction
 CHUNK_BYTES = 1024 * 1024
 
