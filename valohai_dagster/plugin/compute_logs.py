@@ -38,7 +38,7 @@ from valohai_dagster.plugin.compat import (
     finish_subscription,
     tagged_ops,
 )
-from valohai_dagster.plugin.log_sections import Position, Stream, read_sections
+from valohai_dagster.plugin.log_sections import Position, Stream, read_sections, stream_from
 from valohai_dagster.plugin.log_source import LogIndex, ServiceLogs
 from valohai_dagster.plugin.step_tag import STEP_TAG
 
@@ -169,13 +169,14 @@ class ValohaiComputeLogManager(LocalComputeLogManager):
         if not self.index(log_key).sections:
             return self._local.get_log_data_for_type(log_key, io_type, offset or 0, max_bytes)
         start = offset or 0
-        whole = self._whole(log_key, "stdout" if io_type == ComputeIOType.STDOUT else "stderr")
-        data = whole[start : None if max_bytes is None else start + max_bytes]
-        return data, start + len(data)
-
-    def _whole(self, log_key: Sequence[str], stream: Stream) -> bytes:
-        chunk = read_sections(self.index(log_key).sections, None, self._logs, None)
-        return getattr(chunk, stream)
+        data = bytearray()
+        stream: Stream = "stdout" if io_type == ComputeIOType.STDOUT else "stderr"
+        for piece in stream_from(self.index(log_key).sections, stream, self._logs, start):
+            data += piece
+            if max_bytes is not None and len(data) >= max_bytes:
+                del data[max_bytes:]
+                break
+        return bytes(data), start + len(data)
 
     def is_capture_complete(self, log_key: Sequence[str]) -> bool:
         """Whether no more can come: the process that followed has ended, and so have its executions."""
@@ -213,7 +214,9 @@ class ValohaiComputeLogManager(LocalComputeLogManager):
         name = hashlib.sha256("/".join(log_key).encode()).hexdigest()[:32]
         path = Path(self._base_dir).resolve() / "downloads" / f"{name}.{extension}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self._whole(log_key, _EXTENSIONS[extension]))
+        pieces = stream_from(self.index(log_key).sections, _EXTENSIONS[extension], self._logs)
+        with path.open("wb") as file:
+            file.writelines(pieces)
         return str(path)
 
     def delete_logs(

@@ -11,12 +11,13 @@ in the local capture (`12:0`, Dagster's own form) where that is shown too.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 Stream = Literal["stdout", "stderr"]
 STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
+PIECE = 1 << 20  # bytes read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class LogSection:
     title: str = ""
     group: str = ""
     stored: Mapping[str, StoredLog] = field(default_factory=dict)
+    removed: Mapping[str, str] = field(default_factory=dict)  # stream -> when retention deleted it
     ended: bool = False
 
 
@@ -102,6 +104,31 @@ def read_sections(
         for stream in STREAMS:
             out[stream] += _divider(out[stream], sections[at.section])
     return Chunk(stdout=bytes(out["stdout"]), stderr=bytes(out["stderr"]), position=at)
+
+
+def stream_from(
+    sections: Sequence[LogSection], stream: Stream, source: LogSource, offset: int = 0
+) -> Iterator[bytes]:
+    """One stream of all sections as one file, from an offset on, a piece at a time; as `read_sections` joins them."""
+    last = bytearray()
+    for number, section in enumerate(sections):
+        if number:
+            divider = _divider(last, section)
+            if offset < len(divider):
+                yield divider[offset:]
+            offset = max(0, offset - len(divider))
+        stored = section.stored.get(stream)
+        if stored is not None and offset >= stored.size:
+            offset -= stored.size
+            last = bytearray(source.read(section, stream, max(0, stored.size - 1), 1)[0])
+            continue
+        at, offset = offset, 0
+        while True:
+            data, after = source.read(section, stream, at, PIECE)
+            if not data:
+                break
+            yield data
+            last, at = bytearray(data[-1:]), after
 
 
 def _finished(section: LogSection, at: Position) -> bool:

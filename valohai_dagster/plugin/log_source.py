@@ -14,6 +14,7 @@ from valohai_dagster.plugin.log_sections import STREAMS, LogSection, LogSource, 
 
 if TYPE_CHECKING:
     from valohai_dagster.settings import Settings
+    from valohai_dagster.stores.registry import Stores
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class LiveLine:
     text: bytes
     start: int
     end: int
+    gap: int = 0  # lines that are left out here, and said to be
 
 
 class ServiceLogs:
@@ -49,6 +51,7 @@ class ServiceLogs:
         self._lock = threading.Lock()
         self._records: Any = None
         self._redis: Any = None
+        self._stores: tuple[Settings, Stores] | None = None
         self._hints: OrderedDict[tuple[str, int, str, int], str] = OrderedDict()
 
     # -- what there is ------------------------------------------------------------------------------------------
@@ -95,6 +98,9 @@ class ServiceLogs:
         stored = section.stored.get(stream)
         if stored is not None:
             return self._stored(stored, offset, limit)
+        if stream in section.removed:
+            notice = removed_text(section.removed[stream])
+            return notice[offset:], max(offset, len(notice))
         import redis
 
         try:
@@ -111,22 +117,34 @@ class ServiceLogs:
         if offset >= stored.size:
             return b"", offset
         try:
-            with self.open_stored(stored) as file:
-                data = read_at(file, offset, limit)
+            with self.open_stored(stored, offset) as file:
+                data = read_whole_characters(file, limit)
         except (ValohaiError, OSError) as error:
             text = "stored log %s/%s is not readable: %s"
             log.warning(text, stored.store, stored.key, error, extra={"action": "read-log"})
             return b"", offset
         return data, offset + len(data)
 
-    def open_stored(self, stored: StoredLog) -> BinaryIO:
+    def open_stored(self, stored: StoredLog, offset: int = 0) -> BinaryIO:
+        return self._open_stores()[stored.store].open(stored.key, offset=offset)
+
+    def _open_stores(self) -> Stores:
+        """Kept: a store of a cloud has a client, which is dear to make."""
         from valohai_dagster.stores.registry import open_stores
 
-        return open_stores(self._load())[stored.store].open(stored.key)
+        settings = self._load()
+        with self._lock:
+            if self._stores is None or self._stores[0] is not settings:
+                self._stores = (settings, open_stores(settings))
+            return self._stores[1]
 
     def _live(
         self, section: LogSection, stream: Stream, offset: int, limit: int | None
     ) -> tuple[bytes, int]:
+        """Never over a hole: a reader who has seen a part waits for the stored file, which has all of it in order.
+
+        Whoever begins to read gets the lines that are there, and a word about those before them (M-03).
+        """
         out = bytearray()
         hint = self._hints.get((section.execution_id, section.attempt, stream, offset))
         fresh = hint is None
@@ -135,6 +153,8 @@ class ServiceLogs:
             last = entry_id
             if line.stream != stream or line.end <= offset:
                 continue
+            if line.start > offset > 0 and not line.gap:
+                break
             if fresh and line.start > offset:
                 out += f"[valohai] ... {line.start - offset} bytes are shown when the execution has ended ...\n".encode()
             fresh = False
@@ -196,6 +216,11 @@ def section_of(row: Any, finals: set[str]) -> LogSection:
         for name in STREAMS
         if (entry := logs.get(name)) and entry.get("key")
     }
+    removed = {
+        name: str(entry["removed_at"])
+        for name in STREAMS
+        if (entry := logs.get(name)) and entry.get("removed_at")
+    }
     retry = f", retry {row.retry_number}" if row.retry_number else ""
     return LogSection(
         execution_id=row.id,
@@ -203,6 +228,7 @@ def section_of(row: Any, finals: set[str]) -> LogSection:
         title=f"{row.step}: execution #{row.counter}{retry}, attempt {row.number}",
         group=row.group_name,
         stored=stored,
+        removed=removed,
         ended=row.attempt_end is not None or row.status in finals,
     )
 
@@ -226,6 +252,7 @@ def live_line(fields: Any) -> LiveLine:
         text=data + b"\n",
         start=start,
         end=end,
+        gap=gap,
     )
 
 
@@ -244,26 +271,21 @@ def last_lines(source: LogSource, section: LogSection, count: int, size: int) ->
     return [line for line in lines if not line.startswith(STATUS_PREFIX.decode())][-count:]
 
 
-def read_at(file: BinaryIO, offset: int, limit: int | None) -> bytes:
-    """Bytes from an offset, ending on a whole UTF-8 character; seeks where the file can."""
-    if file.seekable():
-        file.seek(offset)
-    else:
-        _skip(file, offset)
+def removed_text(when: str) -> bytes:
+    """What stands where a log was."""
+    return STATUS_PREFIX + f"this log was removed by retention on {when[:10]}\n".encode()
+
+
+def read_whole_characters(file: BinaryIO, limit: int | None) -> bytes:
+    """About `limit` bytes, ending on a whole UTF-8 character. The file may be a stream that gives less at a time."""
     if limit is None:
         return file.read()
-    data = file.read(limit)
+    data = b""
+    while len(data) < limit and (more := file.read(limit - len(data))):
+        data += more
     for _ in range(3):  # a character has at most three continuation bytes
         following = file.read(1)
         if not following or following[0] & 0xC0 != 0x80:
             break
         data += following
     return data
-
-
-def _skip(file: BinaryIO, count: int) -> None:
-    while count > 0:
-        chunk = file.read(min(count, 1 << 20))
-        if not chunk:
-            return
-        count -= len(chunk)

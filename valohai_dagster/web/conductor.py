@@ -68,7 +68,13 @@ async def _serve(settings: Settings, on_demand: bool) -> None:
     listener = _listen(settings)
     driving = Driving(settings, service, records, stores)
     with observing(service, lambda: driving.driver) as hub:
-        app = make_app(records, stores, host=settings.http_host, metrics=hub.render)
+        app = make_app(
+            records,
+            stores,
+            host=settings.http_host,
+            metrics=hub.render,
+            webserver_url=settings.webserver_url,
+        )
         idle = await _serve_until_told(
             settings, service, driving, _http_server(app), listener, on_demand=on_demand
         )

@@ -1,63 +1,57 @@
 """The conductor's small HTTP server: files and logs at addresses that never expire.
 
-`/datum/<id>` opens an output, `/log/<execution>/<attempt>/<stream>` a stored log, `/metrics` is for Prometheus. Read-only
-and without state.
-What users stored is not trusted: only harmless types are shown inline, everything runs sandboxed, and a server on a
-loopback address answers only to loopback names, so no web page can read it through a rebound name.
+`/datum/<id>` opens an output, `/log/<execution>/<attempt>/<stream>` a stored log, `/datum/<id>/trace` and
+`/execution/<id>/trace` draw where things come from, `/metrics` is for Prometheus. Read-only and without state.
+A server on a loopback address answers only to loopback names, so no web page can read it through a rebound name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
-import mimetypes
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import PurePosixPath
-from typing import Any, BinaryIO
-from urllib.parse import quote
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import sqlalchemy as sa
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from valohai_dagster.errors import StoreError, StoreMissing
+from valohai_dagster.data.trace import trace
+from valohai_dagster.errors import StoreError
 from valohai_dagster.observability.prometheus import CONTENT_TYPE, EXTRA
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import Records
+from valohai_dagster.stores.base import Store
 from valohai_dagster.stores.registry import Stores
 from valohai_dagster.version import __version__
-
-CHUNK_BYTES = 1024 * 1024
-_INLINE = {
-    "image/png",
-    "image/jpeg",
-    "image/gif",
-    "image/webp",
-    "application/pdf",
-    "application/json",
-}
-_SAFE_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:",
-    "Cross-Origin-Resource-Policy": "cross-origin",  # pictures are shown inside the Dagster UI
-    "Referrer-Policy": "no-referrer",
-}
-
+from valohai_dagster.web.file_answers import file_answer
+from valohai_dagster.web.trace_page import HEADERS, trace_page
 
 RenderMetrics = Callable[[], Awaitable[bytes | None]]
 
 
 def make_app(
-    records: Records, stores: Stores, *, host: str, metrics: RenderMetrics | None = None
+    records: Records,
+    stores: Stores,
+    *,
+    host: str,
+    metrics: RenderMetrics | None = None,
+    webserver_url: str = "",
 ) -> Starlette:
-    """`host` is the address that the server listens on; `metrics` gives the page, None without the extra."""
-    files = _Files(records, stores)
+    """`host` is the address that the server listens on; `metrics` gives the page, None without the extra.
+
+    `webserver_url`: of Dagster's webserver, for links to runs.
+    """
+    files = _Files(records, stores, webserver_url)
     routes = [
         Route("/health", _health),
         Route("/metrics", _metrics(metrics)),
         Route("/datum/{datum_id}", files.datum),
+        Route("/datum/{datum_id}/trace", files.datum_trace),
+        Route("/execution/{execution_id}/trace", files.execution_trace),
         Route("/datum/{datum_id}/{name:path}", files.datum),
         Route("/log/{execution_id}/{attempt:int}/{stream}", files.log),
     ]
@@ -100,9 +94,10 @@ def _is_loopback(host: str) -> bool:
 class _Files:
     """Plain functions in Starlette's thread pool: they read the database and the stores."""
 
-    def __init__(self, records: Records, stores: Stores) -> None:
+    def __init__(self, records: Records, stores: Stores, webserver_url: str) -> None:
         self._records = records
         self._stores = stores
+        self._webserver_url = webserver_url
 
     def datum(self, request: Request) -> Response:
         datum_id = request.path_params["datum_id"]
@@ -110,17 +105,20 @@ class _Files:
             row = conn.execute(sa.select(t.datums).where(t.datums.c.id == datum_id)).one_or_none()
         if row is None:
             return PlainTextResponse(f"there is no datum {datum_id}\n", 404)
+        trace = {"Link": f'<{request.url.path.rstrip("/")}/trace>; rel="describedby"'}
         if row.purged:
-            return PlainTextResponse(
-                f"the content of {row.name} was purged; its record is kept\n", 410
-            )
+            when = f" on {row.purged_at:%Y-%m-%d}" if row.purged_at else ""
+            text = f"the content of {row.name} was purged{when}; its record is kept\n"
+            return PlainTextResponse(text, 410, trace)
         headers = {
+            **trace,
             "Cache-Control": "private, max-age=31536000, immutable",
-            "ETag": f'"{row.sha256}"',
+            "ETag": f'"{row.sha256 or row.id}"',
         }
-        if request.headers.get("if-none-match") == headers["ETag"]:
-            return Response(status_code=304, headers=headers)
-        return self._stream(row.store, row.key, row.name, row.size, headers)
+        store = self._store(row.store)
+        if isinstance(store, Response):
+            return store
+        return file_answer(request, store, row.key, name=row.name, size=row.size, headers=headers)
 
     def log(self, request: Request) -> Response:
         params = request.path_params
@@ -133,47 +131,35 @@ class _Files:
         stored = (logs or {}).get(params["stream"])
         if stored is None:
             return PlainTextResponse("no such log, or its attempt still runs\n", 404)
-        suffix = ".jsonl.gz" if params["stream"] == "events" else ".txt"
-        return self._stream(
-            stored["store"], stored["key"], params["stream"] + suffix, stored["size"], {}
+        if not stored.get("key"):
+            when = str(stored.get("removed_at", ""))[:10]
+            return PlainTextResponse(f"this log was removed by retention on {when}\n", 410)
+        name = params["stream"] + (".jsonl.gz" if params["stream"] == "events" else ".txt")
+        etag = hashlib.sha256(f"{stored['store']}/{stored['key']}".encode()).hexdigest()[:32]
+        headers = {"Cache-Control": "private, no-cache", "ETag": f'"{etag}"'}
+        store = self._store(stored["store"])
+        if isinstance(store, Response):
+            return store
+        return file_answer(
+            request, store, stored["key"], name=name, size=stored["size"], headers=headers
         )
 
-    def _stream(
-        self, store: str, key: str, name: str, size: int, headers: dict[str, str]
-    ) -> Response:
+    def _store(self, name: str) -> Store | Response:
         try:
-            content = self._stores[store].open(key)
-        except StoreMissing:
-            return PlainTextResponse(f"{name} is no longer in store {store}\n", 410)
+            return self._stores[name]
         except StoreError as error:
             return PlainTextResponse(f"{error}\n", 503)
-        media_type, disposition = _presentation(name)
-        return StreamingResponse(
-            _chunks(content),
-            media_type=media_type,
-            headers={
-                **_SAFE_HEADERS,
-                **headers,
-                "Content-Disposition": disposition,
-                "Content-Length": str(size),
-            },
-        )
 
+    def datum_trace(self, request: Request) -> Response:
+        return self._trace(f"file:{request.path_params['datum_id'].lower()}")
 
-def _presentation(name: str) -> tuple[str, str]:
-    """Media type and disposition of a stored file; text of any kind is shown as plain text."""
-    base = PurePosixPath(name).name
-    guessed = mimetypes.guess_type(base)[0] or "application/octet-stream"
-    if guessed in ("text/html", "image/svg+xml"):
-        guessed = "application/octet-stream"
-    elif guessed.startswith("text/"):
-        guessed = "text/plain; charset=utf-8"
-    inline = guessed in _INLINE or guessed.startswith("text/plain")
-    kind = "inline" if inline else "attachment"
-    return guessed, f"{kind}; filename*=UTF-8''{quote(base, safe='')}"
+    def execution_trace(self, request: Request) -> Response:
+        return self._trace(f"execution:{request.path_params['execution_id'].lower()}")
 
-
-def _chunks(content: BinaryIO) -> Iterator[bytes]:
-    with content:
-        while chunk := content.read(CHUNK_BYTES):
-            yield chunk
+    def _trace(self, root: str) -> Response:
+        with self._records.read() as conn:
+            found = trace(conn, [root])
+        if root not in found.nodes:
+            return PlainTextResponse(f"the records have no {root.replace(':', ' ')}\n", 404)
+        page = trace_page(found, webserver_url=self._webserver_url)
+        return HTMLResponse(page, headers=HEADERS)

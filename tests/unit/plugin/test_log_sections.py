@@ -15,8 +15,9 @@ from valohai_dagster.plugin.log_sections import (
     StoredLog,
     Stream,
     read_sections,
+    stream_from,
 )
-from valohai_dagster.plugin.log_source import live_line, read_at
+from valohai_dagster.plugin.log_source import live_line, read_whole_characters
 
 
 @dataclass
@@ -136,12 +137,26 @@ def test_entries_are_read_with_and_without_decoding() -> None:
 def test_a_chunk_never_ends_within_a_character() -> None:
     data = "aä€😀".encode()
     for offset, limit in ((0, 2), (1, 1), (3, 1), (3, 2), (6, 1)):
-        read_at(io.BytesIO(data), offset, limit).decode()
+        read_whole_characters(io.BytesIO(data[offset:]), limit).decode()
 
 
-def test_a_pipe_like_file_is_skipped_to_the_offset() -> None:
-    class Pipe(io.BytesIO):
-        def seekable(self) -> bool:
-            return False
+def test_a_stream_that_gives_little_at_a_time_is_read_to_the_limit() -> None:
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(1 if size else 0)
 
-    assert read_at(Pipe(b"abcdef"), 2, 3) == b"cde"
+    assert read_whole_characters(Slow(b"abcdef"), 3) == b"abc"
+
+
+def test_one_stream_of_all_sections_from_any_offset() -> None:
+    """As `read_sections` joins them, whatever the offset."""
+    stored = {"stdout": StoredLog(store="s", key="k", size=5)}
+    sections = [
+        LogSection(execution_id="e", attempt=1, title="one", stored=stored, ended=True),
+        LogSection(execution_id="e", attempt=2, title="two", ended=True),
+        LogSection(execution_id="e", attempt=3, title="three"),
+    ]
+    source = FakeSource({(1, "stdout"): b"first", (2, "stdout"): b"second\n", (3, "stdout"): b"x"})
+    whole = read_sections(sections, None, source, None).stdout
+    for offset in range(len(whole) + 2):
+        assert b"".join(stream_from(sections, "stdout", source, offset)) == whole[offset:]
