@@ -33,7 +33,7 @@ LIMITS: dict[tuple[str, str], str] = {
     (
         "gcs",
         "signatures",
-    ): "elsewhere: no emulator checks signatures; they are compared in tests/unit",
+    ): "elsewhere: no emulator checks signatures; test_gcs.py compares them",
     (
         "gcs",
         "conditions",
