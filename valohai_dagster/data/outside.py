@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -57,29 +58,37 @@ def note_versions(
     return _few(changed)
 
 
-def note_content(
-    connection: sa.Connection,
-    uri: str,
-    *,
-    checksums: Checksums,
-    size: int,
-    execution_id: str,
-    now: datetime,
-) -> str | None:
-    """Remembers the content that a worker has found there; a warning when another execution found other content."""
-    if checksums.sha256 is None:
-        return None
-    before = _known(connection, [uri]).get(uri)
-    if before is not None and before.sha256 == checksums.sha256:
-        return None
-    content = {"sha256": checksums.sha256, "size": size}
-    _keep(connection, uri, **content, execution_id=execution_id, mtime=now)
-    if before is None or before.sha256 is None or before.execution_id == execution_id:
-        return None
-    return (
-        f"the content of {uri} differs from its last use by an earlier execution ({before.execution_id}): "
-        f"sha256 {checksums.sha256}, was {before.sha256}"
-    )
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a worker has found under a URI."""
+
+    uri: str
+    checksums: Checksums
+    size: int
+
+
+def note_contents(
+    connection: sa.Connection, found: Sequence[Found], *, execution_id: str, now: datetime
+) -> list[str]:
+    """Remembers what a worker has found; warnings where another execution found other content."""
+    changed: list[str] = []
+    by_uri = {one.uri: one for one in found if one.checksums.sha256 is not None}
+    uris = list(by_uri)
+    for start in range(0, len(uris), CHUNK):
+        known = _known(connection, uris[start : start + CHUNK])
+        for uri in uris[start : start + CHUNK]:
+            before, sha256 = known.get(uri), by_uri[uri].checksums.sha256
+            if before is not None and before.sha256 == sha256:
+                continue
+            content = {"sha256": sha256, "size": by_uri[uri].size}
+            _keep(connection, uri, **content, execution_id=execution_id, mtime=now)
+            if before is None or before.sha256 is None or before.execution_id == execution_id:
+                continue
+            changed.append(
+                f"the content of {uri} differs from its last use by an earlier execution "
+                f"({before.execution_id}): sha256 {sha256}, was {before.sha256}"
+            )
+    return _few(changed)
 
 
 def _known(connection: sa.Connection, uris: Sequence[str]) -> dict[str, Any]:

@@ -16,10 +16,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from valohai_agent import protocol as p
-from valohai_dagster.data.datums import learn_checksums
-from valohai_dagster.data.outside import note_content
 from valohai_dagster.data.printable import printable
 from valohai_dagster.data.sidecar_effects import apply_sidecar_effects
+from valohai_dagster.executions.inputs_ready import record_inputs
 from valohai_dagster.executions.lifecycle import status_after_finish, status_after_lease
 from valohai_dagster.executions.memory import Active, Grant, Metrics
 from valohai_dagster.executions.remarks import keep_warnings
@@ -138,32 +137,18 @@ def _(body: p.PhaseChanged, cause: Cause) -> list[FollowEvent]:
 
 @_apply.register
 def _(body: p.InputReady, cause: Cause) -> list[FollowEvent]:
-    conn, c = cause.writing.touch(cause.active), t.execution_inputs.c
-    mine = sa.and_(c.execution_id == cause.active.id, c.file_id == body.file_id)
-    known = conn.execute(sa.select(c.uri, c.datum_id, c.sha256).where(mine)).one_or_none()
-    values = {
-        "name": body.name,
-        "size": body.size,
-        "cached": body.cached,
-        **body.checksums.model_dump(),
-        **({"version": body.version} if body.version else {}),
-    }
-    conn.execute(t.execution_inputs.update().where(mine).values(**values))
-    if known is None:
-        return []
-    if known.datum_id is not None:
-        if known.sha256 is None:
-            learn_checksums(conn, known.datum_id, body.checksums)
-        return []
-    warning = note_content(
-        conn,
-        known.uri,
-        checksums=body.checksums,
-        size=body.size,
-        execution_id=cause.active.id,
-        now=cause.now,
-    )
-    return cause.warn(warning) if warning else []
+    return _inputs_ready([body], cause)
+
+
+@_apply.register
+def _(body: p.InputsReady, cause: Cause) -> list[FollowEvent]:
+    return _inputs_ready(body.files, cause)
+
+
+def _inputs_ready(files: Sequence[p.InputReady], cause: Cause) -> list[FollowEvent]:
+    conn = cause.writing.touch(cause.active)
+    warnings = record_inputs(conn, cause.active.id, files, cause.now)
+    return cause.warn(*warnings) if warnings else []
 
 
 @_apply.register

@@ -121,6 +121,7 @@ def prepare(
         no_output_timeout_seconds=spec.no_output_timeout_seconds
         or settings.no_output_timeout_seconds,
         trace=_trace(spec, settings),
+        batches=True,
         notices=[
             *spec.warnings,
             *notices,
