@@ -116,7 +116,7 @@ def stream_from(
             divider = _divider(last, section)
             if offset < len(divider):
                 yield divider[offset:]
-            offset = max(0, offset - len(divider))
+            offset, last = max(0, offset - len(divider)), bytearray(divider)
         stored = section.stored.get(stream)
         if stored is not None and offset >= stored.size:
             offset -= stored.size
