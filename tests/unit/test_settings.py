@@ -21,6 +21,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def directory_of(settings: Settings, store: str) -> Path:
+    section = settings.stores[store]
+    assert section.kind == "local"
+    return section.path
+
+
 def write(folder: Path, text: str) -> Path:
     path = folder / "valohai.toml"
     path.write_text(text)
@@ -30,7 +36,7 @@ def write(folder: Path, text: str) -> Path:
 def test_an_empty_directory_is_a_working_deployment(here: Path) -> None:
     settings = load_settings()
     assert settings.state_dir == here / ".valohai"
-    assert settings.stores["local"].path == here / ".valohai" / "store"
+    assert directory_of(settings, "local") == here / ".valohai" / "store"
     assert settings.records_url == f"sqlite:///{here}/.valohai/records.db"
     assert settings.group_of(None) == "local"
     assert settings.redis_url is None
@@ -49,7 +55,7 @@ def test_the_file_is_found_upwards_and_anchors_relative_paths(
     settings = load_settings()
     assert settings.config_file == here / "valohai.toml"
     assert settings.state_dir == here / ".valohai"
-    assert settings.stores["shared"].path == here / "files"
+    assert directory_of(settings, "shared") == here / "files"
     assert settings.groups["local"].file_inputs == [here / "data", Path("/abs")]
     assert set(settings.stores) == {"shared", "local"}
 
@@ -108,7 +114,10 @@ def test_settings_are_cached_until_file_or_environment_change(
         ),
         ("[environments]\nbig = 'gpu'\n", r"big names the group 'gpu', but \[groups\] has 'local'"),
         ("[stores.'a/b']\npath = '/x'\n", r"'a/b' is not a name"),
-        ("[stores.x]\nkind = 'ftp'\npath = '/x'\n", r"stores\.x: kind must be one of local, s3, gcs"),
+        (
+            "[stores.x]\nkind = 'ftp'\npath = '/x'\n",
+            r"stores\.x: kind must be one of local, s3, gcs",
+        ),
     ],
 )
 def test_what_is_wrong_in_the_file_is_said_with_its_place(
@@ -177,3 +186,78 @@ def test_the_address_for_browsers_is_never_a_wildcard(tmp_path: Path) -> None:
         == "http://127.0.0.1:1"
     )
     assert Settings(state_dir=tmp_path, public_url="https://x/y/").base_url == "https://x/y"
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("kind = 's3'\n", r"stores\.x\.bucket: Field required"),
+        ("kind = 's3'\nbucket = 'a/b'\n", r"stores\.x\.bucket: must be a name without slashes"),
+        (
+            "kind = 's3'\nbucket = 'b'\nregoin = 'eu'\n",
+            r"stores\.x\.regoin: there is no such setting; did you mean 'region'\?",
+        ),
+        (
+            "kind = 's3'\nbucket = 'b'\naccess_key_id = 'id'\n",
+            r"stores\.x: access_key_id and secret_access_key belong together",
+        ),
+        (
+            "kind = 's3'\nbucket = 'b'\nkms_key_id = 'k'\nencryption = 'AES256'\n",
+            r"kms_key_id needs encryption",
+        ),
+        ("kind = 's3'\nbucket = 'b'\nendpoint_url = 'minio:9000'\n", r"http:// or https://"),
+        ("bucket = 'b'\n", r"stores\.x\.bucket: .* state kind = \"s3\" or kind = \"gcs\""),
+        (
+            "kind = 'gcs'\nbucket = 'b'\nanonymous = true\ncredentials_file = 'x'\n",
+            r"state a credentials_file or anonymous",
+        ),
+        ("kind = 'azure'\ncontainer = 'c'\n", r"account is missing"),
+        (
+            "kind = 'azure'\ncontainer = 'c'\naccount = 'a'\naccount_key = 'k'\nsas_token = 's'\n",
+            r"state one of account_key",
+        ),
+        (
+            "kind = 'swift'\ncontainer = 'c'\nauth_url = 'http://k'\n",
+            r"state user and key, or application_credential_id",
+        ),
+        (
+            "kind = 'swift'\ncontainer = 'c'\nauth_url = 'http://k'\nauth_version = 1\n",
+            r"auth_version 1 needs user and key",
+        ),
+        ("kind = 'http'\nbase_url = 'https://me:pw@host'\n", r"must not hold credentials"),
+        ("kind = 'http'\nbase_url = 'https://host'\nreadonly = false\n", r"nothing can be written"),
+    ],
+)
+def test_t13_what_is_wrong_with_a_store_is_said(here: Path, section: str, expected: str) -> None:
+    write(here, f"[stores.x]\n{section}")
+    with pytest.raises(ConfigurationError, match=expected):
+        load_settings()
+
+
+def test_t13_secrets_of_stores_come_from_the_environment_and_are_never_shown(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(here, "[stores.models]\nkind = 's3'\nbucket = 'b'\naccess_key_id = 'id'\n")
+    monkeypatch.setenv("VALOHAI_STORES__models__SECRET_ACCESS_KEY", "12345")
+    monkeypatch.setenv("VALOHAI_STORES__models__PATH_STYLE", "true")
+    section = load_settings().stores["models"]
+    assert section.kind == "s3"
+    assert section.path_style is True
+    assert section.secret_access_key is not None
+    assert section.secret_access_key.get_secret_value() == "12345"
+    assert "12345" not in repr(load_settings())
+
+
+def test_a_wrong_secret_is_not_in_the_message(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(here, "[stores.x]\nkind = 's3'\nbucket = 'b'\n")
+    monkeypatch.setenv("VALOHAI_STORES__x__SECRET_ACCESS_KEY", "hunter2")
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_paths_of_key_files_count_from_the_file(here: Path) -> None:
+    write(here, "[stores.x]\nkind = 'gcs'\nbucket = 'b'\ncredentials_file = 'key.json'\n")
+    section = load_settings().stores["x"]
+    assert section.kind == "gcs"
+    assert section.credentials_file == here / "key.json"
