@@ -27,4 +27,5 @@ def set_up_logging(form: Literal["text", "json"], *, stream: TextIO | None = Non
     handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(TEXT))
     logging.basicConfig(level=logging.INFO, handlers=[handler, OutageCounter()], force=True)
     logging.captureWarnings(True)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for library in ("alembic", "azure", "httpx"):  # which tell of every step at INFO
+        logging.getLogger(library).setLevel(logging.WARNING)

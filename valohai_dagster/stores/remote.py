@@ -7,6 +7,7 @@ workers get, so that all of them are read and written alike and in constant memo
 from __future__ import annotations
 
 import io
+import logging
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,21 @@ from valohai_dagster.stores.keys import check_key
 
 CHUNK_BYTES = 1024 * 1024
 READ_TRIES = 4  # connections that one content may take
+
+
+class _WithoutQueries(logging.Filter):
+    """httpx tells the log of every request, address and all; the query of a signed address is a credential."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(
+                value.copy_with(query=None) if isinstance(value, httpx.URL) else value
+                for value in record.args
+            )
+        return True
+
+
+logging.getLogger("httpx").addFilter(_WithoutQueries())
 
 
 class Readable(Protocol):

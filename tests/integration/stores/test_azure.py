@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import time
 import uuid
 from dataclasses import dataclass
@@ -171,6 +172,16 @@ def test_without_the_accounts_key_a_delegation_key_signs(
     assert (fields["sp"], fields["sr"], fields["spr"]) == ("r", "b", "https")
     assert (fields["skoid"], fields["sktid"]) == (USER_ID, TENANT_ID)
     assert fields["ske"] > fields["se"]
+
+
+def test_the_log_shows_no_signature(store: AzureStore, caplog: pytest.LogCaptureFixture) -> None:
+    store.put("a", b"content")
+    with caplog.at_level(logging.INFO):
+        grant = store.sign_get("a", expires=HOUR)
+        store.open("a").read()
+        call(grant)
+    assert "HTTP Request: GET" in caplog.text
+    assert "sig=" not in caplog.text.replace("sig=REDACTED", "")
 
 
 def test_backslashes_are_refused(store: AzureStore) -> None:
