@@ -122,13 +122,14 @@ def stream_from(
             offset -= stored.size
             last = bytearray(source.read(section, stream, max(0, stored.size - 1), 1)[0])
             continue
-        at, offset = offset, 0
+        at, offset = (offset, 0) if stored is not None else (0, offset)
         while True:
-            data, after = source.read(section, stream, at, PIECE)
+            data, at = source.read(section, stream, at, PIECE)
             if not data:
                 break
-            yield data
-            last, at = bytearray(data[-1:]), after
+            if offset < len(data):
+                yield data[offset:]
+            last, offset = bytearray(data[-1:]), max(0, offset - len(data))
 
 
 def _finished(section: LogSection, at: Position) -> bool:
