@@ -88,23 +88,23 @@ class Source:
         )
 
     def _download(self, item: InputFile, target: Path) -> Transferred:
-        grant = self._grant(item)
-        for renewed in (False, True):
-            try:
-                return self._transferer.download(
-                    grant,
-                    target,
-                    name=item.label,
-                    expected=item.file.checksums,
-                    size=item.file.size,
-                    progress=lambda done, total: self._news.moved(item, done),
-                )
-            except (Denied, Unreachable):
-                # A signed URL may have run out while the file waited for its turn.
-                if renewed or grant.expires_at is None:
-                    raise
-                grant = self._another(item, grant)
-        raise AssertionError("unreachable")
+        """A signed URL may run out while the file waits for its turn, or on the way."""
+        current = self._grant(item)
+
+        def renew() -> Transfer:
+            nonlocal current
+            current = self._grants.another(item.file.id, current) or current
+            return current
+
+        return self._transferer.download(
+            current,
+            target,
+            name=item.label,
+            expected=item.file.checksums,
+            size=item.file.size,
+            progress=lambda done, total: self._news.moved(item, done),
+            renew=None if current.expires_at is None else renew,
+        )
 
     def waiting(self, item: InputFile, where: str) -> Waiting:
         """How to wait for somebody else who fetches the same content."""
@@ -126,9 +126,6 @@ class Source:
         if grant is None:
             raise InputError(f"{item.label}: the control plane granted no access to it")
         return grant
-
-    def _another(self, item: InputFile, denied: Transfer) -> Transfer:
-        return self._grants.another(item.file.id, denied) or denied
 
 
 class ShareSwitch:

@@ -45,6 +45,7 @@ def test_i32_checksums_of_many_files_are_recorded_with_each_use(
 ) -> None:
     agent = service.agent(redis_server)
     uris = [f"http://example.org/{number}.csv" for number in range(FILES)]
+    told: list[list[str]] = []
     for content in "ab":
         spec = make_spec(inputs=[InputSpec(name="data", uris=uris)])
         service.client.submit(spec)
@@ -65,11 +66,14 @@ def test_i32_checksums_of_many_files_are_recorded_with_each_use(
         assert {tuple(row) for row in rows} == {
             (f.file_id, f.checksums.sha256, f.cached, f.version, 3, "0" * 32) for f in files
         }
-    events = service.events(spec.execution_id, lambda e: e.kind is EventKind.final)
-    warned = [e.message for e in events if e.kind is EventKind.warning]
-    assert len(warned) < 40  # some are named, of the others the number is told
-    assert "http://example.org/0.csv differs from its last use" in warned[0]
-    assert any("further files have changed" in text for text in warned)
+        events = service.events(spec.execution_id, lambda e: e.kind is EventKind.final)
+        warned = [e.message for e in events if e.kind is EventKind.warning]
+        told.append(warned)
+    first, second = told
+    assert not first
+    assert len(second) < 40  # some are named, of the others the number is told
+    assert "http://example.org/0.csv differs from its last use" in second[0]
+    assert any("further files have changed" in text for text in second)
 
 
 def test_what_an_older_agent_reports_file_by_file_is_recorded_the_same(
