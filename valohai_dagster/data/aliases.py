@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from valohai_dagster.errors import RefusedError
 from valohai_dagster.records.store import upsert
-from valohai_dagster.records.tables import datum_aliases
+from valohai_dagster.records.tables import datum_aliases, datums
 
 MAX_NAME = 255
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -60,6 +60,25 @@ def set_alias(
         history=history,
         mtime=now,
     )
+
+
+def list_aliases(connection: sa.Connection, project_id: str | None = None) -> list[Any]:
+    """Rows with `name`, `project_id`, `datum_id`, `mtime`, and `file`, the datum's name; of all projects without one."""
+    c = datum_aliases.c
+    query = (
+        sa.select(c.name, c.project_id, c.datum_id, c.mtime, datums.c.name.label("file"))
+        .join(datums, datums.c.id == c.datum_id)
+        .order_by(c.name, c.project_id)
+    )
+    if project_id is not None:
+        query = query.where(c.project_id == project_id)
+    return list(connection.execute(query))
+
+
+def remove_alias(connection: sa.Connection, project_id: str, name: str) -> bool:
+    """Tells whether it was there."""
+    mine = sa.and_(datum_aliases.c.project_id == project_id, datum_aliases.c.name == name)
+    return connection.execute(datum_aliases.delete().where(mine)).rowcount > 0
 
 
 def alias_history(connection: sa.Connection, project_id: str, name: str) -> list[dict[str, Any]]:

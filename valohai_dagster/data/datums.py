@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -96,27 +96,29 @@ def list_datums(
     connection: sa.Connection,
     *,
     project_id: str | None = None,
-    execution_id: str | None = None,
+    execution_ids: Collection[str] | None = None,
     name: str | None = None,
     tags: Iterable[str] = (),
+    among: Collection[str] | None = None,
     purged: bool = False,
-    limit: int = 100,
+    limit: int | None = 100,
 ) -> list[Datum]:
-    """Newest first. `name` may hold `*`; every tag of `tags` must be there (I-41)."""
+    """Newest first. `name` may hold `*`; every tag of `tags` must be there (I-41). `among`: only these ids."""
     query = sa.select(datums).order_by(datums.c.ctime.desc(), datums.c.id)
     if not purged:
         query = query.where(datums.c.purged.is_(False))
-    for column, value in ((datums.c.project_id, project_id), (datums.c.execution_id, execution_id)):
-        if value is not None:
-            query = query.where(column == value)
+    if project_id is not None:
+        query = query.where(datums.c.project_id == project_id)
+    if execution_ids is not None:
+        query = query.where(datums.c.execution_id.in_(execution_ids))
     if name is not None:
         query = query.where(datums.c.name.like(_like(name), escape="\\"))
     wanted = set(tags)
     found: list[Datum] = []
     for row in connection.execute(query).mappings():
-        if wanted <= set(row["tags"]):
+        if wanted <= set(row["tags"]) and (among is None or row["id"] in among):
             found.append(Datum(**row))
-        if len(found) >= limit:
+        if limit is not None and len(found) >= limit:
             break
     return found
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from valohai_agent.protocol import Checksums
 from valohai_dagster.data.datums import Datum, new_id, require_content
@@ -53,7 +53,9 @@ def store_file(
     store: Store,
     project_id: str | None,
     now: datetime,
-    tags: list[str] | None = None,
+    tags: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+    properties: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Datum:
     """Uploads one file under a fresh key; the datum is not recorded yet. Content first, so no record ever lies."""
@@ -75,7 +77,9 @@ def store_file(
         key=key,
         project_id=project_id,
         ctime=now,
-        tags=list(tags or []),
+        tags=list(dict.fromkeys(tags)),
+        metadata=dict(metadata or {}),
+        properties=dict(properties or {}),
         file_mtime=datetime.fromtimestamp(found.st_mtime, timezone.utc),
         file_ctime=datetime.fromtimestamp(found.st_ctime, timezone.utc),
         **reader.checksums().model_dump(),
@@ -90,10 +94,19 @@ def fetch_datum(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the content to `target`, whole or not at all, and checks its sha256."""
+    """Writes the content to `target`, whole or not at all, and checks its sha256.
+
+    A file that is there with that content is left alone.
+    """
     require_content(datum)
+    if target.is_file() and _is_same(target, datum):
+        if progress is not None:
+            progress(datum.size)
+        return
     if target.exists() and not overwrite:
-        raise RefusedError(f"{target} exists already; choose another --output, or give --overwrite")
+        raise RefusedError(
+            f"{target} exists already and is something else; choose another --output, or give --overwrite"
+        )
     temporary = target.with_name(f".{target.name[:200]}.{uuid.uuid4().hex[:8]}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +134,16 @@ def safe_name(name: str) -> str:
         c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in name.rsplit("/", 1)[-1]
     )
     return base.lstrip(".-")[-100:] or "file"
+
+
+def _is_same(path: Path, datum: Datum) -> bool:
+    if datum.sha256 is None or path.stat().st_size != datum.size:
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest() == datum.sha256
 
 
 def _verify(datum: Datum, reader: HashingReader) -> None:

@@ -35,9 +35,12 @@ def test_put_get_and_ls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for number, reference in enumerate((uri, "best", "datum://best", uri[8:])):
         run(data.app, "get", reference, "-p", "demo", "-o", f"out{number}")
         assert Path(f"out{number}").read_text() == "1,2\n"
-    with pytest.raises(RefusedError, match="exists already"):
+    run(data.app, "get", uri)
+    Path("a b.csv").write_text("changed")
+    with pytest.raises(RefusedError, match="exists already and is something else"):
         run(data.app, "get", uri)
     run(data.app, "get", uri, "--overwrite")
+    assert Path("a b.csv").read_text() == "1,2\n"
 
 
 def test_put_takes_whole_directories_and_never_overwrites(

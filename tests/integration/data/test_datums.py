@@ -59,7 +59,7 @@ def test_listing_is_newest_first_and_filters(place: Place) -> None:
         assert ids(name="*model_a*") == {old.id, new.id}, "an underscore is no wildcard"
         assert ids(project_id="p2") == {other.id}
         assert ids(tags=["good", "m"]) == {new.id}
-        assert ids(execution_id="e") == {new.id}
+        assert ids(execution_ids=["e"]) == {new.id}
         assert len(datums.list_datums(connection, limit=2)) == 2
 
 

@@ -56,7 +56,7 @@ def test_a_damaged_object_is_never_delivered(place: Place, tmp_path: Path) -> No
 def test_an_existing_file_is_not_replaced_unless_asked(place: Place, tmp_path: Path) -> None:
     datum = place.datum("a", b"new", sha256=hashlib.sha256(b"new").hexdigest())
     (tmp_path / "a").write_text("old")
-    with pytest.raises(RefusedError, match=r"exists already.*--overwrite"):
+    with pytest.raises(RefusedError, match=r"exists already and is something else.*--overwrite"):
         fetch_datum(datum, tmp_path / "a", stores=place.stores)
     assert (tmp_path / "a").read_text() == "old"
     fetch_datum(datum, tmp_path / "a", stores=place.stores, overwrite=True)
@@ -89,3 +89,13 @@ def test_a_malicious_datum_name_never_leaves_the_directory(place: Place, tmp_pat
 )
 def test_names_in_keys_are_harmless(name: str, safe: str) -> None:
     assert safe_name(name) == safe
+
+
+def test_a_file_that_is_there_already_is_left_alone(place: Place, tmp_path: Path) -> None:
+    datum = place.datum("a", b"same", sha256=hashlib.sha256(b"same").hexdigest())
+    target = tmp_path / "a"
+    target.write_text("same")
+    before = target.stat().st_ino
+    counted: list[int] = []
+    fetch_datum(datum, target, stores=place.stores, progress=counted.append)
+    assert (target.stat().st_ino, counted) == (before, [4])

@@ -1,0 +1,286 @@
+"""`valohai-dagster data`: datasets, models, aliases, tags, purging and adoption as a user types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from valohai_dagster.cli import data, data_files, transfer_batch
+from valohai_dagster.data import transfers
+from valohai_dagster.errors import NotFoundError, RefusedError, StoreError
+
+RUNNER = CliRunner()
+
+
+def run(*arguments: str, code: int = 0) -> Result:
+    """Runs one command; our own errors come out as they are."""
+    result = RUNNER.invoke(data.app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def loads(*arguments: str) -> Any:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def put(name: str, content: str = "x", *options: str) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(content)
+    return run("put", name, "-p", "demo", *options).stdout.split()[0]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_t16_a_directory_becomes_a_dataset_version_and_comes_back() -> None:
+    for name in ("set/a.txt", "set/sub/b.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(name)
+    made = run("put", "set", "-p", "demo", "--dataset", "faces/v1").stdout
+    assert made.splitlines()[-1] == "dataset://faces/v1"
+    assert {item["name"] for item in loads("ls", "dataset://faces/v1")} == {"a.txt", "sub/b.txt"}
+    assert len(loads("ls", "*.txt", "--dataset", "faces/latest")) == 2
+    run("get", "dataset://faces/v1", "-o", "out")
+    assert Path("out/sub/b.txt").read_text() == "set/sub/b.txt"
+    (out,) = loads("get", "datum://" + loads("ls", "a.txt")[0]["id"], "-o", "one.txt")
+    assert out["path"] == "one.txt"
+    with pytest.raises(RefusedError, match="versions never change"):
+        run("put", "set", "-p", "demo", "--dataset", "faces/v1")
+    assert len(loads("ls")) == 2, "nothing is uploaded for a version that cannot be made"
+
+
+def test_o24_datasets_have_versions_aliases_and_properties() -> None:
+    uri = put("a")
+    run("datasets", "create", "faces", "-p", "demo", "--property", "owner=me")
+    for version in ("v1", "v2"):
+        run("datasets", "create", f"faces/{version}", uri, "--tag", "t", "--property", "rows=5")
+    run("datasets", "alias", "set", "best", "faces/v1")
+    run("datasets", "alias", "set", "best", "faces/v2")
+    moves = loads("datasets", "alias", "history", "faces/best")
+    assert [move["uri"] for move in moves] == ["dataset://faces/v1", "dataset://faces/v2"]
+    shown = loads("datasets", "show", "faces")
+    assert shown["properties"] == {"owner": "me"}
+    newest = next(version for version in shown["versions"] if version["name"] == "v2")
+    assert (newest["aliases"], newest["tags"], newest["properties"]) == (
+        ["best"],
+        ["t"],
+        {"rows": 5},
+    )
+    run("datasets", "properties", "faces/v2", "rows=null", 'note={"a": 1}')
+    found = loads("datasets", "show", "faces/best")
+    assert found["properties"] == {"note": {"a": 1}}
+    assert [file["uri"] for file in found["files"]] == [uri]
+    (listed,) = loads("datasets", "ls")
+    assert (sorted(listed["versions"]), listed["aliases"]) == (["v1", "v2"], ["best"])
+    for arguments in (("ls",), ("show", "faces"), ("show", "faces/v1")):
+        assert "faces" in run("datasets", *arguments).stdout or arguments[-1] == "faces"
+    run("datasets", "alias", "rm", "faces/best")
+    with pytest.raises(NotFoundError, match="no alias 'best'"):
+        run("datasets", "alias", "rm", "faces/best")
+
+
+def test_t17_models_are_numbered_approved_and_described() -> None:
+    uri = put("weights")
+    for note in ("first", "second"):
+        run("models", "create", "net", uri, "--note", note)
+    with pytest.raises(NotFoundError, match="is approved"):
+        run("models", "show", "net/latest")
+    run("models", "approve", "net/1")
+    assert loads("models", "show", "net/latest")["number"] == 1
+    run("models", "approve", "model://net/2")
+    run("models", "reject", "net/2")
+    run("models", "note", "net/1", "better")
+    run("models", "tag", "net/1", "small", "fast")
+    one = loads("models", "show", "net/1")
+    assert (one["status"], one["release_note"], one["tags"]) == (
+        "approved",
+        "better",
+        ["small", "fast"],
+    )
+    assert [file["uri"] for file in one["files"]] == [uri]
+    assert [v["status"] for v in loads("models", "show", "net")["versions"]] == [
+        "rejected",
+        "approved",
+    ]
+    (listed,) = loads("models", "ls")
+    assert (listed["versions"], listed["newest"], listed["latest_approved"]) == (2, 2, 1)
+    run("get", "model://net/latest", "-o", "w")
+    assert Path("w").read_text() == "x"
+    for arguments in (("ls",), ("show", "net"), ("show", "net/1")):
+        assert run("models", *arguments).stdout
+
+
+def test_o25_aliases_and_tags_change_later() -> None:
+    first, second = put("a", "1"), put("b", "2")
+    run("alias", "set", "best", first)
+    run("alias", "set", "best", second)
+    assert [move["uri"] for move in loads("alias", "history", "best")] == [first, second]
+    (listed,) = loads("alias", "ls")
+    assert (listed["name"], listed["uri"], listed["file"]) == ("best", second, "b")
+    assert "best" in run("alias", "ls").stdout
+    run("tag", "add", "good", "best", first)
+    assert {item["name"] for item in loads("ls", "--tag", "good")} == {"a", "b"}
+    run("tag", "remove", "good", "*")
+    assert loads("ls", "--tag", "good") == []
+    run("alias", "rm", "best")
+    with pytest.raises(NotFoundError, match="no alias 'best'"):
+        run("alias", "history", "best")
+
+
+def test_put_keeps_metadata_and_properties() -> None:
+    Path("m.json").write_text('{"color": "red"}')
+    uri = put("a", "1", "--metadata", "@m.json", "--property", "rows=5", "--property", "by=me")
+    (found,) = loads("info", uri)
+    assert found["metadata"] == {"color": "red"}
+    assert found["properties"] == {"rows": 5, "by": "me"}
+    assert found["project"] == "demo"
+    text = run("info", uri).stdout
+    assert "color" in text
+    assert "1 B" in text
+
+
+def test_names_with_wildcards_mean_the_newest_of_each() -> None:
+    put("a.txt", "old")
+    new = put("a.txt", "new")
+    put("b.txt", "b")
+    Path("out").mkdir()
+    run("get", "*.txt", "-o", "out")
+    assert {path.name: path.read_text() for path in Path("out").iterdir()} == {
+        "a.txt": "new",
+        "b.txt": "b",
+    }
+    assert loads("info", "a*")[0]["uri"] == new
+
+
+def test_o20_rm_deletes_the_content_and_keeps_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = put("a", "1")
+    with pytest.raises(RefusedError, match=r"1 files \(1 B\).* --yes"):
+        run("rm", uri)
+    run("datasets", "create", "d/v", uri)
+    with pytest.raises(RefusedError, match=r"is in dataset://d/v.*--force"):
+        run("rm", uri, "--yes")
+    run("rm", uri, "--yes", "--force")
+    (found,) = loads("info", uri)
+    assert found["purged"]
+    assert loads("ls") == []
+    assert len(loads("ls", "--purged")) == 1
+    with pytest.raises(RefusedError, match="was purged"):
+        run("get", uri)
+
+
+def test_i40_objects_are_adopted_where_they_are(tmp_path: Path) -> None:
+    root = tmp_path / "state" / "store"
+    for name in ("raw/2026/a.csv", "raw/2026/b.csv"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    made = loads("adopt", "store://local/raw/**.csv", "-p", "demo", "--tag", "raw")
+    assert made["ok"]
+    assert sorted(made["created"]) == [
+        "store://local/raw/2026/a.csv",
+        "store://local/raw/2026/b.csv",
+    ]
+    listed = {item["name"]: item for item in loads("ls", "--tag", "raw")}
+    assert set(listed) == {"2026/a.csv", "2026/b.csv"}
+    assert listed["2026/a.csv"]["adopted"]
+    assert listed["2026/a.csv"]["sha256"] is None
+    again = loads("adopt", "store://local/raw/2026/a.csv", "-p", "demo")
+    ident = made["created"]["store://local/raw/2026/a.csv"]
+    assert again["created"] == {}
+    assert again["existing"] == {"store://local/raw/2026/a.csv": {"id": ident, "project": "demo"}}
+    assert "exists already in project demo" in run("adopt", "store://local/raw/2026/a.csv").stdout
+    run("rm", ident, "--yes")
+    assert (root / "raw/2026/a.csv").exists(), "adopted content belongs to somebody else"
+    run("rm", listed["2026/b.csv"]["id"], "--yes", "--delete-adopted")
+    assert not (root / "raw/2026/b.csv").exists()
+
+
+def test_i40_what_is_missing_has_its_code_and_the_others_are_adopted(tmp_path: Path) -> None:
+    root = tmp_path / "state" / "store"
+    (root / "raw").mkdir(parents=True)
+    (root / "raw" / "a").write_text("12345")
+    arguments = ("store://local/raw/a", "store://local/raw/no", "store://local/no/*", "s3://b/k")
+    result = run("adopt", *arguments, "--checksum", "--json", code=1)
+    answer = json.loads(result.stdout)
+    assert list(answer["created"]) == ["store://local/raw/a"]
+    assert [problem["code"] for problem in answer["problems"]] == [
+        "adoptable_file_not_found",
+        "adoptable_file_not_found",
+        None,
+    ]
+    assert 'kind = "s3", bucket = "b"' in answer["problems"][2]["message"]
+    (found,) = loads("ls")
+    assert len(found["sha256"]) == 64
+    named = "store://local/raw/a"
+    run("rm", found["id"], "--yes")
+    made = loads("adopt", named, "-p", "demo", "--name", "x/y", "--alias", "raw")["created"]
+    assert loads("info", "raw")[0]["id"] == made[named]
+    assert loads("info", "raw")[0]["name"] == "x/y"
+    with pytest.raises(RefusedError, match="need exactly one object"):
+        run("adopt", "store://local/no/*", "--name", "x")
+
+
+def test_an_interrupted_put_leaves_whole_datums_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        Path("set").mkdir(exist_ok=True)
+        Path(f"set/{number}").write_text(str(number))
+    real, begun = transfers.store_file, []
+
+    def store_file(path: Path, **values: Any) -> Any:
+        begun.append(path)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return real(path, **values)
+
+    monkeypatch.setattr(data_files.transfers, "store_file", store_file)
+    monkeypatch.setattr(transfer_batch, "WORKERS", 1)
+    result = RUNNER.invoke(data.app, ["put", "set", "-p", "demo", "--dataset", "d/v"])
+    assert result.exit_code != 0
+    stored = loads("ls")
+    assert len(stored) == 2
+    assert "2 files are stored as datums" in result.stderr
+    assert loads("datasets", "ls") == []
+    root = Path("state/store/data")
+    assert len([path for path in root.rglob("*") if path.is_file()]) == len(stored)
+
+
+def test_a_failed_download_leaves_nothing_half(tmp_path: Path) -> None:
+    uri = put("a", "content")
+    key = loads("info", uri)[0]["key"]
+    (tmp_path / "state" / "store" / key).write_text("damaged")
+    with pytest.raises(StoreError, match="is damaged"):
+        run("get", uri, "-o", "out/a")
+    assert list(Path("out").iterdir()) == []
+
+
+def test_bad_requests_say_what_is_wrong() -> None:
+    uri = put("a")
+    put("b")
+    wrong: list[tuple[tuple[str, ...], str]] = [
+        (("put", "a", "--metadata", "[1]", "-p", "demo"), "must be a JSON object"),
+        (("put", "a", "--metadata", "{", "-p", "demo"), "is not JSON"),
+        (("put", "a", "--metadata", "@no", "-p", "demo"), "cannot read no"),
+        (("put", "a", "--property", "x", "-p", "demo"), "not of the form NAME=VALUE"),
+        (("put", "a", "--dataset", "d", "-p", "demo"), "is no version name"),
+        (("put", "a", "--dataset", "d/latest", "-p", "demo"), "always means the newest"),
+        (("get", "none-*"), "no datum has a name like"),
+        (("get", "dataset://d/v"), "no dataset 'd'"),
+        (("alias", "set", "x", "*"), "names 2 files"),
+        (("tag", "add", " ", uri), "is no tag"),
+        (("datasets", "show", "none"), "no dataset 'none'"),
+        (("models", "approve", "none/1"), "no model 'none'"),
+    ]
+    for arguments, expected in wrong:
+        with pytest.raises(RefusedError, match=expected):
+            run(*arguments)
+    Path("c").write_text("c")
+    run("put", "c", "-p", "other")
+    with pytest.raises(
+        RefusedError, match="name the project with --project; known are demo, other"
+    ):
+        run("datasets", "create", "d")

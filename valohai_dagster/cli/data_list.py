@@ -1,0 +1,224 @@
+"""`valohai-dagster data ls`, `info` and `rm`: what there is, all that is known of it, and giving up content."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import sqlalchemy as sa
+import typer
+
+from valohai_dagster.cli.data_place import (
+    AsJson,
+    Deployment,
+    Project,
+    References,
+    Yes,
+    confirm,
+    datum_dict,
+    deployment,
+    now,
+    print_datums,
+    print_json,
+)
+from valohai_dagster.cli.lookup import find_executions
+from valohai_dagster.cli.render import size_text
+from valohai_dagster.data import datasets, datums, models
+from valohai_dagster.data.printable import printable
+from valohai_dagster.data.references import find_datums
+from valohai_dagster.errors import RefusedError
+from valohai_dagster.records import tables as t
+
+
+def list_(
+    name: Annotated[
+        str | None, typer.Argument(help="Name, may hold *; or dataset:// or model:// URI.")
+    ] = None,
+    project: Project = None,
+    execution: Annotated[
+        str | None,
+        typer.Option(help="Only outputs of this run or execution: an id, PROJECT#NUMBER, latest."),
+    ] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option(help="Only with this tag; may be given several times.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Only files of this version, NAME/VERSION.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most lines.")] = 50,
+    purged: Annotated[bool, typer.Option(help="Also those whose content is gone.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Lists datums, newest first."""
+    with deployment() as here:
+        project_id = here.project_id(project)
+        with here.records.read() as connection:
+            found = _listed(
+                connection,
+                here,
+                name=name,
+                project=project,
+                dataset=dataset,
+                limit=limit,
+                filters={
+                    "project_id": project_id,
+                    "execution_ids": find_executions(connection, execution) if execution else None,
+                    "tags": tag or (),
+                    "purged": purged,
+                },
+            )
+            names = datums.aliases_of(connection, [datum.id for datum in found])
+    if as_json:
+        print_json([datum_dict(datum, names.get(datum.id, [])) for datum in found])
+    else:
+        print_datums(found, names)
+
+
+def _listed(
+    connection: sa.Connection,
+    here: Deployment,
+    *,
+    name: str | None,
+    project: str | None,
+    dataset: str | None,
+    limit: int,
+    filters: dict[str, Any],
+) -> list[datums.Datum]:
+    if name is not None and name.startswith(("dataset://", "model://")):
+        return find_datums(connection, name, project_id=here.only_project(project))
+    among = None
+    if dataset is not None:
+        uri = dataset if dataset.startswith("dataset://") else f"dataset://{dataset}"
+        files = find_datums(connection, uri, project_id=here.only_project(project))
+        among = {datum.id for datum in files}
+        filters = {**filters, "project_id": None}
+    return datums.list_datums(connection, name=name, limit=limit, among=among, **filters)
+
+
+def info(references: References, project: Project = None, as_json: AsJson = False) -> None:
+    """Shows all that is known of files: checksums, where they are from, and where they are used."""
+    with deployment() as here:
+        project_id = here.only_project(project)
+        with here.records.read() as connection:
+            found = _found(connection, references, project_id)
+            names = datums.aliases_of(connection, [datum.id for datum in found])
+            uses = _uses(connection, [datum.id for datum in found])
+        known = {ident: name for name, ident in here.projects().items()}
+    described = [
+        {
+            **datum_dict(datum, names.get(datum.id, [])),
+            "project": known.get(datum.project_id or ""),
+            **uses[datum.id],
+        }
+        for datum in found
+    ]
+    if as_json:
+        print_json(described)
+        return
+    for values in described:
+        for key, value in values.items():
+            if value not in (None, [], {}, False):
+                shown = size_text(value) if key == "size" else value
+                typer.echo(f"{key:<17} {printable(str(shown))}")
+        typer.echo("")
+
+
+def rm(
+    references: References,
+    project: Project = None,
+    yes: Yes = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Also what a dataset or model version or an alias names."),
+    ] = False,
+    delete_adopted: Annotated[
+        bool,
+        typer.Option("--delete-adopted", help="Delete the content of adopted files too."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Purges files: deletes their content for good and keeps their records, so that lineage stays whole.
+
+    Adopted files are only given up: their content belongs to somebody else and stays, unless --delete-adopted.
+    """
+    with deployment() as here:
+        project_id = here.only_project(project)
+        with here.records.read() as connection:
+            found = [d for d in _found(connection, references, project_id) if not d.purged]
+            ids = [datum.id for datum in found]
+            uses = _uses(connection, ids)
+            names = datums.aliases_of(connection, ids)
+        _refuse_used(found, uses, names, force=force)
+        size = size_text(sum(datum.size for datum in found))
+        confirm(f"Delete the content of {len(found)} files ({size}) for good?", yes=yes)
+        with here.records.write() as connection:
+            datums.mark_purged(connection, ids, now())
+        deleted = [
+            datum
+            for datum in found
+            if datums.delete_content(here.stores, datum, adopted_too=delete_adopted)
+        ]
+    if as_json:
+        gone = {datum.id for datum in deleted}
+        print_json([{"id": d.id, "name": d.name, "content_deleted": d.id in gone} for d in found])
+        return
+    kept = len(found) - len(deleted)
+    left = f"; the content of {kept} adopted files was left where it is" if kept else ""
+    typer.echo(f"purged {len(found)} files{left}")
+
+
+def _found(
+    connection: sa.Connection, references: Sequence[str], project_id: str | None
+) -> list[datums.Datum]:
+    """Each datum once, in the order of the references."""
+    found = {
+        datum.id: datum
+        for reference in references
+        for datum in find_datums(connection, reference, project_id=project_id)
+    }
+    return list(found.values())
+
+
+def _uses(connection: sa.Connection, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By datum: versions that hold it, and how many executions had it as an input."""
+    c = t.execution_inputs.c
+    of_datasets = datasets.versions_holding(connection, ids)
+    of_models = models.versions_holding(connection, ids)
+    counts: dict[str, int] = {}
+    for start in range(0, len(ids), datums.CHUNK):
+        query = (
+            sa.select(c.datum_id, sa.func.count(sa.distinct(c.execution_id)))
+            .where(c.datum_id.in_(ids[start : start + datums.CHUNK]))
+            .group_by(c.datum_id)
+        )
+        counts.update((row[0], row[1]) for row in connection.execute(query))
+    return {
+        i: {
+            "dataset_versions": [version.uri for version in of_datasets.get(i, ())],
+            "model_versions": [version.uri for version in of_models.get(i, ())],
+            "used_by_executions": counts.get(i, 0),
+        }
+        for i in ids
+    }
+
+
+def _refuse_used(
+    found: Sequence[datums.Datum],
+    uses: dict[str, dict[str, Any]],
+    names: dict[str, list[str]],
+    *,
+    force: bool,
+) -> None:
+    """What a version or an alias names would break for whoever uses that next."""
+    used: list[str] = []
+    for datum in found:
+        by = [
+            *uses[datum.id]["dataset_versions"],
+            *uses[datum.id]["model_versions"],
+            *(f"datum://{name}" for name in names.get(datum.id, [])),
+        ]
+        if by:
+            used.append(f"{datum.uri} ({printable(datum.name)}) is in {', '.join(by[:5])}")
+    if used and not force:
+        more = f" and {len(used) - 5} more" if len(used) > 5 else ""
+        raise RefusedError(f"{'; '.join(used[:5])}{more}. Say --force to delete the content anyway")
