@@ -80,7 +80,8 @@ class S3StoreSettings(RemoteStoreSettings):
     )
     path_style: bool | None = Field(
         default=None,
-        description="Bucket in the path instead of the host name. Default: yes with `endpoint_url`, else no.",
+        description="Bucket in the path instead of the host name. Default: yes with `endpoint_url` "
+        "or a bucket with dots in its name, else no.",
     )
     profile: str | None = Field(
         default=None, description="Profile of the AWS configuration files to take credentials from."

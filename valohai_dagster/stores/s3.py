@@ -74,13 +74,13 @@ class S3Store(RemoteStore):
     def begin_parts(self, key: str, *, size: int) -> PartedUpload | None:
         self.check(key)
         with self.explained(f"begin an upload of {key!r}", writing=True):
-            part_bytes = part_size(size, wanted=self._section.part_bytes, most_parts=MAX_PARTS)
-            if size <= part_bytes:
+            if size <= self._section.part_bytes:
                 return None
             self._be_ready()
             answer = self._client.create_multipart_upload(
                 Bucket=self.place, Key=key, **self._encryption_arguments
             )
+        part_bytes = part_size(size, wanted=self._section.part_bytes, most_parts=MAX_PARTS)
         return PartedUpload(style="s3", part_bytes=part_bytes, token=answer["UploadId"])
 
     def sign_parts(

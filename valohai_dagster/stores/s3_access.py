@@ -138,7 +138,8 @@ class S3Access:
         section = self._section
         path_style = section.path_style
         if path_style is None:
-            path_style = section.endpoint_url is not None
+            # Certificates of AWS cover no bucket with dots in its host name.
+            path_style = section.endpoint_url is not None or "." in section.bucket
         # Checksums of botocore's own are left out: many servers that speak S3 do not know them.
         return botocore.config.Config(
             signature_version="s3v4",
@@ -149,7 +150,8 @@ class S3Access:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             s3={
-                "addressing_style": "path" if path_style else "auto",
+                # Not `auto`: URLs would name the global address, which cannot find buckets of new regions.
+                "addressing_style": "path" if path_style else "virtual",
                 "us_east_1_regional_endpoint": "regional",
             },
         )
