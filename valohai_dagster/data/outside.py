@@ -51,10 +51,10 @@ def note_versions(
                 continue
             if before is not None and before.version is not None:
                 changed.append(
-                    f"{uri} has changed since it was last used, by execution {before.execution_id}: "
-                    f"its version is {versions[uri]}, was {before.version}"
+                    f"{uri} has changed since it was last used: its version is {versions[uri]}, was {before.version}"
                 )
-            _keep(connection, uri, version=versions[uri], execution_id=execution_id, mtime=now)
+            known_by = execution_id if before is None else before.execution_id
+            _keep(connection, uri, version=versions[uri], execution_id=known_by, mtime=now)
     return _few(changed)
 
 

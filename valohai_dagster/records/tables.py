@@ -215,7 +215,7 @@ outside_files = sa.Table(
     sa.Column("version", sa.String(255)),
     sa.Column("sha256", sa.String(64)),
     sa.Column("size", sa.BigInteger),
-    sa.Column("execution_id", sa.String(36), nullable=False),
+    sa.Column("execution_id", sa.String(36), nullable=False),  # that found this content
     sa.Column("mtime", UtcDateTime, nullable=False),
 )
 
