@@ -7,6 +7,7 @@ import json
 import logging
 import uuid
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,46 @@ log = logging.getLogger(__name__)
 _STREAMS = ("stdout", "stderr", "events")
 
 
+@dataclass
+class Salvaged:
+    """What is left of one stream. `pieces` say where bytes are missing.
+
+    Each is (offset in the whole log, offset in this file) of a place from which on both run side by side, so that
+    whoever has read the live log goes on at the right byte. Empty: the file is the log from its first byte on.
+    """
+
+    content: bytearray = field(default_factory=bytearray)
+    pieces: list[tuple[int, int]] = field(default_factory=list)
+    _position: int = 0  # in the whole log
+
+    def add(self, text: bytes, start: int, end: int) -> None:
+        """A line of the live log with its place in the whole; one that came twice counts once."""
+        if end <= self._position and end > 0:
+            return
+        if start > self._position:
+            self._lost(start - self._position)
+        self.content += text
+        self._position += len(text)
+        if self._position != end > 0:  # a marker, or a line that was cut for the live view
+            self.pieces.append((end, len(self.content)))
+            self._position = end
+
+    def _lost(self, count: int) -> None:
+        self.content += STATUS_PREFIX.encode() + f"... {count} bytes are lost ...\n".encode()
+        self._position += count
+        self.pieces.append((self._position, len(self.content)))
+
+
 def store_salvaged(
-    files: dict[str, bytes], store: Store, prefix: str, *, complete: bool
+    files: Mapping[str, bytes | Salvaged], store: Store, prefix: str, *, complete: bool
 ) -> dict[str, Any]:
     """Stores what is known of a lost attempt's log and returns the entries for its record.
 
     A store that refuses leaves the live log as the only copy, for as long as that lives.
     """
     stored: dict[str, Any] = {}
-    for stream, content in files.items():
+    for stream, found in files.items():
+        content = bytes(found.content) if isinstance(found, Salvaged) else found
         key = f"{prefix}/{uuid.uuid4()}/{stream}"
         try:
             store.put(key, content)
@@ -44,6 +76,8 @@ def store_salvaged(
             "lines": lines,
             "complete": complete,
         }
+        if isinstance(found, Salvaged) and found.pieces:
+            stored[stream]["pieces"] = found.pieces
     return stored
 
 
@@ -59,17 +93,17 @@ def from_files(directory: Path) -> dict[str, bytes]:
     return found
 
 
-def from_live(entries: Iterable[tuple[str, Mapping[str, str]]]) -> dict[str, bytes]:
+def from_live(entries: Iterable[tuple[str, Mapping[str, str]]]) -> dict[str, bytes | Salvaged]:
     """The same files from the live log, which may have gaps; empty if there is none."""
-    texts: dict[str, list[str]] = {"stdout": [], "stderr": []}
+    texts = {"stdout": Salvaged(), "stderr": Salvaged()}
     events = []
     for _, fields in entries:
         stream, text = fields["s"], fields["m"]
         events.append(json.dumps({"time": fields["t"], "stream": stream, "message": text}))
         prefix = STATUS_PREFIX if stream == LogStream.status.value else ""
         target = "stdout" if stream == LogStream.stdout.value else "stderr"
-        texts[target].append(f"{prefix}{text}\n")
+        line = f"{prefix}{text}\n".encode()
+        texts[target].add(line, int(fields.get("o", 0)), int(fields.get("e", 0)))
     if not events:
         return {}
-    content = {stream: "".join(lines).encode() for stream, lines in texts.items()}
-    return {**content, "events": gzip.compress("\n".join(events).encode(), mtime=0)}
+    return {**texts, "events": gzip.compress("\n".join(events).encode(), mtime=0)}

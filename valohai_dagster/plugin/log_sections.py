@@ -22,9 +22,30 @@ PIECE = 1 << 20  # bytes read at a time
 
 @dataclass(frozen=True, kw_only=True)
 class StoredLog:
+    """`size` is the file's. `pieces` tell where a salvaged log lacks bytes, see `executions.salvage.Salvaged`."""
+
     store: str
     key: str
     size: int
+    pieces: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def end(self) -> int:
+        """The offset behind the last byte, as the live log counts."""
+        return self.in_log(self.size)
+
+    def in_file(self, offset: int) -> int:
+        """Where the byte of the whole log lies in the file; behind the word about it if it is lost."""
+        log, file = (0, 0)
+        for start, at in self.pieces:
+            if offset < start:
+                return min(file + offset - log, at)
+            log, file = start, at
+        return file + offset - log
+
+    def in_log(self, offset: int) -> int:
+        log, file = next((piece for piece in reversed(self.pieces) if piece[1] <= offset), (0, 0))
+        return log + offset - file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +141,10 @@ def stream_from(
         stored = section.stored.get(stream)
         if stored is not None and offset >= stored.size:
             offset -= stored.size
-            last = bytearray(source.read(section, stream, max(0, stored.size - 1), 1)[0])
+            before_last = stored.in_log(max(0, stored.size - 1))
+            last = bytearray(source.read(section, stream, before_last, 1)[0])
             continue
-        at, offset = (offset, 0) if stored is not None else (0, offset)
+        at, offset = (stored.in_log(offset), 0) if stored is not None else (0, offset)
         while True:
             data, at = source.read(section, stream, at, PIECE)
             if not data:
@@ -136,7 +158,7 @@ def _finished(section: LogSection, at: Position) -> bool:
     """Whether nothing more can come from a section: its stored files are read, or its attempt is over."""
     if not section.ended:
         return False
-    return all(getattr(at, s) >= section.stored[s].size for s in STREAMS if s in section.stored)
+    return all(getattr(at, s) >= section.stored[s].end for s in STREAMS if s in section.stored)
 
 
 def _divider(before: bytearray, section: LogSection) -> bytes:

@@ -114,16 +114,18 @@ class ServiceLogs:
             return b"", offset
 
     def _stored(self, stored: StoredLog, offset: int, limit: int | None) -> tuple[bytes, int]:
-        if offset >= stored.size:
-            return b"", offset
+        """`offset` counts in the whole log, as while it was live."""
+        start = stored.in_file(offset)
+        if start >= stored.size:
+            return b"", max(offset, stored.end)
         try:
-            with self.open_stored(stored, offset) as file:
+            with self.open_stored(stored, start) as file:
                 data = read_whole_characters(file, limit)
         except (ValohaiError, OSError) as error:
             text = "stored log %s/%s is not readable: %s"
             log.warning(text, stored.store, stored.key, error, extra={"action": "read-log"})
             return b"", offset
-        return data, offset + len(data)
+        return data, stored.in_log(start + len(data))
 
     def open_stored(self, stored: StoredLog, offset: int = 0) -> BinaryIO:
         return self._open_stores()[stored.store].open(stored.key, offset=offset)
@@ -212,7 +214,12 @@ def index_of(rows: Iterable[Any]) -> LogIndex:
 def section_of(row: Any, finals: set[str]) -> LogSection:
     logs = row.logs or {}
     stored = {
-        name: StoredLog(store=entry["store"], key=entry["key"], size=int(entry["size"]))
+        name: StoredLog(
+            store=entry["store"],
+            key=entry["key"],
+            size=int(entry["size"]),
+            pieces=tuple((int(log), int(file)) for log, file in entry.get("pieces", ())),
+        )
         for name in STREAMS
         if (entry := logs.get(name)) and entry.get("key")
     }
@@ -263,7 +270,7 @@ def _text(value: Any) -> str:
 def last_lines(source: LogSource, section: LogSection, count: int, size: int) -> list[str]:
     """The last lines of stderr without the platform's own."""
     stored = section.stored.get("stderr")
-    start = max(0, stored.size - size) if stored else 0
+    start = stored.in_log(max(0, stored.size - size)) if stored else 0
     data, _ = source.read(section, "stderr", start, None)
     lines = data[-size:].decode("utf-8", "replace").splitlines()
     if start and len(lines) > 1:
