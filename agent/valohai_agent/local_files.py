@@ -8,18 +8,21 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 from urllib.parse import unquote, urlsplit
-
-import requests
 
 from valohai_agent.errors import Conflict, Denied, DiskFull, NotFound, Refused
 
 
 class Shrunk(OSError):
     """The source of an upload changed under our hands."""
+
+    def __init__(self, missing: int) -> None:
+        super().__init__(
+            errno.EIO, f"the file became shorter while it was uploaded ({missing} bytes missing)"
+        )
 
 
 def file_path(url: str) -> Path:
@@ -34,16 +37,14 @@ def is_disk_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def put_file(reader: Iterable[bytes], target: Path, name: str) -> None:
+def put_file(write: Callable[[int], None], target: Path, name: str) -> None:
     """Writes beside the target, syncs, then links: readers see all or nothing, and never a change."""
     partial = target.parent / f".{uuid.uuid4().hex}.part"
     with disk_errors(name, target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("xb") as file:
-                for chunk in reader:
-                    file.write(chunk)
-                file.flush()
+                write(file.fileno())
                 os.fsync(file.fileno())
             try:
                 os.link(partial, target)
@@ -77,7 +78,7 @@ def disk_errors(name: str, directory: Path) -> Iterator[None]:
     """Turns errors of the writing side into words."""
     try:
         yield
-    except (Shrunk, requests.RequestException):
+    except Shrunk:
         raise
     except OSError as error:
         if is_disk_full(error):
@@ -92,8 +93,6 @@ def source_errors(name: str) -> Iterator[None]:
     """Turns errors of the reading side into words."""
     try:
         yield
-    except requests.RequestException:
-        raise
     except FileNotFoundError as error:
         raise NotFound(f"{name}: the file does not exist") from error
     except PermissionError as error:

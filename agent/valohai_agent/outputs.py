@@ -314,7 +314,7 @@ class OutputCollector:
         status = output.path.stat()
         moved = self._transferer.upload(
             output.path,
-            grant.transfer,
+            grant,
             name=f"output {output.name!r}",
             progress=lambda done, _: self._count(output, done, total),
         )
@@ -368,7 +368,7 @@ def upload_logs(
         try:
             if isinstance(grant, str):
                 raise OutputError(grant)
-            moved = transferer.upload(path, grant.transfer, name=f"log {name!r}")
+            moved = transferer.upload(path, grant, name=f"log {name!r}")
         except (AgentError, OSError) as error:
             warn(f"The {name} log could not be stored: {error}.")
             continue

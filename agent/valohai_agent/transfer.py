@@ -1,34 +1,17 @@
-"""Moves one file by one signed request: http(s):// or file://, streaming, hashed on the way."""
+"""Moves one file by one signed request or many: http(s):// or file://, streaming, hashed on the way."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import random
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 
-import requests
-import requests.adapters
-import urllib3.exceptions
-
-from valohai_agent.checksums import Hasher
-from valohai_agent.errors import (
-    ChecksumMismatch,
-    Conflict,
-    Denied,
-    DiskFull,
-    NotFound,
-    Refused,
-    TransferError,
-    Unreachable,
-)
 from valohai_agent.local_files import (
     Shrunk,
     disk_errors,
@@ -38,61 +21,60 @@ from valohai_agent.local_files import (
     require_space,
     source_errors,
 )
-from valohai_agent.protocol import Checksums, Transfer
+from valohai_agent.protocol import Checksums, Transfer, UploadGrant
+from valohai_agent.transfers.download import Download
+from valohai_agent.transfers.hashing import ALGORITHMS, verify
+from valohai_agent.transfers.pace import MAX_CONNECTIONS, Progress, Shared, Transferred
+from valohai_agent.transfers.parted import More, put_parts
+from valohai_agent.transfers.pool import Pool
+from valohai_agent.transfers.ranges import identity
+from valohai_agent.transfers.retries import Temporary
+from valohai_agent.transfers.upload import Source, put
+from valohai_agent.transfers.wire import Patience
 
-CHUNK_BYTES = 1024 * 1024
-BACK_OFF_SECONDS = 0.5  # first pause; doubles, times a random factor of 0.5..1.5
-MAX_BACK_OFF_SECONDS = 30.0
-PROGRESS_SECONDS = 0.25
-RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-STATUS_ERRORS: dict[int, type[TransferError]] = {
-    401: Denied,
-    403: Denied,
-    404: NotFound,
-    409: Conflict,
-    410: NotFound,
-    412: Conflict,
-    507: DiskFull,
-}
+__all__ = ["PARALLEL_FILES", "Progress", "Transferer", "Transferred"]
 
-Progress = Callable[[int, "int | None"], None]
-"""Called with bytes done and bytes expected, at most a few times a second."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transferred:
-    """What went over the wire."""
-
-    size: int
-    checksums: Checksums
-    etag: str | None = None
+PARALLEL_FILES = 16  # that callers with many files do best to move at once
+COPY_BYTES = 8 * 1024 * 1024
 
 
 class Transferer:
-    """Downloads and uploads with one connection pool; safe to use from several threads.
+    """Downloads and uploads with one pool of connections; safe to use from several threads.
 
-    Temporary troubles (no connection, time-outs, 408, 429, 5xx) are retried up to `attempts` times
-    with jittered back-off, `Retry-After` is honoured, and a download goes on where it broke off if
-    the server can do that. Everything else fails at once with the subclass of TransferError that
-    says what it was. `cancelled` ends waiting and streaming early with Unreachable.
+    Temporary troubles (no connection, time-outs, a connection that drips, 408, 425, 429, 5xx) are retried
+    with jittered back-off until `attempts` tries in a row have brought nothing; `Retry-After` is honoured,
+    and a download goes on where it broke off if the server can do that. Everything else fails at once with
+    the subclass of TransferError that says what it was. `cancelled` ends waiting and moving early with
+    Unreachable. Large files go by several connections, `max_connections` of all files together.
+    `algorithms` are the checksums to compute.
     """
 
     def __init__(
         self,
         *,
-        attempts: int = 5,
+        attempts: int = 8,
         timeout: tuple[float, float] = (10.0, 60.0),
         sleep: Callable[[float], Any] | None = None,
         cancelled: threading.Event | None = None,
+        algorithms: tuple[str, ...] = ALGORITHMS,
+        max_connections: int = MAX_CONNECTIONS,
+        patience: Patience | None = None,
     ) -> None:
-        self._attempts = attempts
-        self._timeout = timeout
-        self._cancelled = cancelled or threading.Event()
-        self._sleep = sleep or self._cancelled.wait
-        self._session = requests.Session()
-        adapter = requests.adapters.HTTPAdapter(pool_maxsize=16)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
+        cancelled = cancelled or threading.Event()
+        pool = Pool(patience or Patience(connect_seconds=timeout[0], read_seconds=timeout[1]))
+        self._shared = Shared(
+            pool,
+            attempts=attempts,
+            sleep=sleep or cancelled.wait,
+            cancelled=cancelled,
+            algorithms=algorithms,
+            max_connections=max_connections,
+        )
+        self._close = weakref.finalize(self, pool.close)
+
+    def close(self) -> None:
+        """Closes idle connections; happens by itself when the object is gone."""
+        self._shared.pool.close()
 
     def download(
         self,
@@ -103,39 +85,63 @@ class Transferer:
         expected: Checksums | None = None,
         size: int | None = None,
         progress: Progress | None = None,
+        renew: Callable[[], Transfer] | None = None,
     ) -> Transferred:
         """Writes `target` atomically (temporary file beside it, then rename).
 
-        `name` is what errors call the file: URLs carry signatures and are never shown.
+        `name` is what errors call the file: URLs carry signatures and are never shown. `renew` gives a
+        fresh request when the URL has run out on the way.
         """
-        job = _Download(name=name, expected=expected, size=size, progress=_paced(progress))
-        partial = target.parent / f".{uuid.uuid4().hex}.part"
-        try:
-            with disk_errors(name, target.parent), partial.open("xb") as file:
+        partial = f"{target.parent}/.{uuid.uuid4().hex}.part"
+        with self._shared.file(), disk_errors(name, target.parent):
+            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
                 require_space(target.parent, size, name)
-                self._retry(lambda: self._fetch(transfer, file, job), name)
-            job.verify()
-            with disk_errors(name, target.parent):
+                if urlsplit(transfer.url).scheme == "file":
+                    moved = self._copy_in(transfer, fd, name, progress)
+                    verify(name, moved.size, moved.checksums, size, expected or Checksums())
+                else:
+                    moved = Download(
+                        self._shared,
+                        transfer,
+                        fd,
+                        name=name,
+                        expected=expected,
+                        size=size,
+                        progress=progress,
+                        renew=renew,
+                    ).run()
                 os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-        return Transferred(size=job.hasher.size, checksums=job.hasher.checksums(), etag=job.etag)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(partial)
+                raise
+            finally:
+                os.close(fd)
+        return moved
 
     def upload(
-        self, source: Path, transfer: Transfer, *, name: str, progress: Progress | None = None
+        self,
+        source: Path,
+        grant: UploadGrant,
+        *,
+        name: str,
+        progress: Progress | None = None,
+        more: More | None = None,
     ) -> Transferred:
-        """Sends `source` with PUT; to `file://` it writes beside, syncs and links.
+        """Sends `source` as the grant says; to `file://` it writes beside, syncs and links.
 
-        Never overwrites: an existing target is a Conflict. `source` must be a regular file; its
-        size when opened is what is sent.
+        Never overwrites: an existing target is a Conflict. `source` must be a regular file, and is
+        refused when it changes meanwhile. `more` asks for further or fresh parts of a grant in parts.
         """
-        with source_errors(name), open_regular(source) as file:
-            size = os.fstat(file.fileno()).st_size
-            if urlsplit(transfer.url).scheme == "file":
-                reader = _HashingReader(file, size, _paced(progress), self._check)
-                put_file(reader, file_path(transfer.url), name)
-                return reader.result(None)
-            return self._put(file, size, transfer, name, _paced(progress))
+        with self._shared.file(), source_errors(name), self._source(source, name, progress) as file:
+            if urlsplit(grant.transfer.url).scheme == "file":
+                target = file_path(grant.transfer.url)
+                put_file(lambda fd: self._copy(file, fd), target, name)
+                return file.finish(None)
+            if grant.parts is not None:
+                return put_parts(file, grant.parts, more)
+            return put(file, grant.transfer)
 
     def etag(self, transfer: Transfer, *, name: str) -> str | None:
         """Identity of the content behind a URL, or None if the server does not tell.
@@ -147,259 +153,39 @@ class Transferer:
                 status = file_path(transfer.url).stat()
             return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
         try:
-            response = self._request("HEAD", transfer, allow_redirects=True)
-        except requests.RequestException:
+            with self._shared.pool.request(
+                "HEAD", transfer, check=self._shared.check, follow=True, name=name
+            ) as answer:
+                return identity(answer.headers) if answer.ok else None
+        except Temporary:
             return None
-        with response:
-            return _identity(response.headers) if response.ok else None
 
-    # -- download ----------------------------------------------------------------------------------
-    def _fetch(self, transfer: Transfer, file: IO[bytes], job: _Download) -> None:
-        if urlsplit(transfer.url).scheme == "file":
-            job.restart(file)
-            with source_errors(job.name), open_regular(file_path(transfer.url)) as source:
-                job.total = os.fstat(source.fileno()).st_size
-                while chunk := source.read(CHUNK_BYTES):
-                    self._check()
-                    job.take(chunk, file)
-            return
-        self._fetch_http(transfer, file, job)
-
-    def _fetch_http(self, transfer: Transfer, file: IO[bytes], job: _Download) -> None:
-        resume = {}
-        if job.hasher.size and job.etag:
-            resume = {"Range": f"bytes={job.hasher.size}-", "If-Range": job.etag}
-        response = self._request(transfer.method, transfer, resume, stream=True)
-        with response:
-            if response.status_code != 206 or not resume:
-                job.restart(file)
-            if not response.ok or (response.status_code == 206 and not resume):
-                raise _status_error(response, job.name)
-            job.etag = _strong_etag(response.headers)
-            job.total = _expected_total(response, job.hasher.size)
-            for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
-                self._check()
-                job.take(chunk, file)
-        if job.total is not None and job.hasher.size != job.total:
-            raise _Temporary(f"only {job.hasher.size} of {job.total} bytes arrived")
-
-    # -- upload ------------------------------------------------------------------------------------
-    def _put(
-        self, file: IO[bytes], size: int, transfer: Transfer, name: str, progress: Progress
-    ) -> Transferred:
-        tries = 0
-
-        def send() -> Transferred:
-            nonlocal tries
-            tries += 1
-            file.seek(0)
-            reader = _HashingReader(file, size, progress, self._check)
-            # requests would send an empty stream chunked, which object stores refuse
-            body = reader if size else b""
-            response = self._request(transfer.method, transfer, data=body, allow_redirects=False)
-            with response:
-                if response.status_code in (409, 412) and tries > 1:
-                    # The key is fresh and ours alone: an earlier try arrived, only its answer was lost.
-                    return reader.result(None)
-                if not 200 <= response.status_code < 300:
-                    raise _status_error(response, name)
-                return reader.result(response.headers.get("ETag"))
-
-        return self._retry(send, name)
-
-    # -- common ------------------------------------------------------------------------------------
-    def _request(
-        self,
-        method: str,
-        transfer: Transfer,
-        headers: Mapping[str, str] | None = None,
-        **options: Any,
-    ) -> requests.Response:
-        merged = {"Accept-Encoding": "identity", **transfer.headers, **(headers or {})}
-        return self._session.request(
-            method, transfer.url, headers=merged, timeout=self._timeout, **options
-        )
-
-    def _retry(self, action: Callable[[], Any], name: str) -> Any:
-        reason = "nothing was tried"
-        for attempt in range(1, self._attempts + 1):
-            self._check()
+    @contextlib.contextmanager
+    def _source(self, path: Path, name: str, progress: Progress | None) -> Iterator[Source]:
+        with open_regular(path) as opened:
+            file = Source(self._shared, opened.fileno(), name=name, progress=progress)
             try:
-                return action()
-            except _Temporary as error:
-                reason, pause = str(error), error.pause_seconds
-            except requests.exceptions.InvalidURL as error:
-                raise Refused(f"{name}: the URL is not valid") from error
-            except requests.exceptions.SSLError as error:
-                raise Unreachable(f"{name}: the TLS certificate was not accepted") from error
-            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-                reason, pause = _connection_reason(error), None
-            if attempt < self._attempts:
-                self._sleep(_pause(attempt) if pause is None else pause)
-        raise Unreachable(
-            f"{name}: {reason} (tried {self._attempts} times). "
-            "Check that the address can be reached from the worker, then launch again."
-        )
+                yield file
+            finally:
+                file.close()
 
-    def _check(self) -> None:
-        if self._cancelled.is_set():
-            raise Unreachable("cancelled")
+    def _copy_in(
+        self, transfer: Transfer, fd: int, name: str, progress: Progress | None
+    ) -> Transferred:
+        path = file_path(transfer.url)
+        with source_errors(name), self._source(path, name, progress) as file:
+            with disk_errors(name, path.parent):
+                self._copy(file, fd)
+            return file.finish(None)
 
-
-class _Temporary(Exception):
-    """A failure worth another try, with the pause the server asked for."""
-
-    def __init__(self, reason: str, pause_seconds: float | None = None) -> None:
-        super().__init__(reason)
-        self.pause_seconds = pause_seconds
-
-
-class _Download:
-    """State of one download across its tries."""
-
-    def __init__(
-        self, *, name: str, expected: Checksums | None, size: int | None, progress: Progress
-    ) -> None:
-        self.name = name
-        self.expected = expected or Checksums()
-        self.size = size
-        self.total: int | None = size
-        self.etag: str | None = None
-        self.hasher = Hasher()
-        self._progress = progress
-
-    def restart(self, file: IO[bytes]) -> None:
-        file.seek(0)
-        file.truncate()
-        self.hasher = Hasher()
-
-    def take(self, chunk: bytes, file: IO[bytes]) -> None:
-        with disk_errors(self.name, Path(file.name).parent):
-            file.write(chunk)
-            file.flush()
-        self.hasher.update(chunk)
-        self._progress(self.hasher.size, self.total)
-
-    def verify(self) -> None:
-        if self.size is not None and self.hasher.size != self.size:
-            raise ChecksumMismatch(
-                f"{self.name}: has {self.hasher.size} bytes, expected {self.size}. "
-                "The source changed since it was recorded; use the new version explicitly."
-            )
-        actual = self.hasher.checksums()
-        for kind in ("md5", "sha1", "sha256"):
-            wanted, found = getattr(self.expected, kind), getattr(actual, kind)
-            if wanted and wanted.lower() != found:
-                raise ChecksumMismatch(
-                    f"{self.name}: has {kind} {found}, expected {wanted}. "
-                    "The source changed or was damaged on the way."
-                )
-
-
-class _HashingReader:
-    """What requests reads a request body from: bounded, hashing, and telling how far it is."""
-
-    def __init__(
-        self, file: IO[bytes], size: int, progress: Progress, check: Callable[[], None]
-    ) -> None:
-        self._file = file
-        self._size = size
-        self._progress = progress
-        self._check = check
-        self._hasher = Hasher()
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __iter__(self) -> Iterator[bytes]:
-        while chunk := self.read(CHUNK_BYTES):
-            yield chunk
-
-    def read(self, amount: int = -1) -> bytes:
-        self._check()
-        left = self._size - self._hasher.size
-        chunk = self._file.read(min(left, CHUNK_BYTES if amount < 0 else amount))
-        if not chunk and left:
-            raise Shrunk(f"the file became shorter while it was uploaded ({left} bytes missing)")
-        self._hasher.update(chunk)
-        self._progress(self._hasher.size, self._size)
-        return chunk
-
-    def result(self, etag: str | None) -> Transferred:
-        return Transferred(size=self._hasher.size, checksums=self._hasher.checksums(), etag=etag)
-
-
-def _status_error(response: requests.Response, name: str) -> Exception:
-    status = response.status_code
-    host = urlsplit(response.url).hostname
-    words = f"HTTP {status} {response.reason or ''}".strip() + f" from {host}"
-    if status in RETRY_STATUS:
-        return _Temporary(words, _retry_after(response.headers))
-    kind = STATUS_ERRORS.get(status, Refused)
-    return kind(f"{name}: {words}")
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    value = headers.get("Retry-After")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError):
-            return None
-    return max(0.0, min(seconds, MAX_BACK_OFF_SECONDS))
-
-
-def _expected_total(response: requests.Response, offset: int) -> int | None:
-    length = response.headers.get("Content-Length", "")
-    if not length.isdigit():
-        return None
-    return int(length) + (offset if response.status_code == 206 else 0)
-
-
-def _identity(headers: Mapping[str, str]) -> str | None:
-    etag = _strong_etag(headers)
-    if etag:
-        return etag
-    modified = headers.get("Last-Modified")
-    return f"{modified}|{headers.get('Content-Length', '')}" if modified else None
-
-
-def _strong_etag(headers: Mapping[str, str]) -> str | None:
-    etag = headers.get("ETag")
-    return etag if etag and not etag.startswith("W/") else None
-
-
-def _connection_reason(error: Exception) -> str:
-    """Words without the URL, which may carry a signature or a password."""
-    if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)):
-        return "no answer within the time limit"
-    if isinstance(error, requests.exceptions.ProxyError):
-        return "the proxy cannot be reached"
-    if isinstance(error, (requests.ConnectionError, urllib3.exceptions.ProtocolError)):
-        return "the connection cannot be made or broke off"
-    return type(error).__name__
-
-
-def _pause(attempt: int) -> float:
-    longest = min(MAX_BACK_OFF_SECONDS, BACK_OFF_SECONDS * 2 ** (attempt - 1))
-    return longest * random.uniform(0.5, 1.5)  # noqa: S311 - spreads load, protects nothing
-
-
-def _paced(progress: Progress | None) -> Progress:
-    """Passes on at most one call per PROGRESS_SECONDS, and the last one."""
-    if progress is None:
-        return lambda done, total: None
-    last = 0.0
-
-    def report(done: int, total: int | None) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= PROGRESS_SECONDS or done == total:
-            last = now
-            progress(done, total)
-
-    return report
+    def _copy(self, file: Source, fd: int) -> None:
+        """Within the kernel where the file systems can do it."""
+        position = 0
+        while position < file.size:
+            self._shared.check()
+            count = os.sendfile(fd, file.fd, position, min(COPY_BYTES, file.size - position))
+            if not count:
+                raise Shrunk(file.size - position)
+            position += count
+            file.hash_until(position)
+            file.count.add(count)

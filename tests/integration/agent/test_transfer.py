@@ -24,7 +24,7 @@ from valohai_agent.errors import (
     TransferError,
     Unreachable,
 )
-from valohai_agent.protocol import Checksums, Transfer
+from valohai_agent.protocol import Checksums, Transfer, UploadGrant
 from valohai_agent.transfer import Transferer
 
 DATA = os.urandom(3_000_000)
@@ -51,8 +51,8 @@ def _get(url: str, **headers: str) -> Transfer:
     return Transfer(url=url, headers=headers)
 
 
-def _put(url: str) -> Transfer:
-    return Transfer(url=url, method="PUT")
+def _put(url: str) -> UploadGrant:
+    return UploadGrant(upload_id="u", transfer=Transfer(url=url, method="PUT"))
 
 
 def _only(directory: Path) -> list[str]:

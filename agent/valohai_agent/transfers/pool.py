@@ -1,0 +1,276 @@
+"""Connections that are kept for the next request: by server, with proxies, TLS, basic auth and redirects."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import os
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+from urllib.parse import SplitResult, unquote, urljoin, urlsplit
+from urllib.request import getproxies_environment, proxy_bypass_environment
+
+import certifi
+
+from valohai_agent.errors import Refused, Unreachable
+from valohai_agent.protocol import Transfer
+from valohai_agent.transfers.retries import Temporary
+from valohai_agent.transfers.wire import (
+    BROKE_OFF,
+    NO_ANSWER,
+    Answer,
+    FileBody,
+    Patience,
+    Stale,
+    Wire,
+)
+
+KEPT_CONNECTIONS = 32  # per server; more than that are closed after use
+REDIRECTS = 5
+REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
+DROPPED_ON_ANOTHER_HOST = frozenset({"authorization", "cookie", "proxy-authorization"})
+
+
+class Place(NamedTuple):
+    """Whom to connect to. `proxy` is its URL, or empty."""
+
+    scheme: str
+    host: str
+    port: int
+    proxy: str
+
+
+class Pool:
+    """Makes requests; safe for several threads."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._idle: dict[Place, list[Wire]] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Closes the connections that nobody uses."""
+        with self._lock:
+            idle, self._idle = self._idle, {}
+        for wires in idle.values():
+            for wire in wires:
+                wire.close()
+
+    @contextlib.contextmanager
+    def request(
+        self,
+        method: str,
+        transfer: Transfer,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | FileBody | None = None,
+        check: Callable[[], None] = lambda: None,
+        follow: bool = False,
+        name: str = "",
+    ) -> Iterator[Answer]:
+        """The answer, its body unread; with `follow` that of the last redirect. The connection is kept if it can be."""
+        url, sent = transfer.url, {**transfer.headers, **(headers or {})}
+        for _ in range(REDIRECTS):
+            parts = _split(url, name)
+            place = _place(parts)
+            answer = self._ask(place, method, parts, sent, body, check, name)
+            finished = False
+            try:
+                target = answer.headers.get("location")
+                if not (follow and target and answer.status in REDIRECT_STATUS):
+                    yield answer
+                    finished = answer.reusable
+                    return
+                answer.read(64 * 1024)
+                finished = answer.reusable
+            finally:
+                self._give_back(place, answer.wire, usable=finished)
+            url = urljoin(url, target)
+            if _split(url, name)[:2] != parts[:2]:
+                sent = {k: v for k, v in sent.items() if k.lower() not in DROPPED_ON_ANOTHER_HOST}
+        raise Refused(f"{name}: more than {REDIRECTS} redirects from {parts.hostname}")
+
+    def _ask(
+        self,
+        place: Place,
+        method: str,
+        parts: SplitResult,
+        headers: Mapping[str, str],
+        body: bytes | FileBody | None,
+        check: Callable[[], None],
+        name: str,
+    ) -> Answer:
+        head = _head(place, method, parts, headers, body)
+        while True:
+            wire = self._take(place, check, name)
+            try:
+                wire.send(head, body or b"")
+                status, reason, answered = wire.head()
+                return Answer(wire, status, reason, answered, bodyless=method == "HEAD")
+            except Stale:
+                wire.close()
+            except BaseException:
+                wire.close()
+                raise
+
+    def _take(self, place: Place, check: Callable[[], None], name: str) -> Wire:
+        while True:
+            with self._lock:
+                wires = self._idle.get(place)
+                wire = wires.pop() if wires else None
+            if wire is None:
+                return Wire(_connect(place, self._patience, name), self._patience, check)
+            if wire.is_quiet():
+                wire.check = check
+                return wire
+            wire.close()
+
+    def _give_back(self, place: Place, wire: Wire, *, usable: bool) -> None:
+        if usable:
+            with self._lock:
+                wires = self._idle.setdefault(place, [])
+                if len(wires) < KEPT_CONNECTIONS:
+                    wires.append(wire)
+                    return
+        wire.close()
+
+
+def _split(url: str, name: str) -> SplitResult:
+    """The URL's parts. Only http and https: a server must not redirect to a file of this machine."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises for what is no port
+    except ValueError as error:
+        raise Refused(f"{name}: the URL is not valid") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise Refused(f"{name}: the URL is not valid: {parts.scheme!r} is not http or https")
+    return parts
+
+
+def _place(parts: SplitResult) -> Place:
+    host = parts.hostname or ""
+    return Place(
+        parts.scheme,
+        host,
+        parts.port or (443 if parts.scheme == "https" else 80),
+        _proxy(parts.scheme, host),
+    )
+
+
+def _proxy(scheme: str, host: str) -> str:
+    proxies = getproxies_environment()
+    proxy = proxies.get(scheme) or proxies.get("all") or ""
+    if not proxy or proxy_bypass_environment(host, proxies):
+        return ""
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _head(
+    place: Place,
+    method: str,
+    parts: SplitResult,
+    headers: Mapping[str, str],
+    body: bytes | FileBody | None,
+) -> bytes:
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    target = path
+    host = parts.netloc.rpartition("@")[2]
+    lines = {"host": f"Host: {host}", "accept-encoding": "Accept-Encoding: identity"}
+    if place.proxy and place.scheme == "http":
+        target = f"http://{host}{path}"
+        _basic(lines, "Proxy-Authorization", urlsplit(place.proxy))
+    _basic(lines, "Authorization", parts)
+    for key, value in headers.items():
+        lines[key.lower()] = f"{key}: {value}"
+    if body is not None:
+        length = body.length if isinstance(body, FileBody) else len(body)
+        lines["content-length"] = f"Content-Length: {length}"
+    text = "\r\n".join([f"{method} {_ascii(target)} HTTP/1.1", *lines.values(), "", ""])
+    return text.encode("latin-1", "replace")
+
+
+def _ascii(target: str) -> str:
+    """Characters that must not stand in a request line are escaped; a `%` is left as it is."""
+    if target.isascii() and " " not in target and target.isprintable():
+        return target
+    return "".join(
+        c if c.isascii() and c.isprintable() and c != " " else _escaped(c) for c in target
+    )
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogateescape"))
+
+
+def _basic(lines: dict[str, str], header: str, parts: SplitResult) -> None:
+    if parts.username is not None:
+        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        lines[header.lower()] = f"{header}: Basic {base64.b64encode(pair.encode()).decode()}"
+
+
+def _connect(place: Place, patience: Patience, name: str) -> socket.socket:
+    if place.proxy:
+        through = urlsplit(place.proxy)
+        address = (through.hostname or "", through.port or 8080)
+    else:
+        address = (place.host, place.port)
+    try:
+        sock = socket.create_connection(address, patience.connect_seconds)
+    except TimeoutError as error:
+        raise Temporary(NO_ANSWER) from error
+    except (OSError, UnicodeError) as error:
+        raise Temporary("the proxy cannot be reached" if place.proxy else BROKE_OFF) from error
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if place.scheme == "https":
+            if place.proxy:
+                _tunnel(sock, place, patience)
+            sock.settimeout(patience.connect_seconds)
+            return tls_context().wrap_socket(sock, server_hostname=place.host)
+        return sock
+    except ssl.SSLCertVerificationError as error:
+        sock.close()
+        raise Unreachable(f"{name}: the TLS certificate was not accepted") from error
+    except TimeoutError as error:
+        sock.close()
+        raise Temporary(NO_ANSWER) from error
+    except OSError as error:
+        sock.close()
+        raise Temporary(BROKE_OFF) from error
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _tunnel(sock: socket.socket, place: Place, patience: Patience) -> None:
+    """Asks the proxy for a way to the server; the proxy sees only its name."""
+    host = f"[{place.host}]" if ":" in place.host else place.host
+    lines = {"host": f"Host: {host}:{place.port}"}
+    _basic(lines, "Proxy-Authorization", urlsplit(place.proxy))
+    wire = Wire(sock, patience, lambda: None)
+    wire.send(
+        "\r\n".join([f"CONNECT {host}:{place.port} HTTP/1.1", *lines.values(), "", ""]).encode(
+            "latin-1"
+        )
+    )
+    status, _, _ = wire.head()
+    if status != 200:
+        raise Temporary(f"the proxy answered HTTP {status}")
+
+
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    """Verifies certificates against the system's, certifi's and those that the environment names."""
+    context = ssl.create_default_context(cafile=certifi.where())
+    context.load_default_certs()
+    named = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    if named:
+        if os.path.isdir(named):
+            context.load_verify_locations(capath=named)
+        else:
+            context.load_verify_locations(cafile=named)
+    return context

@@ -1,0 +1,323 @@
+"""One HTTP/1.1 connection: a lean reader and writer on a socket, made for moving files.
+
+Bytes go from the socket into the caller's buffer and from a file into the socket without a detour where that can be.
+Waiting happens in short slices, between which `check` may end it. URLs never appear in errors.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from valohai_agent.local_files import Shrunk
+from valohai_agent.transfers.retries import Temporary
+
+HEAD_BYTES = 64 * 1024  # a longer head of an answer is not HTTP
+SLICE_SECONDS = 0.25  # how late a cancellation is noticed
+SEND_BYTES = 1024 * 1024  # of one sendfile call, between two looks at progress
+NO_ANSWER = "no answer within the time limit"
+BROKE_OFF = "the connection cannot be made or broke off"
+
+
+class Stale(Temporary):
+    """A kept connection turned out to be closed before anything was answered: another one is worth a try at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a connection may take. Below `bytes_per_second` on average of `window_seconds` it counts as stuck."""
+
+    connect_seconds: float = 10.0
+    read_seconds: float = 60.0
+    window_seconds: float = 60.0
+    bytes_per_second: float = 1024.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileBody:
+    """A range of an open file as body of a request. `sent(offset, count)` is told after each piece."""
+
+    fd: int
+    offset: int
+    length: int
+    sent: Callable[[int, int], None] = field(default=lambda offset, count: None)
+
+
+class Wire:
+    """A connection and what was read from it but not yet used."""
+
+    def __init__(self, sock: socket.socket, patience: Patience, check: Callable[[], None]) -> None:
+        self.check = check
+        self.fresh = True
+        self._sock = sock
+        self._tls = isinstance(sock, ssl.SSLSocket)
+        self._patience = patience
+        self._buffer = bytearray(HEAD_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+        self._watch_from, self._watched = time.monotonic(), 0
+        sock.settimeout(min(SLICE_SECONDS, patience.read_seconds))
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def is_quiet(self) -> bool:
+        """Whether a kept connection is still usable: nothing to read, so not closed by the other side."""
+        if self._start != self._end:
+            return False
+        poller = select.poll()
+        poller.register(self._sock, select.POLLIN)
+        return not poller.poll(0)
+
+    # -- sending -----------------------------------------------------------------------------------
+    def send(self, head: bytes, body: bytes | FileBody = b"") -> None:
+        """Sends a request. When the other side stops listening its answer may say why, so that is no error yet."""
+        self._watch_from, self._watched = time.monotonic(), 0
+        try:
+            if isinstance(body, FileBody):
+                self._send_bytes(memoryview(head))
+                self._send_file(body)
+            else:
+                self._send_bytes(memoryview(head + body))
+        except Shrunk:
+            raise
+        except (BrokenPipeError, ConnectionResetError) as error:
+            if not self._has_answer():
+                raise (Temporary if self.fresh else Stale)(BROKE_OFF) from error
+        except TimeoutError as error:
+            raise Temporary(NO_ANSWER) from error
+        except OSError as error:
+            raise Temporary(BROKE_OFF) from error
+
+    def _has_answer(self) -> bool:
+        poller = select.poll()
+        poller.register(self._sock, select.POLLIN)
+        return bool(poller.poll(0))
+
+    def _send_bytes(self, data: memoryview) -> None:
+        waited = 0.0
+        while data:
+            try:
+                sent = self._sock.send(data)
+            except TimeoutError:
+                waited = self._waited(waited)
+                continue
+            data, waited = data[sent:], 0.0
+
+    def _send_file(self, body: FileBody) -> None:
+        offset, end = body.offset, body.offset + body.length
+        buffer = memoryview(bytearray(min(SEND_BYTES // 4, body.length))) if self._tls else None
+        while offset < end:
+            if buffer is not None:
+                count = os.preadv(body.fd, [buffer[: end - offset]], offset)
+                self._send_bytes(buffer[:count])
+            else:
+                count = self._sendfile(body.fd, offset, min(SEND_BYTES, end - offset))
+            if not count:
+                raise Shrunk(end - offset)
+            body.sent(offset, count)
+            self._moved(count)
+            offset += count
+
+    def _sendfile(self, fd: int, offset: int, count: int) -> int:
+        waited = 0.0
+        while True:
+            try:
+                return os.sendfile(self._sock.fileno(), fd, offset, count)
+            except BlockingIOError:
+                poller = select.poll()
+                poller.register(self._sock, select.POLLOUT)
+                if not poller.poll(SLICE_SECONDS * 1000):
+                    waited = self._waited(waited)
+
+    # -- receiving ---------------------------------------------------------------------------------
+    def head(self) -> tuple[int, str, dict[str, str]]:
+        """Status, reason and headers (lower-case names) of the next answer; `1xx` answers are skipped."""
+        while True:
+            lines = self._head_block().split("\r\n")
+            version, _, rest = lines[0].partition(" ")
+            code, _, reason = rest.partition(" ")
+            if not version.startswith("HTTP/") or not code.isdigit():
+                raise Temporary("the answer is not HTTP")
+            status = int(code)
+            if status >= 200:
+                break
+        headers = {}
+        for line in lines[1:]:
+            name, _, value = line.partition(":")
+            headers[name.lower()] = value.strip()
+        if version == "HTTP/1.0":
+            headers.setdefault("connection", "close")
+        return status, reason.strip(), headers
+
+    def _head_block(self) -> str:
+        until = time.monotonic() + self._patience.read_seconds
+        while True:
+            at = self._buffer.find(b"\r\n\r\n", self._start, self._end)
+            if at >= 0:
+                text = str(self._view[self._start : at], "latin-1")
+                self._start = at + 4
+                self.fresh = False
+                return text
+            self._fill(first=self._start == self._end)
+            if time.monotonic() > until:
+                raise Temporary(NO_ANSWER)
+
+    def _fill(self, *, first: bool) -> None:
+        """Reads more into the buffer; keeps what is unused."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._end == len(self._buffer):
+            if self._start == 0:
+                raise Temporary("the answer is not HTTP")
+            kept = self._end - self._start
+            self._buffer[:kept] = self._buffer[self._start : self._end]
+            self._start, self._end = 0, kept
+        count = self._recv(self._view[self._end :], stale=first and not self.fresh)
+        if not count:
+            raise (Stale if first and not self.fresh else Temporary)(BROKE_OFF)
+        self._end += count
+
+    def read_into(self, view: memoryview) -> int:
+        """Some bytes of a body; 0 at the end of the stream."""
+        have = self._end - self._start
+        if have:
+            count = min(have, len(view))
+            view[:count] = self._view[self._start : self._start + count]
+            self._start += count
+            return count
+        count = self._recv(view)
+        self._moved(count)
+        return count
+
+    def line(self) -> bytes:
+        """One line of a chunked body's framing."""
+        while True:
+            at = self._buffer.find(b"\n", self._start, self._end)
+            if at >= 0:
+                line = bytes(self._view[self._start : at]).strip()
+                self._start = at + 1
+                return line
+            self._fill(first=False)
+
+    def _recv(self, view: memoryview, *, stale: bool = False) -> int:
+        waited = 0.0
+        while True:
+            try:
+                return self._sock.recv_into(view)
+            except TimeoutError as error:
+                try:
+                    waited = self._waited(waited)
+                except TimeoutError:
+                    raise Temporary(NO_ANSWER) from error
+            except ConnectionError as error:
+                raise (Stale if stale else Temporary)(BROKE_OFF) from error
+            except OSError as error:
+                raise Temporary(BROKE_OFF) from error
+
+    # -- patience ----------------------------------------------------------------------------------
+    def _waited(self, seconds: float) -> float:
+        """Adds one slice to what was waited in a row; raises TimeoutError when that is too much."""
+        self.check()
+        seconds += min(SLICE_SECONDS, self._patience.read_seconds)
+        if seconds >= self._patience.read_seconds:
+            raise TimeoutError
+        return seconds
+
+    def _moved(self, count: int) -> None:
+        """A connection that drips is as bad as a silent one: it is given up when a whole window was too slow."""
+        self._watched += count
+        now = time.monotonic()
+        spent = now - self._watch_from
+        if spent < self._patience.window_seconds:
+            return
+        if self._watched < self._patience.bytes_per_second * spent:
+            raise Temporary(f"slower than {self._patience.bytes_per_second:.0f} bytes/s")
+        self._watch_from, self._watched = now, 0
+
+    def watch_anew(self) -> None:
+        """The time until the answer began does not count as slowness of its body."""
+        self._watch_from, self._watched = time.monotonic(), 0
+
+
+class Answer:
+    """An answer whose body is still to be read."""
+
+    def __init__(
+        self, wire: Wire, status: int, reason: str, headers: Mapping[str, str], *, bodyless: bool
+    ) -> None:
+        self.wire, self.status, self.reason, self.headers = wire, status, reason, headers
+        self.length: int | None = None
+        self._left: int | None = None
+        self._chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+        self._chunk = 0
+        self._ended = False
+        if bodyless or status in (204, 304):
+            self._chunked, self._left, self._ended = False, 0, True
+        length = headers.get("content-length", "")
+        if length.isdigit() and not self._chunked:
+            self.length = int(length)
+        if not self._ended:
+            self._left = self.length
+            self._ended = self._left == 0
+        wire.watch_anew()
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the connection can serve another request."""
+        return self._ended and "close" not in self.headers.get("connection", "").lower()
+
+    def read_into(self, view: memoryview) -> int:
+        """Some bytes of the body, 0 at its end. Raises Temporary when it breaks off early."""
+        if self._ended:
+            return 0
+        if self._chunked:
+            return self._read_chunked(view)
+        if self._left is None:  # no length: until the other side closes
+            count = self.wire.read_into(view)
+            if not count:
+                self._ended = True
+                self.headers = {**self.headers, "connection": "close"}
+            return count
+        count = self.wire.read_into(view[: self._left])
+        if not count:
+            raise Temporary(BROKE_OFF)
+        self._left -= count
+        self._ended = self._left == 0
+        return count
+
+    def read(self, limit: int = 1024 * 1024) -> bytes:
+        """The whole body of a short answer; what is beyond the limit is left."""
+        parts, left, view = [], limit, memoryview(bytearray(min(limit, 64 * 1024)))
+        while left and (count := self.read_into(view[:left])):
+            parts.append(bytes(view[:count]))
+            left -= count
+        return b"".join(parts)
+
+    def _read_chunked(self, view: memoryview) -> int:
+        if not self._chunk:
+            try:
+                self._chunk = int(self.wire.line().split(b";")[0], 16)
+            except ValueError as error:
+                raise Temporary("the answer is not HTTP") from error
+            if not self._chunk:
+                while self.wire.line():
+                    pass
+                self._ended = True
+                return 0
+        count = self.wire.read_into(view[: self._chunk])
+        if not count:
+            raise Temporary(BROKE_OFF)
+        self._chunk -= count
+        if not self._chunk:
+            self.wire.line()
+        return count
