@@ -20,6 +20,7 @@ from valohai_agent.protocol import MARK_CHARACTERS, Checksums, name_digest
 
 BUSY_SECONDS = 30.0
 CHUNK = 500  # of values in one statement
+CHECKPOINT_PAGES = 8000  # 32 MB: many small files in a row cost few writes to the database itself
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS content (
     sha256 TEXT PRIMARY KEY, md5 TEXT, sha1 TEXT, size INTEGER NOT NULL,
@@ -29,11 +30,16 @@ CREATE TABLE IF NOT EXISTS content (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS content_by_worth ON content (worth, used_at, sha256, size);
 CREATE INDEX IF NOT EXISTS content_by_size ON content (size);
-CREATE INDEX IF NOT EXISTS content_by_verification ON content (verified_at);
 CREATE TABLE IF NOT EXISTS names (digest TEXT PRIMARY KEY, sha256 TEXT NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS names_by_content ON names (sha256);
 CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
 INSERT OR IGNORE INTO state VALUES ('clock', 0.0);
+"""
+_PUT = """
+INSERT INTO content VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ? + (SELECT value FROM state WHERE name = 'clock'))
+ON CONFLICT (sha256) DO UPDATE SET mtime_ns = excluded.mtime_ns, inode = excluded.inode,
+    seconds = excluded.seconds, uses = uses + 1, used_at = excluded.used_at,
+    verified_at = excluded.verified_at, worth = MAX(worth, excluded.worth)
 """
 _CONTENT = "sha256, md5, sha1, size, mtime_ns, inode, seconds, uses, used_at, verified_at"
 
@@ -64,6 +70,8 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
+        self._pending_lock = threading.Lock()
+        self._pending: list[tuple[tuple[Any, ...], list[tuple[str, str]]]] = []
         self._db = _opened(path)
         self.close = weakref.finalize(self, self._db.close)
 
@@ -77,10 +85,6 @@ class Index:
             for digest, *row in self._rows(query, chunk):
                 found[digests[digest]] = _content(row)
         return found
-
-    def content(self, sha256: str) -> Content | None:
-        rows = self._rows(f"SELECT {_CONTENT} FROM content WHERE sha256 = ?", [sha256])  # noqa: S608
-        return _content(rows[0]) if rows else None
 
     def known(self, contents: Sequence[str]) -> set[str]:
         """Those of the contents that have an entry."""
@@ -120,18 +124,26 @@ class Index:
 
     # -- writing --------------------------------------------------------------------------------------------------
     def put(self, content: Content, names: Iterable[str]) -> None:
-        """Adds the content, or what is new about it, and lets the names stand for it."""
-        with self._writing() as db:
-            c = content
-            value = worth(clock=self._clock(), seconds=c.seconds, size=c.size, uses=c.uses)
-            sums = (c.sha256, c.checksums.md5, c.checksums.sha1)
-            times = (c.seconds, c.uses, c.used_at, c.verified_at, value)
-            db.execute(
-                "INSERT OR REPLACE INTO content VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (*sums, c.size, c.mtime_ns, c.inode, *times),
-            )
-            digests = [(name_digest(name), c.sha256) for name in names]
-            db.executemany("INSERT OR REPLACE INTO names VALUES (?, ?)", digests)
+        """Adds the content, or what is new about it, and lets the names stand for it.
+
+        What several threads add at once goes to the disk together, by whoever is first.
+        """
+        c, digests = content, [(name_digest(name), content.sha256) for name in names]
+        value = worth(clock=0.0, seconds=c.seconds, size=c.size, uses=c.uses)
+        sums = (c.sha256, c.checksums.md5, c.checksums.sha1)
+        times = (c.seconds, c.uses, c.used_at, c.verified_at, value)
+        row = (*sums, c.size, c.mtime_ns, c.inode, *times), digests
+        with self._pending_lock:
+            self._pending.append(row)
+        with self._lock:
+            with self._pending_lock:
+                rows, self._pending = self._pending, []
+            if not rows:
+                return  # somebody else has written ours
+            with self._writing() as db:
+                db.executemany(_PUT, [content for content, _ in rows])
+                every = [pair for _, pairs in rows for pair in pairs]
+                db.executemany("INSERT OR REPLACE INTO names VALUES (?, ?)", every)
 
     def used(self, contents: Sequence[Content], now: float) -> None:
         """They were wanted again."""
@@ -211,6 +223,7 @@ def _connected(path: Path) -> sqlite3.Connection:
     try:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
+        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         db.executescript(_SCHEMA)
     except BaseException:
         db.close()

@@ -3,7 +3,7 @@
 - `objects/ab/<sha256>`: the contents; jobs get hard links, so the link count tells what is in use
 - `index.db`: what is known about them, and their names (`Index`)
 - `coming/<id>/`: files on their way, of one fetch; its `lock` is held while that lives
-- `locks/<digest>`: who fetches what just now
+- `locks/names`: who fetches what just now
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from valohai_agent.cache.index import Content, Index
-from valohai_agent.cache.locks import Waiting, held, try_lock, unlock
+from valohai_agent.cache.locks import Waiting, held, held_name, try_lock
 from valohai_agent.cache.placing import copy_file
 from valohai_agent.cache.worth import Kept, Room, choose
 from valohai_agent.checksums import Hasher
@@ -134,7 +134,7 @@ class InputCache:
     @contextlib.contextmanager
     def fetching(self, name: str, waiting: Waiting | None = None) -> Iterator[None]:
         """Holds a name while it is looked up and filled, so that a content is fetched once."""
-        with held(self._locks / name_digest(name), waiting):
+        with held_name(self._locks / "names", name_digest(name), waiting):
             yield
 
     @contextlib.contextmanager
@@ -171,10 +171,7 @@ class InputCache:
             verified_at=now,
         )
         with _degrading():
-            before = self._index.content(sha256)
-            uses = before.uses + 1 if before else 1
-            names = {*wanted.names, f"sha256:{sha256}"}
-            self._index.put(dataclasses.replace(content, uses=uses), names)
+            self._index.put(content, {*wanted.names, f"sha256:{sha256}"})
         return self._cached(content)
 
     # -- room -----------------------------------------------------------------------------------------------------
@@ -194,17 +191,13 @@ class InputCache:
         return 0
 
     def sweep(self) -> None:
-        """Removes what dead agents left behind: half files, contents that never got an entry, old locks."""
+        """Removes what dead agents left behind: half files, contents that never got an entry."""
         with _degrading():
             for directory in self._coming.iterdir():
                 fd = try_lock(directory / "lock")
                 if fd is not None:
                     shutil.rmtree(directory, ignore_errors=True)
                     os.close(fd)
-            for lock in self._locks.iterdir():
-                fd = try_lock(lock)
-                if fd is not None:
-                    unlock(lock, fd)
             self._sweep_orphans()
 
     # -- looking after --------------------------------------------------------------------------------------------

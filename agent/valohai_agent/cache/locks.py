@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 WAIT_SECONDS = 0.02  # first pause between two looks; doubles
 MAX_WAIT_SECONDS = 0.5
+RANGES = sys.platform == "linux" and sys.maxsize > 2**32
 SLOW_SECONDS = 5.0  # waiting for longer is worth a line in the log
 
 
@@ -74,3 +77,32 @@ def held(path: Path, waiting: Waiting | None = None) -> Iterator[None]:
         yield
     finally:
         unlock(path, fd)
+
+
+@contextlib.contextmanager
+def held_name(path: Path, digest: str, waiting: Waiting | None = None) -> Iterator[None]:
+    """Holds one of many names: a byte of one file whose place is taken from the digest, so that a lock makes no file.
+
+    Where the system has no such locks of open files, a lock file beside it does the same.
+    """
+    if not RANGES:
+        with held(path.with_name(digest), waiting):
+            yield
+        return
+    waiting = waiting or Waiting()
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        while not _locked_byte(fd, int(digest[:15], 16)):
+            waiting.pause()
+        yield
+    finally:
+        os.close(fd)
+
+
+def _locked_byte(fd: int, place: int) -> bool:
+    wanted = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
