@@ -10,18 +10,20 @@ import platform
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 
 from valohai_agent.protocol import Keys
 from valohai_agent.redis_url import redact
-from valohai_dagster.errors import ConfigurationError, StoreError, ValohaiError
+from valohai_dagster.errors import ConfigurationError, ValohaiError
 from valohai_dagster.settings import GroupSettings, Settings
+
+if TYPE_CHECKING:
+    from valohai_dagster.stores.base import Store
 
 Level = Literal["ok", "note", "warn", "fail"]
 
@@ -125,31 +127,39 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
 
 
 def check_stores(settings: Settings) -> Iterator[Finding]:
-    """Writes, reads and deletes a small object in every writable store."""
-    from valohai_dagster.stores.registry import open_stores
+    """Writes, reads and deletes a small object in every writable store, by signed requests too."""
+    from valohai_dagster.stores.registry import make_store
 
-    stores = open_stores(settings)
-    for name in stores:
-        store = stores.get(name)
-        uses = [use for use, chosen in _store_uses(settings) if chosen == name]
-        label = f"{name} ({store.kind}){': ' + ', '.join(uses) if uses else ''}"
-        if settings.stores[name].readonly:
-            yield Finding(part="store", level="ok", text=f"{label}, read-only")
-            continue
-        key = f"doctor/{uuid.uuid4()}"
+    for name, section in settings.stores.items():
         try:
-            store.put(key, b"probe")
-            with store.open(key) as content:
-                same = content.read() == b"probe"
-            store.delete(key)
-        except StoreError as error:
-            yield Finding(part="store", level="fail", text=f"{label}: {error}")
-            continue
-        level: Level = "ok" if same else "fail"
-        yield Finding(part="store", level=level, text=f"{label}, {store.uri('')}")
+            yield store_finding(settings, make_store(name, section))
+        except ConfigurationError as error:
+            yield Finding(part="store", level="fail", text=f"{name} ({section.kind}): {error}")
 
 
-def _store_uses(settings: Settings) -> list[tuple[str, str]]:
+def store_finding(settings: Settings, store: Store) -> Finding:
+    """One line about one store: how it is used, what works, else what does not and why."""
+    from valohai_dagster.stores.probe import probe
+
+    uses = [use for use, chosen in store_uses(settings) if chosen == store.name]
+    kind = f"{store.kind}, read-only" if store.readonly else store.kind
+    label = f"{store.name} ({kind}){': ' + ', '.join(uses) if uses else ''}"
+    probed = list(probe(store))
+    problem = next((one for one in probed if one.problem is not None), None)
+    if problem is not None:
+        # Without deleting, only purges and the sweeping of lost uploads fail.
+        level: Level = "warn" if problem.what == "delete" else "fail"
+        text = f"{label}: {problem.what} failed: {problem.problem}"
+        return Finding(part="store", level=level, text=text)
+    if uses and store.readonly:
+        hint = f"choose a writable store, or take readonly out of [stores.{store.name}]"
+        text = f"{label}, {store.uri('')} can be read only"
+        return Finding(part="store", level="fail", text=text, hint=hint)
+    done = ", ".join(one.what for one in probed)
+    return Finding(part="store", level="ok", text=f"{label}, {store.uri('')} ({done})")
+
+
+def store_uses(settings: Settings) -> list[tuple[str, str]]:
     return [
         ("outputs", settings.default_store),
         ("code", settings.code_store_name),

@@ -1,32 +1,113 @@
-"""`valohai-dagster stores`: what lies in stores that nobody has a record of."""
+"""`valohai-dagster stores`: which there are, whether they work, and what lies in them that nobody has a record of."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections import Counter
 from datetime import datetime, timedelta, timezone
-from typing import Annotated
+from itertools import islice
+from typing import Annotated, Any
 
 import typer
 
+from valohai_dagster.cli.checks import store_finding, store_uses
+from valohai_dagster.cli.render import in_columns
 from valohai_dagster.data.secrets import load_secret_key
 from valohai_dagster.executions.sweeping import remove_leftovers
 from valohai_dagster.executions.uploads import Leftover, leftovers, mark_swept
 from valohai_dagster.records.engine import Records, open_records
 from valohai_dagster.settings import Settings, load_settings
+from valohai_dagster.stores.keys import Wildcard
 from valohai_dagster.stores.registry import open_stores
 
 AT_ONCE = 500
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="The stores, and what is left over in them."
+    add_completion=False,
+    no_args_is_help=True,
+    help="The stores: which there are, whether they work, what is left over in them.",
 )
 
 
-@app.callback()
-def root() -> None:
-    pass
+@app.command("ls")
+def list_(
+    name: Annotated[
+        str | None, typer.Argument(help="List the objects of this store instead.")
+    ] = None,
+    prefix: Annotated[
+        str, typer.Option("--prefix", help="Only keys that begin so; `*` and `**` select.")
+    ] = "",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Lists the configured stores, or with a name what lies in one."""
+    settings = load_settings()
+    if name is None:
+        _print_rows(_store_rows(settings), ("name", "kind", "uses", "place"), as_json)
+        return
+    store = open_stores(settings).get(name)
+    pattern = Wildcard(pattern=prefix) if "*" in prefix else None
+    wanted = (
+        item
+        for item in store.list(pattern.root if pattern else prefix)
+        if pattern is None or pattern.matches(item.key)
+    )
+    rows = [
+        {"key": item.key, "size": item.size, "mtime": item.mtime.isoformat(timespec="seconds")}
+        for item in islice(wanted, limit)
+    ]
+    _print_rows(rows, ("size", "mtime", "key"), as_json)
+    if len(rows) == limit:
+        typer.echo(f"only the first {limit} are shown; raise --limit to see more", err=True)
+
+
+@app.command()
+def check(
+    name: Annotated[str, typer.Argument(help="Name of the store in the settings.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the finding as JSON.")] = False,
+) -> None:
+    """Writes, reads and deletes a small object, by signed requests too, as `doctor` does. Exit code 1 if that fails."""
+    settings = load_settings()
+    finding = store_finding(settings, open_stores(settings).get(name))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(finding), indent=2))
+    else:
+        typer.echo(f"{finding.level}  {finding.text}")
+        if finding.hint:
+            typer.echo(f"  -> {finding.hint}")
+    if finding.level == "fail":
+        sys.exit(1)
+
+
+def _store_rows(settings: Settings) -> list[dict[str, Any]]:
+    stores = open_stores(settings)
+    return [
+        {
+            "name": name,
+            "kind": stores[name].kind,
+            "readonly": stores[name].readonly,
+            "uses": [use for use, chosen in store_uses(settings) if chosen == name],
+            "place": stores[name].uri(""),
+        }
+        for name in stores
+    ]
+
+
+def _print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    cells = [[_cell(row[column]) for column in columns] for row in rows]
+    for line in in_columns(
+        cells, right=frozenset({columns.index("size")} if "size" in columns else ())
+    ):
+        typer.echo(line)
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 @app.command()
