@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,16 +114,7 @@ def get(
             datums.require_content(datum)
         targets = _targets(found, output)
 
-        def fetch(item: tuple[datums.Datum, Path], progress: transfers.Progress) -> None:
-            datum, target = item
-            transfers.fetch_datum(
-                datum, target, stores=here.stores, overwrite=overwrite, progress=progress
-            )
-
-        items = list(zip(found, targets, strict=True))
-        total = sum(datum.size for datum in found)
-        for _ in run_batch(items, fetch, total_bytes=total, label="downloading"):
-            pass
+        _download(here, list(zip(found, targets, strict=True)), overwrite=overwrite)
     if as_json:
         print_json([{"path": str(t), **datum_dict(d)} for d, t in zip(found, targets, strict=True)])
         return
@@ -198,6 +190,7 @@ def _upload(
     **values: Any,
 ) -> None:
     """Fills `made`; a file that was stored but cannot be recorded is deleted again."""
+    stop = threading.Event()
 
     def upload(item: tuple[Path, str], progress: transfers.Progress) -> tuple[Path, datums.Datum]:
         path, datum_name = item
@@ -207,6 +200,7 @@ def _upload(
             store=store,
             project_id=project_id,
             now=now(),
+            mover=mover,
             progress=progress,
             **values,
         )
@@ -220,8 +214,9 @@ def _upload(
         return path, datum
 
     total = sum(path.stat().st_size for path, _ in files)
-    for _ in run_batch(files, upload, total_bytes=total, label="uploading"):
-        pass
+    with transfers.Mover(stop) as mover:
+        for _ in run_batch(files, upload, total_bytes=total, label="uploading", stop=stop):
+            pass
 
 
 @contextmanager
@@ -309,6 +304,28 @@ def _files(paths: list[Path], name: str | None) -> Iterator[tuple[Path, str]]:
 # -- get and adopt -----------------------------------------------------------------------------------------------
 
 
+def _download(
+    here: Deployment, items: Sequence[tuple[datums.Datum, Path]], *, overwrite: bool
+) -> None:
+    stop = threading.Event()
+
+    def fetch(item: tuple[datums.Datum, Path], progress: transfers.Progress) -> None:
+        datum, target = item
+        transfers.fetch_datum(
+            datum,
+            target,
+            stores=here.stores,
+            mover=mover,
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+    total = sum(datum.size for datum, _ in items)
+    with transfers.Mover(stop) as mover:
+        for _ in run_batch(items, fetch, total_bytes=total, label="downloading", stop=stop):
+            pass
+
+
 def _targets(found: list[datums.Datum], output: Path) -> list[Path]:
     if len(found) == 1 and str(output) != "." and not output.is_dir():
         return [output]
@@ -332,7 +349,8 @@ def _checksums(candidates: Sequence[adoption.Candidate]) -> dict[str, Checksums]
         return candidate.uri, adoption.read_checksums(candidate, progress)
 
     total = sum(candidate.stat.size for candidate in candidates)
-    return dict(run_batch(candidates, read, total_bytes=total, label="reading"))
+    stop = threading.Event()
+    return dict(run_batch(candidates, read, total_bytes=total, label="reading", stop=stop))
 
 
 def _tell_adopted(

@@ -9,9 +9,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
+from valohai_agent.transfer import PARALLEL_FILES
 from valohai_dagster.data.transfers import Progress
 
-WORKERS = 8  # files at once
+WORKERS = PARALLEL_FILES  # files at once
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -26,9 +27,12 @@ def run_batch(
     *,
     total_bytes: int,
     label: str,
+    stop: threading.Event,
 ) -> Iterator[R]:
-    """Results as they come. The first error, and an interrupt, stops the others and is raised when they have ended."""
-    stop = threading.Event()
+    """Results as they come. The first error, and an interrupt, stops the others and is raised when they have ended.
+
+    `stop` is set then; what the work does may look at it.
+    """
     with _bar(total_bytes, label) as advance:
 
         def progress(amount: int) -> None:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
-from valohai_agent.protocol import Checksums
+from valohai_agent.errors import Conflict, DiskFull, NotFound, TransferError, Unreachable
+from valohai_agent.protocol import GRANTED_PARTS, Checksums, Parts, UploadGrant
+from valohai_agent.transfer import Transferer, Transferred
 from valohai_dagster.data.datums import Datum, new_id, require_content
-from valohai_dagster.errors import RefusedError, StoreError
-from valohai_dagster.stores.base import Store
+from valohai_dagster.errors import (
+    RefusedError,
+    StoreConflict,
+    StoreError,
+    StoreFull,
+    StoreMissing,
+    StoreUnavailable,
+)
+from valohai_dagster.stores.base import JoiningStore, PartedUpload, Store
 from valohai_dagster.stores.keys import check_key
 from valohai_dagster.stores.registry import Stores
 
+LIFE = timedelta(hours=1)  # of a signed request; further ones are signed when it is not enough
 CHUNK_BYTES = 1024 * 1024
 Progress = Callable[[int], None]  # gets the number of further bytes
 
@@ -46,6 +54,85 @@ class HashingReader:
         return Checksums(**{name: digest.hexdigest() for name, digest in self._digests.items()})
 
 
+class Mover:
+    """Moves files between this host and stores by the agent's engine, with requests that the store itself signs.
+
+    One for many files; safe to use from several threads. `stop` ends all that is going on.
+    """
+
+    def __init__(self, stop: threading.Event | None = None) -> None:
+        self._engine = Transferer(cancelled=stop)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def __enter__(self) -> Mover:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def send(
+        self, path: Path, store: Store, key: str, *, name: str, progress: Progress | None = None
+    ) -> Transferred:
+        """Writes a fresh object, in parts if the store takes large ones so; nothing is left of a failure."""
+        size = path.stat().st_size
+        upload = store.begin_parts(key, size=size)
+        grant = UploadGrant(upload_id=key, transfer=store.sign_put(key, expires=LIFE))
+        if upload is not None:
+            grant = grant.model_copy(update={"parts": self._first_parts(store, key, upload, size)})
+
+        def more(first: int, count: int) -> Parts:
+            assert upload is not None
+            if not count and isinstance(store, JoiningStore):
+                store.join_parts(key, upload, size=size)
+            return store.sign_parts(key, upload, range(first, first + count), expires=LIFE)
+
+        try:
+            return self._engine.upload(
+                path, grant, name=name, progress=_by_difference(progress), more=more
+            )
+        except BaseException as error:
+            if upload is not None:
+                store.abort_parts(key, upload)
+            if not isinstance(error, Conflict):  # what is there is not ours
+                store.delete(key)
+            if isinstance(error, TransferError):
+                raise _explained(error, store) from error
+            raise
+
+    @staticmethod
+    def _first_parts(store: Store, key: str, upload: PartedUpload, size: int) -> Parts:
+        last = 1 if upload.style == "session" else max(1, -(-size // upload.part_bytes))
+        numbers = range(1, min(last, GRANTED_PARTS) + 1)
+        return store.sign_parts(key, upload, numbers, expires=LIFE)
+
+    def fetch(
+        self,
+        store: Store,
+        key: str,
+        target: Path,
+        *,
+        name: str,
+        expected: Checksums,
+        size: int | None = None,
+        progress: Progress | None = None,
+    ) -> Transferred:
+        """Writes `target` whole or not at all, replacing what is there, and compares checksums."""
+        try:
+            return self._engine.download(
+                store.sign_get(key, expires=LIFE),
+                target,
+                name=name,
+                expected=expected,
+                size=size,
+                progress=_by_difference(progress),
+                renew=lambda: store.sign_get(key, expires=LIFE),
+            )
+        except TransferError as error:
+            raise _explained(error, store) from error
+
+
 def store_file(
     path: Path,
     *,
@@ -53,6 +140,7 @@ def store_file(
     store: Store,
     project_id: str | None,
     now: datetime,
+    mover: Mover,
     tags: Sequence[str] = (),
     metadata: Mapping[str, Any] | None = None,
     properties: Mapping[str, Any] | None = None,
@@ -63,16 +151,14 @@ def store_file(
     datum_id = new_id()
     key = f"data/{project_id or 'uploads'}/{datum_id}/{safe_name(name)}"
     try:
-        with path.open("rb") as file:
-            reader = HashingReader(file, progress)
-            store.put(key, cast("BinaryIO", reader))  # stores only call read()
-            found = os.fstat(file.fileno())
+        found = path.stat()
+        moved = mover.send(path, store, key, name=name, progress=progress)
     except OSError as error:
         raise RefusedError(f"cannot read {path}: {error.strerror}") from error
     return Datum(
         id=datum_id,
         name=name,
-        size=reader.size,
+        size=moved.size,
         store=store.name,
         key=key,
         project_id=project_id,
@@ -82,7 +168,7 @@ def store_file(
         properties=dict(properties or {}),
         file_mtime=datetime.fromtimestamp(found.st_mtime, timezone.utc),
         file_ctime=datetime.fromtimestamp(found.st_ctime, timezone.utc),
-        **reader.checksums().model_dump(),
+        **moved.checksums.model_dump(),
     )
 
 
@@ -91,10 +177,11 @@ def fetch_datum(
     target: Path,
     *,
     stores: Stores,
+    mover: Mover,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the content to `target`, whole or not at all, and checks its sha256.
+    """Writes the content to `target`, whole or not at all, and checks its checksums.
 
     A file that is there with that content is left alone.
     """
@@ -107,20 +194,19 @@ def fetch_datum(
         raise RefusedError(
             f"{target} exists already and is something else; choose another --output, or give --overwrite"
         )
-    temporary = target.with_name(f".{target.name[:200]}.{uuid.uuid4().hex[:8]}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with stores.get(datum.store).open(datum.key) as source, temporary.open("xb") as sink:
-            reader = HashingReader(source, progress)
-            while chunk := reader.read(CHUNK_BYTES):
-                sink.write(chunk)
-        _verify(datum, reader)
-        temporary.replace(target)
     except OSError as error:
         raise RefusedError(f"cannot write {target}: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    mover.fetch(
+        stores.get(datum.store),
+        datum.key,
+        target,
+        name=f"{datum.uri} ({datum.name})",
+        expected=datum.checksums,
+        size=datum.size,
+        progress=progress,
+    )
 
 
 def local_path(directory: Path, datum: Datum) -> Path:
@@ -146,11 +232,29 @@ def _is_same(path: Path, datum: Datum) -> bool:
     return digest.hexdigest() == datum.sha256
 
 
-def _verify(datum: Datum, reader: HashingReader) -> None:
-    found = reader.checksums().sha256
-    if datum.sha256 is not None and found != datum.sha256:
-        raise StoreError(
-            f"{datum.uri} ({datum.name}): the content in the store {datum.store!r} is damaged: sha256 {found}, "
-            f"recorded {datum.sha256}",
-            store=datum.store,
-        )
+def _by_difference(progress: Progress | None) -> Callable[[int, int | None], None] | None:
+    """The engine tells how much there is, several connections may tell it at once; a bar wants what is new."""
+    if progress is None:
+        return None
+    told, lock = 0, threading.Lock()
+
+    def tell(done: int, total: int | None) -> None:
+        nonlocal told
+        with lock:
+            new, told = done - told, done
+        progress(new)
+
+    return tell
+
+
+def _explained(error: TransferError, store: Store) -> StoreError:
+    kind = _KINDS.get(type(error), StoreError)
+    return kind(f"{error} (store {store.name!r})", store=store.name)
+
+
+_KINDS: dict[type[TransferError], type[StoreError]] = {
+    NotFound: StoreMissing,
+    Conflict: StoreConflict,
+    DiskFull: StoreFull,
+    Unreachable: StoreUnavailable,
+}
