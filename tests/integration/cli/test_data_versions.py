@@ -253,7 +253,7 @@ def test_a_failed_download_leaves_nothing_half(tmp_path: Path) -> None:
     uri = put("a", "content")
     key = loads("info", uri)[0]["key"]
     (tmp_path / "state" / "store" / key).write_text("damaged")
-    with pytest.raises(StoreError, match="has sha256 .* expected"):
+    with pytest.raises(StoreError, match=r"has sha256 .* expected"):
         run("get", uri, "-o", "out/a")
     assert list(Path("out").iterdir()) == []
 
