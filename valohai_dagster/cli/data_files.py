@@ -23,6 +23,7 @@ from valohai_dagster.cli.data_place import (
     pairs,
     print_json,
 )
+from valohai_dagster.cli.download import download_all
 from valohai_dagster.cli.transfer_batch import run_batch
 from valohai_dagster.data import adoption, aliases, datasets, datums, transfers
 from valohai_dagster.data.references import find_datums
@@ -114,7 +115,8 @@ def get(
             datums.require_content(datum)
         targets = _targets(found, output)
 
-        _download(here, list(zip(found, targets, strict=True)), overwrite=overwrite)
+        items = list(zip(found, targets, strict=True))
+        download_all(items, here.stores, overwrite=overwrite)
     if as_json:
         print_json([{"path": str(t), **datum_dict(d)} for d, t in zip(found, targets, strict=True)])
         return
@@ -302,28 +304,6 @@ def _files(paths: list[Path], name: str | None) -> Iterator[tuple[Path, str]]:
 
 
 # -- get and adopt -----------------------------------------------------------------------------------------------
-
-
-def _download(
-    here: Deployment, items: Sequence[tuple[datums.Datum, Path]], *, overwrite: bool
-) -> None:
-    stop = threading.Event()
-
-    def fetch(item: tuple[datums.Datum, Path], progress: transfers.Progress) -> None:
-        datum, target = item
-        transfers.fetch_datum(
-            datum,
-            target,
-            stores=here.stores,
-            mover=mover,
-            overwrite=overwrite,
-            progress=progress,
-        )
-
-    total = sum(datum.size for datum, _ in items)
-    with transfers.Mover(stop) as mover:
-        for _ in run_batch(items, fetch, total_bytes=total, label="downloading", stop=stop):
-            pass
 
 
 def _targets(found: list[datums.Datum], output: Path) -> list[Path]:

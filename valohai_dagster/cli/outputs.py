@@ -11,10 +11,12 @@ import sqlalchemy as sa
 import typer
 from rich.console import Console
 
-from valohai_dagster.cli.download import Target, download_all
+from valohai_dagster.cli.download import download_all
 from valohai_dagster.cli.lookup import REFERENCE_HELP, find_executions
 from valohai_dagster.cli.render import in_columns, size_text
+from valohai_dagster.data.datums import Datum
 from valohai_dagster.data.printable import printable
+from valohai_dagster.data.transfers import local_path
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import load_settings
@@ -40,7 +42,7 @@ def outputs(
         rows = _rows(conn, find_executions(conn, run, step=step))
     if download:
         targets = _targets(rows, to)
-        download_all(targets, open_stores(settings), overwrite=overwrite, quiet=as_json)
+        download_all(targets, open_stores(settings), overwrite=overwrite)
         Console(stderr=True, quiet=as_json).print(f"{len(targets)} files in {to}", soft_wrap=True)
     if as_json:
         print(json.dumps([_as_dict(row, settings.datum_url(row.id)) for row in rows], indent=2))
@@ -59,21 +61,16 @@ def _rows(conn: sa.Connection, executions: list[str]) -> list[Any]:
     return list(conn.execute(query))
 
 
-def _targets(rows: list[Any], directory: Path) -> list[Target]:
+def _targets(rows: list[Any], directory: Path) -> list[tuple[Datum, Path]]:
     """One step's files go straight into the directory, several steps' files into a folder per step."""
     several = len({row.execution_id for row in rows}) > 1
-    return [
-        Target(
-            store=row.store,
-            key=row.key,
-            sha256=row.sha256,
-            size=row.size,
-            directory=directory / f"{row.step}-{row.counter}" if several else directory,
-            name=row.name,
-        )
-        for row in rows
-        if not row.purged
-    ]
+    targets = []
+    for row in rows:
+        if not row.purged:
+            folder = directory / f"{row.step}-{row.counter}" if several else directory
+            datum = Datum(**{c.name: getattr(row, c.name) for c in t.datums.columns})
+            targets.append((datum, local_path(folder, datum)))
+    return targets
 
 
 def _as_dict(row: Any, url: str) -> dict[str, Any]:

@@ -186,13 +186,13 @@ def fetch_datum(
     A file that is there with that content is left alone.
     """
     require_content(datum)
-    if target.is_file() and _is_same(target, datum):
+    if _is_same(target, datum):
         if progress is not None:
             progress(datum.size)
         return
     if target.exists() and not overwrite:
         raise RefusedError(
-            f"{target} exists already and is something else; choose another --output, or give --overwrite"
+            f"{target} exists already and is something else; choose another place, or give --overwrite"
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ def safe_name(name: str) -> str:
 
 
 def _is_same(path: Path, datum: Datum) -> bool:
-    if datum.sha256 is None or path.stat().st_size != datum.size:
+    if datum.sha256 is None or not path.is_file() or path.stat().st_size != datum.size:
         return False
     digest = hashlib.sha256()
     with path.open("rb") as file:
