@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from valohai_dagster.plugin.compute_logs import ValohaiComputeLogManager
     from valohai_dagster.plugin.git_sensor import build_git_sensor
     from valohai_dagster.plugin.jobs import valohai_job
-    from valohai_dagster.plugin.observe_sensor import build_observe_sensor
     from valohai_dagster.plugin.launcher import ValohaiRunLauncher
+    from valohai_dagster.plugin.observe_sensor import build_observe_sensor
     from valohai_dagster.plugin.resources import ValohaiResource
+    from valohai_dagster.plugin.store_resources import StoreResource, store_resources
     from valohai_dagster.projects.project import GitAuth, Project, load_project
     from valohai_dagster.settings import Settings, load_settings
 
@@ -36,6 +37,7 @@ _HOME = {
     "ProjectError": "errors",
     "Settings": "settings",
     "SpecError": "errors",
+    "StoreResource": "plugin.store_resources",
     "ValohaiComputeLogManager": "plugin.compute_logs",
     "ValohaiError": "errors",
     "ValohaiProjectComponent": "plugin.component",
@@ -47,6 +49,7 @@ _HOME = {
     "load_settings": "settings",
     "load_valohai_project": "plugin.assets",
     "project_assets": "plugin.assets",
+    "store_resources": "plugin.store_resources",
     "valohai_job": "plugin.jobs",
 }
 
@@ -57,6 +60,7 @@ __all__ = [
     "ProjectError",
     "Settings",
     "SpecError",
+    "StoreResource",
     "ValohaiComputeLogManager",
     "ValohaiError",
     "ValohaiProjectComponent",
@@ -69,6 +73,7 @@ __all__ = [
     "load_settings",
     "load_valohai_project",
     "project_assets",
+    "store_resources",
     "valohai_job",
 ]
 

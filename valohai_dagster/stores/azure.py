@@ -155,7 +155,8 @@ class AzureStore(RemoteStore):
         return str(getattr(code, "value", code) or type(error).__name__)
 
     @cached_property
-    def _service(self) -> Any:
+    def library(self) -> Any:
+        """Azure's own client, for what a store does not do."""
         from azure.storage.blob import BlobServiceClient, ExponentialRetry
 
         section = self._section
@@ -188,7 +189,7 @@ class AzureStore(RemoteStore):
     @property
     def _container(self) -> Any:
         with self._lock:  # the client is made once
-            return self._service.get_container_client(self._section.container)
+            return self.library.get_container_client(self._section.container)
 
     def _blob(self, key: str) -> Any:
         return self._container.get_blob_client(key)
@@ -217,7 +218,7 @@ class AzureStore(RemoteStore):
     def _signature(self, key: str, permission: str, until: datetime) -> str:
         from azure.storage.blob import generate_blob_sas
 
-        account_key = getattr(self._service.credential, "account_key", None)
+        account_key = getattr(self.library.credential, "account_key", None)
         if account_key is not None:
             how: dict[str, Any] = {"account_key": account_key}
         else:
@@ -228,13 +229,13 @@ class AzureStore(RemoteStore):
             blob_name=key,
             permission=permission,
             expiry=until,
-            protocol="https" if self._service.url.startswith("https:") else None,
+            protocol="https" if self.library.url.startswith("https:") else None,
             **how,
         )
 
     def _delegation_key(self, until: datetime) -> Any:
         """One that lives until then; kept for all signatures that it covers."""
-        service = self._service
+        service = self.library
         with self._lock:
             if self._delegation is None or self._delegation[0] < until:
                 now = datetime.now(timezone.utc)

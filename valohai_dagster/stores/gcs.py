@@ -102,7 +102,7 @@ class GcsStore(RemoteStore):
 
     def list(self, prefix: str = "") -> Iterator[ObjectStat]:
         with self.explained(f"list {prefix!r}"):
-            found = self._client.list_blobs(
+            found = self.library.list_blobs(
                 self._bucket, prefix=prefix, page_size=PAGE, fields=FIELDS, timeout=self._waits
             )
             for blob in found:
@@ -145,7 +145,8 @@ class GcsStore(RemoteStore):
         return int(code) if isinstance(error, api_errors.GoogleAPICallError) and code else None
 
     @cached_property
-    def _client(self) -> Any:
+    def library(self) -> Any:
+        """Google's own client, for what a store does not do."""
         from google.cloud import storage
 
         options = {"universe_domain": self._credentials.universe_domain}
@@ -165,7 +166,7 @@ class GcsStore(RemoteStore):
     @property
     def _bucket(self) -> Any:
         with self._lock:  # the client is made once
-            return self._client.bucket(self._section.bucket, user_project=self._section.project)
+            return self.library.bucket(self._section.bucket, user_project=self._section.project)
 
     def _blob(self, key: str) -> Any:
         return self._bucket.blob(key)
