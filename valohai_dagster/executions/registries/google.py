@@ -55,7 +55,9 @@ def _request() -> Any:
 
 
 def _words(error: Exception) -> str:
-    """Its first argument is the sentence; what follows may be the whole answer."""
+    """The first argument of the library's errors is the sentence; what follows may be the whole answer."""
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
     return str(error.args[0] if error.args else error)[:300]
 
 
