@@ -21,6 +21,7 @@ class ValohaiResource(dg.ConfigurableResource[object]):
         execution = valohai.latest(context.instance, ["digits", "train"])
         with valohai.open(execution.outputs[0]) as model:
             ...
+        faces = valohai.files("dataset://faces/latest", project="digits")
     """
 
     settings_file: str | None = Field(
@@ -65,6 +66,28 @@ class ValohaiResource(dg.ConfigurableResource[object]):
                 f"the records know no execution {execution_id}; check state_dir and database_url"
             )
         return view
+
+    def files(self, reference: str, *, project: str) -> list[DatumView]:
+        """Files of `dataset://NAME/VERSION`, `model://SLUG/NUMBER`, a datum id or alias, or a name with `*`."""
+        import sqlalchemy as sa
+
+        from valohai_dagster.data.references import find_datums
+        from valohai_dagster.executions.views import datum_view
+        from valohai_dagster.records.engine import open_records
+        from valohai_dagster.records.tables import projects
+
+        settings = self._settings()
+        records = open_records(settings)
+        try:
+            with records.read() as connection:
+                query = sa.select(projects.c.id).where(projects.c.name == project)
+                project_id = connection.execute(query).scalar_one_or_none()
+                if project_id is None:
+                    raise NotFoundError(f"the records know no project {project!r}")
+                found = find_datums(connection, reference, project_id=project_id)
+        finally:
+            records.close()
+        return [datum_view(datum, settings.datum_url) for datum in found]
 
     def open(self, datum: DatumView | str) -> BinaryIO:
         """The content of a datum, by view, id or `datum://<id>`."""
