@@ -12,18 +12,20 @@ import socket
 import socketserver
 import threading
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 from valohai_agent.errors import AgentError
 from valohai_agent.local_files import file_path
-from valohai_agent.protocol import Grants, JobFile, JobInput, Transfer
+from valohai_agent.protocol import Grants, JobFile, JobInput, Transfer, utcnow
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_DETAIL_CHARACTERS = 1000
+MARGIN = timedelta(seconds=30)  # a permission that runs out within it is renewed first
 NO_CATALOG = "This platform has no trigger catalogue yet: call the webhook's URL directly."
 
 
@@ -48,7 +50,7 @@ class LocalApi:
         self._inputs = {item.input_id: item for item in inputs}
         self._on_status_detail = on_status_detail
         self._input_grants = input_grants
-        self._served: dict[str, Transfer] = {}
+        self._served: dict[str, tuple[str, Transfer]] = {}  # by token: the file's id, its grant
         self._server = _Server((bind_host, 0), _Handler)
         self._server.api = self
         self._base = f"http://{public_host}:{self._server.server_address[1]}"
@@ -101,7 +103,13 @@ class LocalApi:
         return 200, [self._described(self._inputs[i], grants) for i in input_ids]
 
     def file(self, token: str) -> Transfer | None:
-        return self._served.get(token)
+        """The permission behind a URL of ours, a fresh one when it has run out. Raises AgentError."""
+        file_id, grant = self._served.get(token, ("", None))
+        if grant is None or grant.expires_at is None or grant.expires_at > utcnow() + MARGIN:
+            return grant
+        renewed = self._input_grants([file_id]).inputs.get(file_id, grant)
+        self._served[token] = file_id, renewed
+        return renewed
 
     def _described(self, item: JobInput, grants: Grants) -> dict[str, Any]:
         return {
@@ -119,7 +127,7 @@ class LocalApi:
         if urlsplit(grant.url).scheme != "file" and not grant.headers:
             return grant.url
         token = secrets.token_urlsafe(24)
-        self._served[token] = grant
+        self._served[token] = file.id, grant
         return f"{self._base}/files/{token}/{quote(file.name.rpartition('/')[2])}"
 
 
@@ -205,7 +213,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _send_file(self, token: str) -> None:
-        grant = self.api.file(token)
+        try:
+            grant = self.api.file(token)
+        except AgentError as error:
+            self._answer(503, {"detail": str(error)})
+            return
         if grant is None:
             self._answer(404, {"detail": "No such file."})
             return
@@ -232,17 +244,26 @@ class _Handler(BaseHTTPRequestHandler):
         shutil.copyfileobj(file, self.wfile, 1024 * 1024)
 
     def _relay(self, grant: Transfer) -> None:
-        """Fetches on the command's behalf where the request needs headers it cannot know."""
+        """Fetches on the command's behalf where the request needs headers it must not know."""
         import requests
 
-        with requests.get(
-            grant.url, headers=grant.headers, stream=True, timeout=(10, 60)
-        ) as response:
+        headers = {"Accept-Encoding": "identity", **grant.headers}
+        try:
+            response = requests.get(grant.url, headers=headers, stream=True, timeout=(10, 60))
+        except requests.RequestException as error:
+            host = urlsplit(grant.url).hostname
+            reason = f"{host} cannot be reached from the worker: {type(error).__name__}"
+            self._answer(502, {"detail": f"The file cannot be had: {reason}."})
+            return
+        with response:
+            length = response.headers.get("Content-Length")
             self.send_response(response.status_code)
             self.send_header("Connection", "close")
+            if length is not None:  # so that the command sees when the rest is missing
+                self.send_header("Content-Length", length)
             self.end_headers()
             self.close_connection = True
-            for chunk in response.iter_content(1024 * 1024):
+            for chunk in response.raw.stream(1024 * 1024, decode_content=False):
                 self.wfile.write(chunk)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name

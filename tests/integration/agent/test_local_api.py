@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 import requests
 
+from tests.support import web as answers
+from tests.support.ports import free_port
+from tests.support.web import serve
 from valohai_agent.local_api import LocalApi
 from valohai_agent.protocol import Grants, JobFile, JobInput, Transfer
 
@@ -77,6 +81,37 @@ def test_i36_a_signed_http_url_is_passed_on(rig: Rig) -> None:
     rig.grants = Grants(inputs={"1": Transfer(url="https://store/x?sig=1")})
     [item] = rig.call("input_request", params={"inputs": "i1"}).json()
     assert item["files"][0]["url"] == "https://store/x?sig=1"
+
+
+def test_i36_headers_that_a_store_needs_are_sent_for_the_command_and_never_shown(rig: Rig) -> None:
+    with serve() as web:
+        web.answers["/x"] = [answers.content(b"content", ETag='"1"')]
+        rig.grants = Grants(inputs={"1": Transfer(url=web.url("/x"), headers={"X-Key": "hidden"})})
+        reply = rig.call("input_request", params={"inputs": "i1"})
+        [item] = reply.json()
+        got = requests.get(item["files"][0]["url"], timeout=5)
+        assert (got.content, got.headers["Content-Length"]) == (b"content", "7")
+        assert "hidden" not in reply.text
+        assert web.requests[0][2]["X-Key"] == "hidden"
+
+
+def test_i36_a_permission_that_has_run_out_is_renewed_when_the_file_is_opened(rig: Rig) -> None:
+    past = datetime.now(timezone.utc) - timedelta(minutes=1)
+    old = Transfer(url="http://127.0.0.1:1/gone", headers={"X-Key": "1"}, expires_at=past)
+    rig.grants = Grants(inputs={"1": old})
+    [item] = rig.call("input_request", params={"inputs": "i1"}).json()
+    rig.grants = Grants(inputs={"1": rig.local})
+    assert requests.get(item["files"][0]["url"], timeout=5).content == b"content"
+
+
+def test_a_file_that_cannot_be_reached_is_said_in_words_without_its_url(rig: Rig) -> None:
+    url = f"http://127.0.0.1:{free_port()}/x?sig=secret"
+    rig.grants = Grants(inputs={"1": Transfer(url=url, headers={"X-Key": "1"})})
+    [item] = rig.call("input_request", params={"inputs": "i1"}).json()
+    answer = requests.get(item["files"][0]["url"], timeout=5)
+    assert answer.status_code == 502
+    assert "127.0.0.1 cannot be reached from the worker" in answer.json()["detail"]
+    assert "secret" not in answer.text
 
 
 def test_refused_and_unknown_inputs_are_said_in_words(rig: Rig) -> None:
