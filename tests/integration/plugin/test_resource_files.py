@@ -46,7 +46,7 @@ def datum() -> Datum:
 
 
 def test_files_of_a_dataset_version_can_be_read(datum: Datum) -> None:
-    resource = ValohaiResource()
+    resource = ValohaiResource(settings_file=None)
     for reference in ("dataset://faces/latest", datum.id, "a*"):
         (found,) = resource.files(reference, project="digits")
         assert (found.uri, found.name, found.metadata) == (datum.uri, "a", {"color": "red"})
