@@ -20,6 +20,7 @@ from valohai_agent import protocol as p
 POLL_SECONDS = 0.02
 HEARTBEAT_SECONDS = 5.0
 SLOTS = 16
+CACHED = 300  # marks of contents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ class SimWorker:
         self.taken: list[p.Job] = []
         self.problems: list[BaseException] = []
         self._tries: Counter[tuple[str | None, str]] = Counter()
+        self._cached: tuple[str, ...] = ()
         self._ending = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -92,7 +94,7 @@ class SimWorker:
 
     def _stay_alive(self) -> None:
         while not self._ending.is_set():
-            self.agent.heartbeat(slots=str(SLOTS))
+            self.agent.heartbeat(slots=str(SLOTS), cached=",".join(self._cached))
             self._ending.wait(HEARTBEAT_SECONDS)
 
     def _take_all(self) -> None:
@@ -102,7 +104,15 @@ class SimWorker:
                 self._ending.wait(POLL_SECONDS)
                 continue
             self.taken.append(lease.job)
+            self._keep_inputs(lease.job)
             self._spawn(self._play, lease, self._play_of(lease.job))
+
+    def _keep_inputs(self, job: p.Job) -> None:
+        """As an agent's cache would; the queue is told with the next heartbeat."""
+        files = [file for item in job.inputs if item.download == "always" for file in item.files]
+        names = [file.content_name for file in files if file.content_name]
+        marks = dict.fromkeys(p.content_mark(name) for name in names)
+        self._cached = (*marks, *(mark for mark in self._cached if mark not in marks))[:CACHED]
 
     def _play_of(self, job: p.Job) -> Play:
         key = (job.run_id, job.step)
