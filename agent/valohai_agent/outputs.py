@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from valohai_agent.checksums import decimal_size
 from valohai_agent.errors import AgentError, Conflict, Denied, OutputError
+from valohai_agent.further_parts import further_parts
 from valohai_agent.linked import CopyOut, LinkedFiles
 from valohai_agent.output_tree import TreeFile, regular_files, uploadable_files
 from valohai_agent.protocol import (
@@ -317,6 +318,7 @@ class OutputCollector:
             grant,
             name=f"output {output.name!r}",
             progress=lambda done, _: self._count(output, done, total),
+            more=further_parts(self._request_grants, grant.upload_id),
         )
         report = OutputStored(
             upload_id=grant.upload_id,
@@ -368,7 +370,12 @@ def upload_logs(
         try:
             if isinstance(grant, str):
                 raise OutputError(grant)
-            moved = transferer.upload(path, grant, name=f"log {name!r}")
+            moved = transferer.upload(
+                path,
+                grant,
+                name=f"log {name!r}",
+                more=further_parts(request_grants, grant.upload_id),
+            )
         except (AgentError, OSError) as error:
             warn(f"The {name} log could not be stored: {error}.")
             continue
