@@ -12,7 +12,7 @@ from valohai_agent.errors import Refused
 from valohai_agent.protocol import Checksums, Transfer
 from valohai_agent.transfers.crew import Crew
 from valohai_agent.transfers.disk import WriteBack
-from valohai_agent.transfers.hashing import MAX_LAG_BYTES, Digests, Following, verify
+from valohai_agent.transfers.hashing import MAX_LAG_BYTES, Digests, Following, Ring, verify
 from valohai_agent.transfers.pace import Count, Progress, Shared, Transferred
 from valohai_agent.transfers.ranges import (
     RANGE_BYTES,
@@ -58,7 +58,6 @@ class Download:
         self._position = 0
         self._digests = Digests(shared.algorithms)
         self._checksums: Checksums | None = None
-        self._whole = False  # ask for the whole at once: the server does not do ranges
 
     def run(self) -> Transferred:
         for _ in range(RESTARTS):
@@ -82,7 +81,7 @@ class Download:
 
     # -- one connection ------------------------------------------------------------------------------
     def _attempt(self) -> None:
-        """The whole file, or what is missing of it."""
+        """The whole file, or what is missing of it. One connection begins; when it is slow, others join it."""
         headers = self._wanted()
         self._used = self._source.current
         with self._shared.pool.request(
@@ -94,78 +93,89 @@ class Download:
             name=self._name,
         ) as answer:
             self._begin(answer, headers)
-            ranges = self._split(answer, headers)
-            if ranges is None:
-                self._stream(answer)
-                return
-            ranged = Ranged(self, ranges)
-            ranged.first(answer)
-        self._checksums = ranged.run()
-        self._position = ranges.total
+            splittable = self._is_splittable(answer)
+            if (self._total or 0) - self._position < SPLIT_BYTES or self._shared.crowded:
+                alone = self._stream(answer, splittable)
+            else:
+                alone = self._stream_and_hash_behind(answer, splittable)
+        if not alone:
+            total = self._total or 0
+            ranges = Ranges(total, start=self._position)
+            self._checksums = Ranged(self, ranges).run()
+            self._position = total
 
     def _wanted(self) -> dict[str, str]:
         if self._position and self._etag:
             return {"Range": f"bytes={self._position}-", "If-Range": self._etag}
         self._restart()
-        if (self._size or 0) >= SPLIT_BYTES and not self._whole and not self._shared.crowded:
-            return {"Range": f"bytes=0-{RANGE_BYTES - 1}"}
         return {}
 
     def _begin(self, answer: Answer, headers: dict[str, str]) -> None:
         """Understands the head of an answer; raises when there is nothing to read."""
         partial = answer.status == 206
-        if answer.status == 416 and headers and not self._position:
-            self._whole = True
-            raise Temporary("the server knows no such range", 0.0)
+        if headers and answer.status in (412, 416):
+            raise Changed
         if not answer.ok or (partial and not headers):
             raise self.error(answer)
         etag = strong_etag(answer.headers)
-        if partial and self._position and etag not in (None, self._etag):
+        if partial and etag not in (None, self._etag):
             raise Changed
-        if not partial and self._position:
+        if not partial:
             self._restart()
-        self._etag = etag
+            self._etag = etag
         span = content_range(answer.headers) if partial else None
-        if span is not None:
-            if span[0] != self._position:
-                raise Temporary("the server sent another range than was asked for")
-            self._total = span[2]
-        elif answer.length is not None:
+        if span is not None and span[0] != self._position:
+            raise Temporary("the server sent another range than was asked for")
+        if answer.length is not None:
             self._total = answer.length + self._position
-        elif self._total is None:
-            self._total = self._size
-        if self._total is not None and answer.length is not None:
-            verify(self._name, self._total, Checksums(), self._size, Checksums())
             self._count.total = self._total
+            verify(self._name, self._total, Checksums(), self._size, Checksums())
 
-    def _split(self, answer: Answer, headers: dict[str, str]) -> Ranges | None:
-        """The ranges of the file if it should come by several connections."""
-        if self._position or self._total is None:
-            return None
+    def _is_splittable(self, answer: Answer) -> bool:
+        """Whether ranges of the same content can be asked for on other connections."""
         pinned = self._etag or any(self._expected.model_dump().values())
-        if answer.status == 206:
-            if content_range(answer.headers) is None or not pinned:
-                self._whole = True
-                raise Temporary("the server cannot be asked for ranges", 0.0)
-            return Ranges(self._total)
-        can = "bytes" in answer.headers.get("accept-ranges", "") and not headers
-        if pinned and can and self._total >= SPLIT_BYTES and not self._shared.crowded:
-            return Ranges(self._total)
-        return None
+        can = answer.status == 206 or "bytes" in answer.headers.get("accept-ranges", "")
+        return bool(pinned and can and self._total is not None)
 
-    def _stream(self, answer: Answer) -> None:
-        view, synced = buffer(), self._position
-        back = WriteBack(self._fd) if (self._total or SPLIT_BYTES) >= SPLIT_BYTES else None
+    def _stream(self, answer: Answer, splittable: bool) -> bool:
+        """Reads on; False when it is slow enough to be split."""
+        view, pace = buffer(), _Pace(self, splittable)
         while count := answer.read_into(view):
             self._shared.check()
-            chunk = view[:count]
-            self._digests.update(chunk)
-            write(self._fd, chunk, self._position)
-            self._position += count
-            self._count.add(count)
-            if back is not None and self._position - synced >= RANGE_BYTES:
-                back.written(synced, self._position)
-                synced = self._position
+            self._digests.update(view[:count])
+            if self._write(view[:count], pace):
+                return False
+        self._require_all(answer)
+        return True
+
+    def _stream_and_hash_behind(self, answer: Answer, splittable: bool) -> bool:
+        ring, pace = Ring(self._digests), _Pace(self, splittable)
+        try:
+            ended = slow = False
+            while not ended and not slow:
+                self._shared.check()
+                index, view = ring.take()
+                have = 0
+                try:
+                    while have < len(view) and not ended:
+                        count = answer.read_into(view[have:])
+                        have, ended = have + count, not count
+                finally:  # what came before the connection broke is kept
+                    slow = self._write(view[:have], pace)
+                    ring.give(index, have)
+        finally:
+            ring.close()
+        if ended:
+            self._require_all(answer)
+        return ended
+
+    def _write(self, data: memoryview, pace: _Pace) -> bool:
+        write(self._fd, data, self._position)
+        self._position += len(data)
+        self._count.add(len(data))
+        return pace.moved()
+
+    def _require_all(self, answer: Answer) -> None:
         if answer.length is not None and self._position != self._total:
             raise Temporary(f"only {self._position} of {self._total} bytes arrived")
 
@@ -182,6 +192,27 @@ class Download:
         return status_error(answer.status, answer.reason, answer.headers, host, self._name, body)
 
 
+class _Pace:
+    """Looks at every RANGE_BYTES of a stream: hands them to the disk, and tells whether other connections should join."""
+
+    def __init__(self, download: Download, splittable: bool) -> None:
+        self._download, self._splittable = download, splittable
+        self._from, self._since = download._position, time.monotonic()
+        large = (download._total or SPLIT_BYTES) >= SPLIT_BYTES
+        self._back = WriteBack(download._fd) if large else None
+
+    def moved(self) -> bool:
+        position = self._download._position
+        if self._back is None or position - self._from < RANGE_BYTES:
+            return False
+        self._back.written(self._from, position)
+        now = time.monotonic()
+        slow = wants_company(moved=position - self._from, seconds=now - self._since)
+        self._from, self._since = position, now
+        left = (self._download._total or 0) - position
+        return slow and self._splittable and left > RANGE_BYTES and self._download._shared.has_room
+
+
 class Ranged:
     """The rest of a download by several connections, hashed behind them in order."""
 
@@ -190,24 +221,9 @@ class Ranged:
         self._shared, self._fd = download._shared, download._fd
         self._source, self._etag = download._source, download._etag
         self._back = WriteBack(self._fd)
-        self._back_lock = threading.Lock()
-        self._taken: Range | None = ranges.take()
+        self._back_lock, self._writing = threading.Lock(), threading.Lock()
         self._crew = Crew(self._shared, self._work)
-        self._hashes = Following(self._fd, self._shared.algorithms)
-
-    def first(self, answer: Answer) -> None:
-        """Reads the first range from the answer that the download began with."""
-        try:
-            if self._taken is not None:
-                started, taken = time.monotonic(), self._taken
-                self._read(answer, taken)
-                self._taken = None
-                self._complete(taken, time.monotonic() - started)
-        except Temporary:
-            pass  # its rest is asked for like any other range
-        except BaseException:
-            self._hashes.close()
-            raise
+        self._hashes = Following(self._fd, download._digests)
 
     def run(self) -> Checksums:
         try:
@@ -217,10 +233,8 @@ class Ranged:
             self._hashes.close()
 
     def _work(self) -> None:
-        while True:
-            taken, self._taken = self._taken or self._ranges.take(), None
-            if taken is None:
-                return
+        self._crew.add()  # one was too slow
+        while (taken := self._ranges.take()) is not None:
             self._hashes.wait_until(taken.start - MAX_LAG_BYTES, self._crew.check)
             self._fetch(taken)
 
@@ -264,15 +278,26 @@ class Ranged:
             self._read(answer, taken)
 
     def _read(self, answer: Answer, taken: Range) -> None:
-        view = buffer()
-        while taken.left:
-            count = answer.read_into(view[: taken.left])
-            if not count:
-                raise Temporary(f"only {taken.position - taken.start} bytes of a range arrived")
-            self._crew.check()
-            write(self._fd, view[:count], taken.position)
-            taken.position += count
-            self._download._count.add(count)
+        view, have = buffer(), 0
+        try:
+            while have < taken.left:
+                count = answer.read_into(view[have : taken.left])
+                if not count:
+                    raise Temporary(f"only {taken.position - taken.start} bytes of a range arrived")
+                have += count
+                if have == len(view):
+                    self._crew.check()
+                    self._write(view, taken)
+                    have = 0
+        finally:
+            self._write(view[:have], taken)
+
+    def _write(self, data: memoryview, taken: Range) -> None:
+        """One thread at a time: the kernel lets only one write to a file, and makes the others spin."""
+        with self._writing:
+            write(self._fd, data, taken.position)
+        taken.position += len(data)
+        self._download._count.add(len(data))
 
     def _complete(self, taken: Range, seconds: float) -> None:
         self._hashes.advance(self._ranges.whole_until)

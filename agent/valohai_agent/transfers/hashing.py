@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from queue import SimpleQueue
 from typing import Any
 
 from valohai_agent.errors import ChecksumMismatch
@@ -16,6 +17,7 @@ from valohai_agent.local_files import Shrunk
 from valohai_agent.protocol import Checksums
 
 ALGORITHMS = ("sha256", "sha1", "md5")
+RING_BUFFERS = 8
 READ_BYTES = 512 * 1024  # fits into a core's cache, so that reading is not paid twice
 STEP_BYTES = 1024 * 1024  # threads are woken for no less, but at the end
 MAX_LAG_BYTES = (
@@ -37,20 +39,86 @@ class Digests:
         for digest in self._hashes.values():
             digest.update(data)
 
+    def split(self) -> dict[str, Digests]:
+        """One for each algorithm, to go on with in threads of their own."""
+        parts = {}
+        for name, digest in self._hashes.items():
+            part = parts[name] = Digests(())
+            part.size, part._hashes = self.size, {name: digest}
+        return parts
+
     def checksums(self) -> Checksums:
         return Checksums(**{name: digest.hexdigest() for name, digest in self._hashes.items()})
+
+
+class Ring:
+    """Buffers of a stream that are hashed behind it while they are still in a core's cache.
+
+    The stream takes an empty buffer, fills and writes it, and gives it on; it waits when all are in use, so that memory
+    stays bounded.
+    """
+
+    def __init__(self, digests: Digests) -> None:
+        self._digests = digests
+        self._views = [memoryview(bytearray(READ_BYTES)) for _ in range(RING_BUFFERS)]
+        self._pending = [0] * RING_BUFFERS
+        self._lock = threading.Lock()
+        self._free: SimpleQueue[int] = SimpleQueue()
+        for index in range(RING_BUFFERS):
+            self._free.put(index)
+        self._queues: list[SimpleQueue[tuple[int, int] | None]] = []
+        self._threads = []
+        for name, digest in digests.split().items():
+            queue: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
+            self._queues.append(queue)
+            thread = threading.Thread(
+                target=self._hash, args=(digest, queue), name=f"hash-{name}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+
+    def take(self) -> tuple[int, memoryview]:
+        index = self._free.get()
+        return index, self._views[index]
+
+    def give(self, index: int, count: int) -> None:
+        self._digests.size += count
+        if not self._queues:
+            self._free.put(index)
+            return
+        self._pending[index] = len(self._queues)
+        for queue in self._queues:
+            queue.put((index, count))
+
+    def close(self) -> None:
+        """Waits until all that was given is hashed; the digests are whole then."""
+        for queue in self._queues:
+            queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._queues, self._threads = [], []
+
+    def _hash(self, digest: Digests, queue: SimpleQueue[tuple[int, int] | None]) -> None:
+        while (item := queue.get()) is not None:
+            index, count = item
+            digest.update(self._views[index][:count])
+            with self._lock:
+                self._pending[index] -= 1
+                done = not self._pending[index]
+            if done:
+                self._free.put(index)
 
 
 class Following:
     """Digests of a file that others write or send, in threads that follow as far as they are allowed."""
 
-    def __init__(self, fd: int, algorithms: tuple[str, ...] = ALGORITHMS) -> None:
+    def __init__(self, fd: int, digests: Digests) -> None:
         self._fd = fd
         self._changed = threading.Condition()
         self._limit = 0
         self._ended = False
         self._error: Exception | None = None
-        self._digests = {name: Digests((name,)) for name in algorithms}
+        self._digests = digests.split()
         self._threads = [
             threading.Thread(target=self._follow, args=(digest,), name=f"hash-{name}", daemon=True)
             for name, digest in self._digests.items()

@@ -78,6 +78,10 @@ class Shared:
         """Whether so many files are on their way that each does best with one connection."""
         return self._files * 2 > self._max_connections
 
+    @property
+    def has_room(self) -> bool:
+        return self._files + self._helpers < self._max_connections
+
     def take_helper(self) -> bool:
         """Takes the place of a further connection, if one is free."""
         with self._lock:

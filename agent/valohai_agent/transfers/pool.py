@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 import certifi
 
@@ -92,7 +92,7 @@ class Pool:
             url = urljoin(url, target)
             if _split(url, name)[:2] != parts[:2]:
                 sent = {k: v for k, v in sent.items() if k.lower() not in DROPPED_ON_ANOTHER_HOST}
-        raise Refused(f"{name}: more than {REDIRECTS} redirects from {parts.hostname}")
+        raise Refused(f"{name}: more than {REDIRECTS} redirects, now to {urlsplit(url).hostname}")
 
     def _ask(
         self,
@@ -164,7 +164,7 @@ def _place(parts: SplitResult) -> Place:
 def _proxy(scheme: str, host: str) -> str:
     proxies = getproxies_environment()
     proxy = proxies.get(scheme) or proxies.get("all") or ""
-    if not proxy or proxy_bypass_environment(host, proxies):
+    if not proxy or proxy_bypass(host):
         return ""
     return proxy if "://" in proxy else f"http://{proxy}"
 

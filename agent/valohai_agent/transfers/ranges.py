@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 RANGE_BYTES = 8 * 1024 * 1024
 SPLIT_BYTES = 32 * 1024 * 1024  # below that one connection reads the whole file
-FAST_BYTES_PER_SECOND = 400e6  # a connection of this speed needs no company
+FAST_BYTES_PER_SECOND = 150e6  # a connection of this speed needs no company
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -30,10 +30,10 @@ class Range:
 class Ranges:
     """Hands out the ranges of one file in order, and knows up to where the file is whole. Safe for several threads."""
 
-    def __init__(self, total: int, *, size: int = RANGE_BYTES) -> None:
+    def __init__(self, total: int, *, start: int = 0, size: int = RANGE_BYTES) -> None:
         self.total = total
         self._size = size
-        self._next = 0
+        self._next = start
         self._open: deque[Range] = deque()
         self._lock = threading.Lock()
 

@@ -33,7 +33,7 @@ class Source:
         self._hashes: Following | None = None
         self._view: memoryview | None = None
         if self.size >= SPLIT_BYTES and not shared.crowded:
-            self._hashes = Following(fd, shared.algorithms)
+            self._hashes = Following(fd, self._digests)
 
     def close(self) -> None:
         if self._hashes is not None:
