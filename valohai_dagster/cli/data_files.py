@@ -15,6 +15,7 @@ from valohai_agent.protocol import Checksums
 from valohai_dagster.cli.data_place import (
     AsJson,
     Deployment,
+    OfProject,
     Project,
     References,
     datum_dict,
@@ -36,7 +37,7 @@ def put(
     paths: Annotated[
         list[Path], typer.Argument(help="Files, or directories with all that lies below.")
     ],
-    project: Project = None,
+    project: OfProject = None,
     name: Annotated[str | None, typer.Option(help="Name of the datum; for a single file.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Tag; may be given several times.")] = None,
     alias: Annotated[
@@ -129,7 +130,7 @@ def adopt(
         list[str],
         typer.Argument(help="Objects of a configured store: s3://bucket/key, with * and ** too."),
     ],
-    project: Project = None,
+    project: OfProject = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the datum; for a single object.")
     ] = None,
@@ -145,7 +146,7 @@ def adopt(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Makes datums of objects that are in a store already, without copying them (I-40).
+    """Makes datums of objects that are in a store already, without copying them.
 
     They stay where they are and belong to whoever put them there: `data rm` does not delete them unless asked to.
     Exit code 1 when one of the URLs cannot be adopted; the others are.

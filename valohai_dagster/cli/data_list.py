@@ -11,6 +11,7 @@ import typer
 from valohai_dagster.cli.data_place import (
     AsJson,
     Deployment,
+    OfProject,
     Project,
     References,
     Yes,
@@ -34,7 +35,7 @@ def list_(
     name: Annotated[
         str | None, typer.Argument(help="Name, may hold *; or dataset:// or model:// URI.")
     ] = None,
-    project: Project = None,
+    project: OfProject = None,
     execution: Annotated[
         str | None,
         typer.Option(help="Only outputs of this run or execution: an id, PROJECT#NUMBER, latest."),

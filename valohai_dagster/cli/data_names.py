@@ -8,6 +8,7 @@ import typer
 
 from valohai_dagster.cli.data_place import (
     AsJson,
+    OfProject,
     Project,
     References,
     deployment,
@@ -47,7 +48,7 @@ def set_alias(
 
 
 @alias_app.command("ls")
-def list_aliases(project: Project = None, as_json: AsJson = False) -> None:
+def list_aliases(project: OfProject = None, as_json: AsJson = False) -> None:
     """Lists the aliases of a project, or of all."""
     with deployment() as here:
         project_id = here.project_id(project)

@@ -27,10 +27,12 @@ REFERENCE = (
 Project = Annotated[
     str | None,
     typer.Option(
-        "--project",
-        "-p",
-        help="Name of the project that the files belong to. Default: the only one, if there is one.",
+        "--project", "-p", help="Name of the project. Default: the only one that there is."
     ),
+]
+OfProject = Annotated[
+    str | None,
+    typer.Option("--project", "-p", help="Name of the project that the files belong to."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]

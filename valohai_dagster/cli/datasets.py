@@ -8,6 +8,7 @@ import typer
 
 from valohai_dagster.cli.data_place import (
     AsJson,
+    OfProject,
     Project,
     datum_dict,
     deployment,
@@ -37,7 +38,7 @@ Properties = Annotated[
 
 
 @app.command("ls")
-def list_(project: Project = None, as_json: AsJson = False) -> None:
+def list_(project: OfProject = None, as_json: AsJson = False) -> None:
     """Lists datasets with their newest versions."""
     with deployment() as here:
         project_id = here.project_id(project)
@@ -162,7 +163,7 @@ def set_properties(
     ],
     project: Project = None,
 ) -> None:
-    """Changes properties of a dataset or of one version (O-24); files never change."""
+    """Changes properties of a dataset or of one version; files never change."""
     uri = _uri(name)
     dataset_name, version_name = split_dataset_uri(uri)
     with deployment() as here:

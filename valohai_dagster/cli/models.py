@@ -8,6 +8,7 @@ import typer
 
 from valohai_dagster.cli.data_place import (
     AsJson,
+    OfProject,
     Project,
     datum_dict,
     deployment,
@@ -28,7 +29,7 @@ Version = Annotated[
 
 
 @app.command("ls")
-def list_(project: Project = None, as_json: AsJson = False) -> None:
+def list_(project: OfProject = None, as_json: AsJson = False) -> None:
     """Lists models with their newest and newest approved versions."""
     with deployment() as here:
         project_id = here.project_id(project)
