@@ -1,5 +1,6 @@
 """Step `train`: digits.npz -> model.joblib, one line of metrics per epoch."""
 
+import json
 import time
 
 import joblib
@@ -48,7 +49,10 @@ def main():
             )
             logger.log("epoch_seconds", round(time.perf_counter() - started, 4))
 
-    joblib.dump(model, valohai.outputs().path("model.joblib"), compress=3)
+    outputs = valohai.outputs()
+    joblib.dump(model, outputs.path("model.joblib"), compress=3)
+    with open(outputs.path("model.joblib.metadata.json"), "w") as sidecar:
+        json.dump({"valohai.model-versions": ["model://digits/"]}, sidecar)
 
 
 if __name__ == "__main__":
