@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from valohai_agent.cache.local import Cached, InputCache, Wanted, place
+from valohai_agent.cache.local import Cached, InputCache, Wanted, place, readable
 from valohai_agent.cache.locks import Waiting
 from valohai_agent.cache.placing import copy_file
 from valohai_agent.cache.shared import Share, ShareTree
@@ -79,7 +79,7 @@ class Source:
         """Downloads the file. Raises TransferError, InputError."""
         began = time.monotonic()
         moved = self._download(item, target)
-        target.chmod(0o644)
+        readable(target)
         return Arrived(
             size=moved.size,
             checksums=moved.checksums,

@@ -19,12 +19,11 @@ from valohai_agent.input_news import InputNews
 from valohai_agent.input_plan import InputFile, Placed, describe, input_directory, plan_files
 from valohai_agent.input_ways import LocalWay, ShareSwitch, ShareWay, Source, blames_share
 from valohai_agent.protocol import InputReady, InputsReady, JobInput, Transfer
-from valohai_agent.transfer import Transferer
+from valohai_agent.transfer import PARALLEL_FILES, Transferer
 from valohai_agent.workspace import Workspace
 
 LARGE_BYTES = 16 * 1024 * 1024
 LARGE_PARALLEL = 4  # files: each is fetched in several ranges
-SMALL_PARALLEL = 12
 
 Progress = Callable[[int, "int | None"], None]
 
@@ -212,7 +211,7 @@ class _Fetch:
 
         with (
             ThreadPoolExecutor(LARGE_PARALLEL, "inputs") as large,
-            ThreadPoolExecutor(SMALL_PARALLEL, "inputs") as small,
+            ThreadPoolExecutor(PARALLEL_FILES, "inputs") as small,
         ):
             futures = [
                 (item, (small if _is_small(item) else large).submit(one, item)) for item in files

@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -156,11 +157,13 @@ class InputCache:
     ) -> Cached:
         """Takes a file that has just arrived; its names then stand for it. Raises OSError."""
         sha256 = checksums.sha256 or ""
-        arrived.chmod(0o644)
+        status, now = readable(arrived), self._now()
         path = self._path(sha256)
-        path.parent.mkdir(exist_ok=True)
-        os.replace(arrived, path)
-        status, now = path.stat(), self._now()
+        try:
+            os.replace(arrived, path)
+        except FileNotFoundError:
+            path.parent.mkdir(exist_ok=True)
+            os.replace(arrived, path)
         content = Content(
             checksums=checksums,
             size=size,
@@ -349,6 +352,14 @@ def place(cached: Cached, target: Path, *, link: bool) -> None:
     with cached.path.open("rb") as source:
         fcntl.flock(source, fcntl.LOCK_SH)  # it is in use until the copy is done
         copy_file(source, target)
+
+
+def readable(path: Path) -> os.stat_result:
+    """Lets everybody read the file, whatever the agent's umask: commands may run as anybody."""
+    status = path.stat()
+    if stat.S_IMODE(status.st_mode) != 0o644:
+        path.chmod(0o644)
+    return status
 
 
 def _facts(status: os.stat_result) -> tuple[int, int, int]:

@@ -35,6 +35,7 @@ from valohai_agent.cache.local import (
     Wanted,
     agree,
     disk_usage,
+    readable,
 )
 from valohai_agent.cache.locks import Waiting
 from valohai_agent.cache.worth import Kept, Room, aged_worth, choose
@@ -145,8 +146,7 @@ class Share:
         sha256 = checksums.sha256 or ""
         path = self._object(sha256)
         path.parent.mkdir(exist_ok=True)
-        arrived.chmod(0o644)
-        mtime_ns = arrived.stat().st_mtime_ns
+        mtime_ns = readable(arrived).st_mtime_ns
         os.replace(arrived, path)
         facts = _Facts(
             size=size,
