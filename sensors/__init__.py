@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from sensors.digits import digits_job, digits_nightly, retrain_on_request, train_job
 from sensors.external import observe_external
+from sensors.retention import retention
 
 JOBS = [digits_job, train_job]
 SCHEDULES = [digits_nightly]
-SENSORS = [retrain_on_request, observe_external]
+SENSORS = [retrain_on_request, observe_external, retention]

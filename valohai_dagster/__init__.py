@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from valohai_dagster.plugin.launcher import ValohaiRunLauncher
     from valohai_dagster.plugin.observe_sensor import build_observe_sensor
     from valohai_dagster.plugin.resources import ValohaiResource
+    from valohai_dagster.plugin.retention import build_retention_sensor
     from valohai_dagster.plugin.store_resources import StoreResource, store_resources
     from valohai_dagster.projects.project import GitAuth, Project, load_project
     from valohai_dagster.settings import Settings, load_settings
@@ -45,6 +46,7 @@ _HOME = {
     "ValohaiRunLauncher": "plugin.launcher",
     "build_git_sensor": "plugin.git_sensor",
     "build_observe_sensor": "plugin.observe_sensor",
+    "build_retention_sensor": "plugin.retention",
     "load_project": "projects.project",
     "load_settings": "settings",
     "load_valohai_project": "plugin.assets",
@@ -69,6 +71,7 @@ __all__ = [
     "__version__",
     "build_git_sensor",
     "build_observe_sensor",
+    "build_retention_sensor",
     "load_project",
     "load_settings",
     "load_valohai_project",

@@ -31,6 +31,7 @@ from valohai_dagster.settings_base import Section
 from valohai_dagster.settings_file import anchor_paths, merge_tables, read_toml
 from valohai_dagster.settings_problems import explain
 from valohai_dagster.settings_registries import RegistrySettings
+from valohai_dagster.settings_retention import RetentionSettings
 from valohai_dagster.settings_stores import StoreSettings
 
 CONFIG_NAME = "valohai.toml"
@@ -169,6 +170,10 @@ class Settings(BaseSettings):
     registries: dict[str, RegistrySettings] = Field(
         default_factory=dict,
         description="Credentials for private image registries by name; of those whose `match` fits, the longest counts.",
+    )
+    retention: RetentionSettings = Field(
+        default_factory=RetentionSettings,
+        description="What is removed after how many days. Default: nothing.",
     )
     http_host: str = Field(
         default="127.0.0.1",

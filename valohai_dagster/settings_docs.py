@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from valohai_dagster.settings import GroupSettings, Settings
 from valohai_dagster.settings_registries import REGISTRY_KINDS
+from valohai_dagster.settings_retention import ProjectRetention, RetentionSettings
 from valohai_dagster.settings_stores import STORE_KINDS
 
 _INTRODUCTION = """# Settings
@@ -57,6 +58,8 @@ def render() -> str:
             (f'`[registries.NAME]`, `kind = "{kind}"`', "REGISTRIES__NAME__", model)
             for kind, model in REGISTRY_KINDS.items()
         ),
+        ("`[retention]`", "RETENTION__", RetentionSettings),
+        ("`[retention.projects.NAME]`", "RETENTION__PROJECTS__NAME__", ProjectRetention),
     ]
     return "\n".join([_INTRODUCTION, *(_section(*section) for section in sections)])
 

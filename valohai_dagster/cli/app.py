@@ -25,6 +25,7 @@ COMMANDS = {
     "data": ("data", "app"),
     "stores": ("stores", "app"),
     "secrets": ("secrets", "app"),
+    "retention": ("retention", "app"),
     "agents": ("agents", "app"),
     "conductor": ("conductor", "conductor"),
     "down": ("conductor", "down"),

@@ -32,7 +32,7 @@ def why(
 ) -> None:
     """Tell what a run or an execution waits for or does right now, and what to do about it."""
     settings = load_settings()
-    with _sources(settings) as sources, _instance(settings) as instance:
+    with _sources(settings) as sources, instance_of(settings) as instance:
         lines, found = explain(sources, instance, reference)
     if as_json:
         print(json.dumps(found, indent=2))
@@ -111,7 +111,7 @@ def _sources(settings: Settings) -> Iterator[Sources]:
 
 
 @contextmanager
-def _instance(settings: Settings) -> Iterator[DagsterInstance | None]:
+def instance_of(settings: Settings) -> Iterator[DagsterInstance | None]:
     """The instance of DAGSTER_HOME, else the one that `up` and `demo` keep in the state directory."""
     chosen = os.environ.get("DAGSTER_HOME")
     home = Path(chosen) if chosen else settings.state_dir / "dagster"

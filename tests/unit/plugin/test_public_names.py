@@ -23,6 +23,7 @@ NAMES = [
     "__version__",
     "build_git_sensor",
     "build_observe_sensor",
+    "build_retention_sensor",
     "load_project",
     "load_settings",
     "load_valohai_project",

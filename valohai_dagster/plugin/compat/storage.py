@@ -137,6 +137,53 @@ def store_together(instance: DagsterInstance, entries: Sequence[EventLogEntry]) 
         connection.execute(storage.prepare_insert_event_batch(entries))
 
 
+# What assets, checks and the states of runs are made of; everything else of an old run only tells how it went.
+_LASTING = sorted(
+    kind.value for kind in {*ASSET_EVENTS, *ASSET_CHECK_EVENTS, *EVENT_TYPE_TO_PIPELINE_RUN_STATUS}
+)
+
+
+def passing_events(
+    instance: DagsterInstance, run_id: str, *, remove: bool = False
+) -> tuple[int, int]:
+    """Rows and bytes of a run's events that neither assets, checks nor run states need; removed if asked for.
+
+    Storages that keep no SQL table have none.
+    """
+    storage = instance.event_log_storage
+    if not isinstance(storage, SqlEventLogStorage):
+        return 0, 0
+    if isinstance(storage, SqliteEventLogStorage) and not os.path.exists(
+        storage.path_for_shard(run_id)
+    ):
+        return 0, 0
+    columns = SqlEventLogStorageTable.c
+    kind = columns.dagster_event_type
+    mine = sa.and_(columns.run_id == run_id, sa.or_(kind.is_(None), kind.not_in(_LASTING)))
+    counted = sa.select(sa.func.count(), sa.func.sum(sa.func.length(columns.event))).where(mine)
+    with storage.run_connection(run_id) as connection:
+        count, size = connection.execute(counted).one()
+        if remove and count:
+            connection.execute(SqlEventLogStorageTable.delete().where(mine))
+    return int(count), int(size or 0)
+
+
+def finished_runs(
+    instance: DagsterInstance, after: datetime, before: datetime, limit: int
+) -> list[tuple[str, datetime]]:
+    """Ids of runs that ended in that time and when they changed last, in that order."""
+    from dagster import DagsterRunStatus, RunsFilter
+
+    ended = [DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED]
+    found = instance.get_run_records(
+        RunsFilter(statuses=ended, updated_after=after, updated_before=before),
+        limit=limit,
+        order_by="update_timestamp",
+        ascending=True,
+    )
+    return [(record.dagster_run.run_id, record.update_timestamp) for record in found]
+
+
 # Planned ones are written with the run, before anybody drives it.
 _OF_ASSETS = (DagsterEventType.ASSET_MATERIALIZATION, DagsterEventType.ASSET_OBSERVATION)
 

@@ -1,0 +1,266 @@
+"""Retention over real records (SQLite and Postgres) and a real store: what goes, what stays, and going on after a cut."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from valohai_dagster.data.aliases import set_alias
+from valohai_dagster.errors import StoreUnavailable
+from valohai_dagster.executions.retention import Done, carry_out, plan_records
+from valohai_dagster.executions.retention_rules import Plan
+from valohai_dagster.records import tables as t
+from valohai_dagster.records.engine import Records, open_records
+from valohai_dagster.settings import Settings
+from valohai_dagster.settings_retention import RetentionSettings
+from valohai_dagster.stores.registry import Stores, open_stores
+
+NOW = datetime(2026, 6, 1, tzinfo=timezone.utc)
+ALL = RetentionSettings(logs_days=30, outputs_days=30, metadata_days=30, code_days=30)
+
+
+@dataclass
+class Site:
+    records: Records
+    stores: Stores
+    count: int = 0
+
+    def execution(
+        self, days: float | None, *, commit: str = "c1", tags: tuple[str, ...] = ()
+    ) -> str:
+        """One that ended so many days ago, with a log and two lines of metadata."""
+        self.count += 1
+        ident, ended = str(uuid.uuid4()), NOW - timedelta(days=days) if days is not None else None
+        key = f"logs/{ident}/stdout"
+        self.stores.log.put(key, b"hello\n")
+        log = {"store": "local", "key": key, "size": 6, "lines": 1}
+        with self.records.write() as conn:
+            conn.execute(
+                t.executions.insert().values(
+                    id=ident,
+                    project_id="p",
+                    counter=self.count,
+                    step="train",
+                    commit=commit,
+                    group_name="local",
+                    image="i",
+                    spec={},
+                    tags=list(tags),
+                    status="complete" if ended else "started",
+                    cumulative_metadata={"epoch": 2},
+                    ctime=(ended or NOW) - timedelta(hours=1),
+                    ended_at=ended,
+                )
+            )
+            conn.execute(
+                t.attempts.insert().values(execution_id=ident, number=1, logs={"stdout": log})
+            )
+            for number in (1, 2):
+                row = {"execution_id": ident, "number": number, "attempt": 1, "time": NOW}
+                conn.execute(t.metadata_events.insert().values(**row, values={"epoch": number}))
+        return ident
+
+    def output(self, execution: str | None, **values: Any) -> str:
+        ident = str(uuid.uuid4())
+        key = f"data/{ident}/w.bin"
+        self.stores.default.put(key, b"12345")
+        row = {"id": ident, "name": "w.bin", "size": 5, "store": "local", "key": key}
+        more = {"project_id": "p", "execution_id": execution, "ctime": NOW, **values}
+        with self.records.write() as conn:
+            conn.execute(t.datums.insert().values(**{**row, **more}))
+        return ident
+
+    def reads(self, execution: str, datum: str) -> None:
+        row = {"execution_id": execution, "file_id": datum, "input": "data", "name": "w.bin"}
+        with self.records.write() as conn:
+            conn.execute(
+                t.execution_inputs.insert().values(**row, uri=f"datum://{datum}", datum_id=datum)
+            )
+
+    def commit(self, identifier: str, days: float) -> str:
+        key = f"commits/{identifier}.tar.gz"
+        self.stores.code.put(key, b"archive")
+        row = {"id": str(uuid.uuid4()), "project_id": "p", "identifier": identifier, "adhoc": False}
+        place = {"archive_store": "local", "archive_key": key, "archive_sha256": "a" * 64}
+        with self.records.write() as conn:
+            conn.execute(
+                t.commits.insert().values(
+                    **row, **place, archive_size=7, ctime=NOW - timedelta(days=days)
+                )
+            )
+        return key
+
+    def retain(self, policy: RetentionSettings = ALL, **options: Any) -> tuple[Plan, Done]:
+        plan = plan_records(self.records, policy, NOW, **options)
+        return plan, carry_out(self.records, self.stores, policy, plan, NOW)
+
+    def datum(self, ident: str) -> Any:
+        with self.records.read() as conn:
+            return conn.execute(sa.select(t.datums).where(t.datums.c.id == ident)).one()
+
+    def is_there(self, ident: str) -> bool:
+        return self.stores.default.stat(self.datum(ident).key) is not None
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def site(request: pytest.FixtureRequest, settings: Settings) -> Iterator[Site]:
+    if request.param == "postgres":
+        url = request.getfixturevalue("postgres_url")
+        settings = settings.model_copy(update={"database_url": url})
+    records = open_records(settings)
+    with records.write() as conn:
+        conn.execute(t.projects.insert().values(id="p", name="digits", counter=1, ctime=NOW))
+    yield Site(records=records, stores=open_stores(settings))
+    records.close()
+
+
+def test_o20_old_outputs_lose_their_content_and_keep_their_record(site: Site) -> None:
+    old, fresh = site.execution(40), site.execution(3)
+    gone, kept = site.output(old), site.output(fresh)
+    plan, done = site.retain()
+    assert [(item.id, item.bytes) for item in plan.of("outputs")] == [(gone, 5)]
+    assert "ended 40 days ago, outputs are kept for 30" in plan.of("outputs")[0].why
+    assert (done.counts["outputs"], done.bytes["outputs"]) == (1, 5)
+    row = site.datum(gone)
+    assert (row.purged, row.purged_at, row.name) == (True, NOW, "w.bin")
+    assert not site.is_there(gone)
+    assert site.is_there(kept)
+    assert not site.datum(kept).purged
+
+
+def test_what_has_a_name_or_a_kept_reader_stays(site: Site) -> None:
+    old = site.execution(40)
+    aliased, tagged, used, in_dataset, adopted, uploaded = (
+        site.output(old),
+        site.output(old, tags=["good"]),
+        site.output(old),
+        site.output(old),
+        site.output(old, adopted=True),
+        site.output(None),
+    )
+    site.reads(site.execution(5), used)
+    with site.records.write() as conn:
+        set_alias(conn, project_id="p", name="best", datum_id=aliased, now=NOW)
+        ids = {"id": "d", "project_id": "p", "name": "faces", "ctime": NOW}
+        conn.execute(t.datasets.insert().values(**ids))
+        version = {"id": "v", "dataset_id": "d", "name": "1", "state": "closed", "ctime": NOW}
+        conn.execute(t.dataset_versions.insert().values(**version))
+        conn.execute(t.dataset_files.insert().values(version_id="v", datum_id=in_dataset))
+    plan, _ = site.retain()
+    assert plan.of("outputs") == []
+    assert set(plan.kept) == {
+        "an alias names it",
+        "it has a tag",
+        "a kept execution has read it",
+        "it is in a dataset version",
+        "not old enough",  # log and metadata of the reader
+    }
+    assert all(map(site.is_there, (aliased, tagged, used, in_dataset, adopted, uploaded)))
+
+
+def test_an_alias_that_came_after_the_plan_keeps_its_output(site: Site) -> None:
+    ident = site.output(site.execution(40))
+    plan = plan_records(site.records, ALL, NOW)
+    with site.records.write() as conn:
+        set_alias(conn, project_id="p", name="best", datum_id=ident, now=NOW)
+    carry_out(site.records, site.stores, ALL, plan, NOW)
+    assert site.is_there(ident)
+    assert not site.datum(ident).purged
+
+
+def test_content_that_two_records_share_stays_for_the_other(site: Site) -> None:
+    gone = site.output(site.execution(40))
+    site.output(None, key=site.datum(gone).key)
+    site.retain()
+    assert site.datum(gone).purged
+    assert site.is_there(gone)
+
+
+def test_logs_go_and_their_rows_say_so(site: Site) -> None:
+    old, running = site.execution(40), site.execution(None)
+    _, done = site.retain()
+    assert done.counts["logs"] == 1
+    with site.records.read() as conn:
+        logs = dict(conn.execute(sa.select(t.attempts.c.execution_id, t.attempts.c.logs)).all())  # pyright: ignore
+    assert logs[old]["stdout"] == {
+        "store": "local",
+        "size": 6,
+        "lines": 1,
+        "removed_at": "2026-06-01T00:00:00+00:00",
+    }
+    assert site.stores.log.stat(f"logs/{old}/stdout") is None
+    assert logs[running]["stdout"]["key"]
+    assert site.retain()[0].of("logs") == []
+
+
+def test_metadata_lines_go_and_the_last_values_stay(site: Site) -> None:
+    old, fresh = site.execution(40), site.execution(3)
+    plan, done = site.retain()
+    assert plan.of("metadata")[0].name.startswith("2 lines of train #")
+    assert done.counts["metadata"] == 1
+    with site.records.read() as conn:
+        left = conn.execute(sa.select(t.metadata_events.c.execution_id)).scalars().all()
+        e = t.executions.c
+        last = conn.execute(sa.select(e.cumulative_metadata).where(e.id == old)).scalar_one()
+    assert (left, last) == ([fresh, fresh], {"epoch": 2})
+
+
+def test_archives_go_unless_lately_used_running_or_the_newest(site: Site) -> None:
+    keys = {
+        name: site.commit(name, days)
+        for name, days in (("old", 99), ("used", 99), ("busy", 99), ("head", 90))
+    }
+    site.execution(50, commit="old")
+    site.execution(5, commit="used")
+    site.execution(None, commit="busy")
+    plan, done = site.retain()
+    assert [item.name for item in plan.of("code")] == ["commit old"]
+    assert done.counts["code"] == 1
+    assert {name for name, key in keys.items() if site.stores.code.stat(key)} == {
+        "used",
+        "busy",
+        "head",
+    }
+    with site.records.read() as conn:
+        assert len(conn.execute(sa.select(t.commits.c.id)).all()) == 3
+
+
+def test_work_is_bounded_and_goes_on_where_it_stopped(site: Site) -> None:
+    ids = [site.output(site.execution(40)) for _ in range(7)]
+    cursors: dict[str, str] = {}
+    looks = 0
+    while True:
+        plan, done = site.retain(most=2, cursors=cursors)
+        assert len(plan.of("outputs")) <= 2
+        looks += 1
+        cursors = done.cursors
+        if not cursors:
+            break
+    assert looks >= 4
+    assert not any(map(site.is_there, ids))
+
+
+def test_a_store_that_is_away_costs_only_its_own_files_and_is_tried_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Marked before it is deleted, so a cut in between is taken up by the next plan."""
+    ident = site.output(site.execution(40))
+
+    def refuse(key: str) -> None:
+        raise StoreUnavailable("the store is away", store="local")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site.stores.default, "delete", refuse)
+        _, done = site.retain()
+    assert any("could not be removed: the store is away" in text for text in done.problems)
+    assert (site.datum(ident).purged, site.datum(ident).purged_at) == (True, None)
+    assert site.is_there(ident)
+    site.retain()
+    assert site.datum(ident).purged_at == NOW
+    assert not site.is_there(ident)

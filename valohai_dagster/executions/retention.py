@@ -1,0 +1,209 @@
+"""Carries out what retention has planned. Every step can be cut off and done again; records and lineage stay."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from valohai_dagster.errors import StoreError
+from valohai_dagster.executions.retention_reading import PAGE, make_plan
+from valohai_dagster.executions.retention_rules import KINDS, Item, Kind, Plan
+from valohai_dagster.records import tables as t
+from valohai_dagster.records.engine import Records
+from valohai_dagster.settings_retention import RetentionSettings
+from valohai_dagster.stores.registry import Stores
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Done:
+    """What was removed, by kind, and what could not be."""
+
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    problems: list[str] = field(default_factory=list)
+    cursors: dict[str, str] = field(default_factory=dict)
+
+    def add(self, kind: Kind, size: int, count: int = 1) -> None:
+        self.counts[kind] += count
+        self.bytes[kind] += size
+
+    def to_dict(self) -> dict[str, Any]:
+        kinds = {
+            kind: {"count": self.counts[kind], "bytes": self.bytes[kind]}
+            for kind in KINDS
+            if self.counts[kind]
+        }
+        return {"kinds": kinds, "problems": self.problems, "more": bool(self.cursors)}
+
+
+def plan_records(
+    records: Records,
+    policy: RetentionSettings,
+    now: datetime,
+    *,
+    most: int | None = None,
+    cursors: dict[str, str] | None = None,
+) -> Plan:
+    """What may go of the records' things: at most `most` of each kind, by default the settings' batch."""
+    with records.read() as conn:
+        return make_plan(conn, policy, now, most=most or policy.batch, cursors=cursors)
+
+
+def carry_out(
+    records: Records,
+    stores: Stores,
+    policy: RetentionSettings,
+    plan: Plan,
+    now: datetime,
+    *,
+    forget_live: Callable[[str, int], None] | None = None,
+    done: Done | None = None,
+) -> Done:
+    """Removes what the plan names. A store that refuses is told, and costs only its own files.
+
+    `forget_live` removes what is left of the live log of an attempt.
+    """
+    done = done or Done()
+    done.cursors.update(plan.cursors)
+    _outputs(records, stores, policy, plan.of("outputs"), now, done)
+    for item in plan.of("logs"):
+        _guarded(done, item, lambda item=item: _log(records, stores, item, now, forget_live))
+    _metadata(records, plan.of("metadata"), done)
+    for item in plan.of("code"):
+        _guarded(done, item, lambda item=item: _archive(records, stores, item))
+    return done
+
+
+def _guarded(done: Done, item: Item, remove: Callable[[], bool]) -> None:
+    try:
+        if remove():
+            done.add(item.kind, item.bytes)
+    except StoreError as error:
+        text = f"{item.name} of project {item.project} could not be removed: {error}"
+        log.warning("%s", text, extra={"action": "retention"})
+        done.problems.append(text)
+
+
+# -- outputs ---------------------------------------------------------------------------------------------------------
+
+
+def _outputs(
+    records: Records,
+    stores: Stores,
+    policy: RetentionSettings,
+    items: Sequence[Item],
+    now: datetime,
+    done: Done,
+) -> None:
+    """Marked, deleted, and only then said to be done: what is cut off in between is taken up by the next plan.
+
+    Whatever got a name after the plan was made is spared.
+    """
+    d = t.datums.c
+    for start in range(0, len(items), PAGE):
+        part = items[start : start + PAGE]
+        ids = [item.id for item in part]
+        with records.write() as conn:
+            named = {
+                ident
+                for column in _names(policy)
+                for ident in conn.execute(sa.select(column).where(column.in_(ids))).scalars()
+            }
+            mine = sa.and_(d.id.in_(sorted(set(ids) - named)), d.purged.is_(False))
+            conn.execute(t.datums.update().where(mine).values(purged=True, purged_at=None))
+        for item in part:
+            if item.id not in named:
+                _guarded(done, item, lambda item=item: _content(records, stores, item, now))
+
+
+def _names(policy: RetentionSettings) -> list[sa.Column[str]]:
+    """Columns that hold the datums that are kept by their names."""
+    columns = (
+        (policy.keep_aliased, t.datum_aliases.c.datum_id),
+        (policy.keep_in_datasets, t.dataset_files.c.datum_id),
+        (policy.keep_in_models, t.model_files.c.datum_id),
+    )
+    return [column for keeps, column in columns if keeps]
+
+
+def _content(records: Records, stores: Stores, item: Item, now: datetime) -> bool:
+    d = t.datums.c
+    with records.read() as conn:
+        row = conn.execute(sa.select(d.store, d.key).where(d.id == item.id)).one()
+        same = sa.and_(d.store == row.store, d.key == row.key, d.id != item.id)
+        shared = conn.execute(sa.select(d.id).where(same, d.purged.is_(False)).limit(1)).first()
+    if shared is None:
+        stores[row.store].delete(row.key)
+    with records.write() as conn:
+        conn.execute(t.datums.update().where(d.id == item.id).values(purged_at=now))
+    return True
+
+
+# -- logs, metadata, code ----------------------------------------------------------------------------------------------
+
+
+def _log(
+    records: Records,
+    stores: Stores,
+    item: Item,
+    now: datetime,
+    forget_live: Callable[[str, int], None] | None,
+) -> bool:
+    """The files first: until the row says so, the next plan finds them again."""
+    execution_id, _, number = item.id.rpartition("/")
+    a = t.attempts.c
+    mine = sa.and_(a.execution_id == execution_id, a.number == int(number))
+    with records.read() as conn:
+        logs: dict[str, Any] = conn.execute(sa.select(a.logs).where(mine)).scalar_one()
+    for entry in logs.values():
+        if entry.get("key"):
+            stores[entry["store"]].delete(entry["key"])
+    gone = {
+        stream: {
+            **{name: value for name, value in entry.items() if name not in ("key", "pieces")},
+            "removed_at": entry.get("removed_at") or now.isoformat(timespec="seconds"),
+        }
+        for stream, entry in logs.items()
+    }
+    with records.write() as conn:
+        conn.execute(t.attempts.update().where(mine).values(logs=gone))
+    if forget_live is not None:
+        forget_live(execution_id, int(number))
+    return True
+
+
+def _metadata(records: Records, items: Sequence[Item], done: Done) -> None:
+    """The lines; `cumulative_metadata` of the execution keeps the last values (M-14)."""
+    c = t.metadata_events.c
+    for item in items:
+        with records.write() as conn:
+            conn.execute(t.metadata_events.delete().where(c.execution_id == item.id))
+        done.add("metadata", item.bytes)
+
+
+def _archive(records: Records, stores: Stores, item: Item) -> bool:
+    """The archive, then its row: a commit that is launched again is published again."""
+    c, e = t.commits.c, t.executions.c
+    with records.read() as conn:
+        row = conn.execute(sa.select(t.commits).where(c.id == item.id)).one_or_none()
+        if row is None:
+            return False
+        used = sa.and_(e.project_id == row.project_id, e.commit == row.identifier)
+        if conn.execute(sa.select(e.id).where(used, e.ended_at.is_(None)).limit(1)).first():
+            return False
+        same = sa.and_(
+            c.archive_store == row.archive_store, c.archive_key == row.archive_key, c.id != row.id
+        )
+        shared = conn.execute(sa.select(c.id).where(same).limit(1)).first()
+    if shared is None:
+        stores[row.archive_store].delete(row.archive_key)
+    with records.write() as conn:
+        conn.execute(t.commits.delete().where(c.id == item.id))
+    return True
