@@ -145,27 +145,43 @@ def rm(
     with deployment() as here:
         project_id = here.only_project(project)
         with here.records.read() as connection:
-            found = [d for d in _found(connection, references, project_id) if not d.purged]
+            named = _found(connection, references, project_id)
+            found = [datum for datum in named if not datum.purged or datum.purged_at is None]
             ids = [datum.id for datum in found]
             uses = _uses(connection, ids)
             names = datums.aliases_of(connection, ids)
         _refuse_used(found, uses, names, force=force)
         size = size_text(sum(datum.size for datum in found))
         confirm(f"Delete the content of {len(found)} files ({size}) for good?", yes=yes)
-        with here.records.write() as connection:
-            datums.mark_purged(connection, ids, now())
-        deleted = [
-            datum
-            for datum in found
-            if datums.delete_content(here.stores, datum, adopted_too=delete_adopted)
-        ]
+        deleted = _purge(here, found, adopted_too=delete_adopted)
     if as_json:
         gone = {datum.id for datum in deleted}
         print_json([{"id": d.id, "name": d.name, "content_deleted": d.id in gone} for d in found])
         return
     kept = len(found) - len(deleted)
-    left = f"; the content of {kept} adopted files was left where it is" if kept else ""
+    left = f"; the content of {kept} was left where it is, adopted or shared" if kept else ""
     typer.echo(f"purged {len(found)} files{left}")
+
+
+def _purge(
+    here: Deployment, found: Sequence[datums.Datum], *, adopted_too: bool
+) -> list[datums.Datum]:
+    """Those whose content is deleted; what is cut off in between is brought to its end by retention."""
+    with here.records.write() as connection:
+        datums.mark_purged(connection, [datum.id for datum in found])
+    deleted: list[datums.Datum] = []
+    ended: list[str] = []
+    try:
+        for datum in found:
+            with here.records.read() as connection:
+                shared = datums.is_shared(connection, datum)
+            if not shared and datums.delete_content(here.stores, datum, adopted_too=adopted_too):
+                deleted.append(datum)
+            ended.append(datum.id)
+    finally:
+        with here.records.write() as connection:
+            datums.end_purge(connection, ended, now())
+    return deleted
 
 
 def _found(

@@ -154,14 +154,37 @@ def remove_tags(connection: sa.Connection, datum_id: str, tags: Sequence[str]) -
     connection.execute(datums.update().where(datums.c.id == datum_id).values(tags=kept))
 
 
-def mark_purged(connection: sa.Connection, datum_ids: Sequence[str], now: datetime) -> None:
-    """The records keep the datums, without content (O-20). Before `delete_content`: a crash in between leaves
-    content that nobody reads, never a record that lies.
+def mark_purged(connection: sa.Connection, datum_ids: Sequence[str]) -> None:
+    """The records keep the datums, without content (O-20). Then `delete_content`, and `end_purge` when that is done: a
+    crash in between leaves content that nobody reads and that the next retention run deletes, never a record that lies.
     """
+    _purge(connection, datum_ids, datums.c.purged.is_(False), purged=True, purged_at=None)
+
+
+def end_purge(connection: sa.Connection, datum_ids: Sequence[str], now: datetime) -> None:
+    """Their content is gone, or was left to whom it belongs."""
+    _purge(connection, datum_ids, datums.c.purged.is_(True), purged_at=now)
+
+
+def _purge(
+    connection: sa.Connection,
+    datum_ids: Sequence[str],
+    where: sa.ColumnElement[bool],
+    **values: Any,
+) -> None:
     for start in range(0, len(datum_ids), CHUNK):
         these = datums.c.id.in_(datum_ids[start : start + CHUNK])
-        unpurged = sa.and_(these, datums.c.purged.is_(False))
-        connection.execute(datums.update().where(unpurged).values(purged=True, purged_at=now))
+        connection.execute(datums.update().where(sa.and_(these, where)).values(**values))
+
+
+def is_shared(connection: sa.Connection, datum: Datum) -> bool:
+    """Whether another datum that is not purged has the same content in the same place."""
+    c = datums.c
+    same = sa.and_(c.store == datum.store, c.key == datum.key, c.id != datum.id)
+    return (
+        connection.execute(sa.select(c.id).where(same, c.purged.is_(False)).limit(1)).first()
+        is not None
+    )
 
 
 def delete_content(stores: Stores, datum: Datum, *, adopted_too: bool = False) -> bool:

@@ -10,6 +10,7 @@ from tests.integration.data.conftest import NOW, Place
 from valohai_dagster.data import aliases, datums
 from valohai_dagster.data.sidecar_effects import apply_sidecar_effects
 from valohai_dagster.errors import NotFoundError, RefusedError
+from valohai_dagster.records import tables
 
 pytestmark = pytest.mark.parametrize("place", ["sqlite", "postgres"], indirect=True)
 
@@ -66,9 +67,13 @@ def test_listing_is_newest_first_and_filters(place: Place) -> None:
 def test_o20_purge_deletes_the_content_and_keeps_the_record(place: Place) -> None:
     datum = place.datum("a")
     with place.records.write() as connection:
-        datums.mark_purged(connection, [datum.id], NOW)
+        datums.mark_purged(connection, [datum.id])
+        assert not datums.is_shared(connection, datum)
+    assert found(place, datum.id).purged_at is None
     assert datums.delete_content(place.stores, datum)
     assert place.stores.default.stat(datum.key) is None
+    with place.records.write() as connection:
+        datums.end_purge(connection, [datum.id], NOW)
     kept = found(place, datum.id)
     assert kept.purged
     assert kept.purged_at == NOW
@@ -145,3 +150,14 @@ def test_o25_tags_come_and_go(place: Place) -> None:
         datums.add_tags(connection, datum.id, ["y", "x"])
         datums.remove_tags(connection, datum.id, ["x", "none"])
     assert found(place, datum.id).tags == ["y"]
+
+
+def test_content_that_another_datum_has_too_is_known(place: Place) -> None:
+    first = place.datum("a")
+    second = place.datum("b")
+    with place.records.write() as connection:
+        both = tables.datums.c.id == second.id
+        connection.execute(tables.datums.update().where(both).values(key=first.key))
+        assert datums.is_shared(connection, first)
+        datums.mark_purged(connection, [second.id])
+        assert not datums.is_shared(connection, first)

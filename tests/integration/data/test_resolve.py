@@ -285,7 +285,7 @@ def test_i37_i38_optional_inputs_may_be_empty(place: Place) -> None:
 def test_i38_every_problem_is_told_at_once_with_its_uri(place: Place) -> None:
     purged = place.datum("gone.csv")
     with place.records.write() as connection:
-        mark_purged(connection, [purged.id], NOW)
+        mark_purged(connection, [purged.id])
     unknown = "00000000-0000-4000-8000-000000000000"
     found = problems(
         place,
