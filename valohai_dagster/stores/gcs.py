@@ -24,7 +24,7 @@ from google.auth.transport.requests import Request
 from google.oauth2 import service_account
 
 from valohai_agent.protocol import Parts, Transfer
-from valohai_dagster.errors import ConfigurationError, StoreMissing, StoreUnavailable
+from valohai_dagster.errors import StoreMissing, StoreUnavailable
 from valohai_dagster.settings_stores import GcsStoreSettings
 from valohai_dagster.stores.base import ObjectStat, PartedUpload
 from valohai_dagster.stores.remote import RemoteStore, as_stream, expiry, known_size
@@ -184,9 +184,10 @@ class GcsStore(RemoteStore):
             return google.auth.default(scopes=[SCOPE])[0]
         except (google.auth.exceptions.GoogleAuthError, ValueError, OSError) as error:
             where = section.credentials_file or "Application Default Credentials"
-            raise ConfigurationError(
+            raise StoreUnavailable(
                 f"the store {self.name!r} finds no usable credentials in {where} ({type(error).__name__}); set "
-                f"credentials_file in [stores.{self.name}] to the key file of a service account"
+                f"credentials_file in [stores.{self.name}] to the key file of a service account",
+                store=self.name,
             ) from error
 
     # -- signing ------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class SwiftStore(RemoteStore):
         project = section.project or section.project_id or ""
         super().__init__(name, section, place=f"{project}/{section.container}")
         self._section = section
-        self._account = SwiftAccount(section)
+        self._account = SwiftAccount(name, section)
         self._container = section.container
         self._lock = threading.Lock()
         self._segment_container: str | None = None

@@ -12,7 +12,7 @@ from urllib.parse import quote, urlsplit
 
 from keystoneauth1 import adapter, session
 
-from valohai_dagster.errors import ConfigurationError
+from valohai_dagster.errors import StoreUnavailable
 from valohai_dagster.settings_stores import SwiftStoreSettings
 
 KEY_SECONDS = 300.0  # how long a key and its digest are believed before they are looked up again
@@ -36,8 +36,8 @@ class TempUrlKey:
 class SwiftAccount:
     """Talks to one account; may be used by several threads."""
 
-    def __init__(self, section: SwiftStoreSettings) -> None:
-        self._section = section
+    def __init__(self, name: str, section: SwiftStoreSettings) -> None:
+        self._name, self._section = name, section
         self._lock = threading.Lock()
         self._keys: dict[str, tuple[float, TempUrlKey]] = {}
 
@@ -82,10 +82,11 @@ class SwiftAccount:
         )
         secret = chosen or next(iter([*account, *local]), None)
         if secret is None:
-            raise ConfigurationError(
-                f"no key for temporary URLs can be seen on the Swift account or its container {container!r}, and "
-                "workers need one; set it there (`swift post -m 'Temp-URL-Key: <random text>'`), or tell it as "
-                "temp_url_key of the store"
+            raise StoreUnavailable(
+                f"the store {self._name!r} can sign nothing: no key for temporary URLs can be seen on its Swift "
+                f"account or the container {container!r}; set one there (`swift post -m 'Temp-URL-Key: <random "
+                f"text>'`), or tell it as temp_url_key in [stores.{self._name}]",
+                store=self._name,
             )
         return TempUrlKey(
             secret=secret, digest=self._digest(), whole_account=secret in account or not local

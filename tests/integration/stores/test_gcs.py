@@ -27,7 +27,6 @@ from tests.support.servers.kinds import GcsServer
 from tests.support.servers.stores import PART_BYTES, gcs_store
 from valohai_agent.protocol import Transfer
 from valohai_dagster.errors import (
-    ConfigurationError,
     StoreConflict,
     StoreError,
     StoreNotWritable,
@@ -248,7 +247,7 @@ def test_errors_say_what_to_do_and_show_no_secret(
             write()
     broken = tmp_path / "key.json"
     broken.write_text('{"private_key": "hush"}')
-    with pytest.raises(ConfigurationError, match="key file of a service account") as caught:
+    with pytest.raises(StoreUnavailable, match="key file of a service account") as caught:
         gcs_store(gcs_server, credentials_file=broken).sign_get("a", expires=HOUR)
     assert "hush" not in str(caught.value)
 

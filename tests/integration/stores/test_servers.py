@@ -7,7 +7,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support import demand
 from tests.support.ports import free_port
+from tests.support.servers import kinds, process
 from tests.support.servers.kinds import AzureServer, GcsServer, SwiftServer
 from tests.support.servers.process import ServerProcess
 
@@ -49,3 +51,13 @@ def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path) -
     ):
         server.wait(f"http://127.0.0.1:{free_port()}/")
     assert not server.directory.exists()
+
+
+def test_without_the_servers_the_tests_that_need_them_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "SERVERS", tmp_path)
+    monkeypatch.delenv(demand.VARIABLE, raising=False)
+    for start in (kinds.moto, kinds.fake_gcs, kinds.gcp_emulator, kinds.azurite, kinds.swift):
+        with pytest.raises(pytest.skip.Exception, match="run `make setup-servers`"):
+            start().__enter__()
