@@ -79,7 +79,10 @@ class JobRun:
         self.lease, self.job, self._around = lease, lease.job, around
         self._clock = around.clock
         self._phases = PhaseClock(
-            around.clock, changed=self._phase_changed, progress=lease.reporter.progress
+            around.clock,
+            changed=self._phase_changed,
+            progress=lease.reporter.progress,
+            log=lambda text: self._console.status(text),
         )
         self._limits = Limits(
             time_limit_seconds=self.job.time_limit_seconds,

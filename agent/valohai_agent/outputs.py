@@ -25,6 +25,7 @@ from valohai_agent.protocol import (
     Grants,
     LogStored,
     OutputStored,
+    Parts,
     UploadGrant,
 )
 from valohai_agent.sidecars import (
@@ -36,7 +37,7 @@ from valohai_agent.sidecars import (
     read_sidecar,
     sidecar_target,
 )
-from valohai_agent.transfer import Transferer
+from valohai_agent.transfer import PARALLEL_FILES, Transferer
 from valohai_agent.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class OutputCollector:
         progress: Callable[[int, int | None], None] | None = None,
         make_readable: Callable[[Path], None] | None = None,
         valohai_dir: str = "/valohai",
-        parallel: int = 4,
+        parallel: int = PARALLEL_FILES,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._workspace = workspace
@@ -112,6 +113,7 @@ class OutputCollector:
         self._thread: threading.Thread | None = None
         self._stored = self._bytes = 0
         self._sent: dict[str, int] = {}
+        self._sent_together = 0
 
     def start_live(self, *, interval_seconds: float = 1.0) -> None:
         """Starts the thread that picks up read-only files (O-03, O-04)."""
@@ -341,12 +343,31 @@ class OutputCollector:
                 shown = _printable(f"{self._valohai_dir}/outputs/{output.name}")
                 self._status(f"{shown}: uploaded, {decimal_size(moved.size)}")
 
+    def _parts(self, grant: UploadGrant, name: str, first: int, count: int) -> Parts:
+        """Asks for further or fresh parts of an upload; `count` 0 has its parts joined."""
+        request = GrantRequest(
+            id=f"parts-{next(self._request_ids)}",
+            kind="parts",
+            name=grant.upload_id,
+            first=first,
+            count=count,
+        )
+        answer = _granted(self._request_grants([request]), request.id)
+        if isinstance(answer, str):
+            raise OutputError(f"no permission for parts {first} and on of {name!r}: {answer}")
+        if answer.parts is not None:
+            return answer.parts
+        if count or grant.parts is None:
+            raise OutputError(f"the control plane granted no parts of {name!r}")
+        return grant.parts
+
     def _count(self, output: _Output, done: int, total: int) -> None:
         if self._progress is None:
             return
         with self._lock:
+            self._sent_together += done - self._sent.get(str(output.path), 0)
             self._sent[str(output.path)] = done
-            sent = sum(self._sent.values())
+            sent = self._sent_together
         self._progress(min(sent, total), total)
 
 

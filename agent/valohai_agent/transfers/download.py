@@ -141,7 +141,6 @@ class Download:
         """Reads on; False when it is slow enough to be split."""
         view, pace = buffer(), _Pace(self, splittable)
         while count := answer.read_into(view):
-            self._shared.check()
             self._digests.update(view[:count])
             if self._write(view[:count], pace):
                 return False
@@ -153,7 +152,6 @@ class Download:
         try:
             ended = slow = False
             while not ended and not slow:
-                self._shared.check()
                 index, view = ring.take()
                 have = 0
                 try:
@@ -286,7 +284,6 @@ class Ranged:
                     raise Temporary(f"only {taken.position - taken.start} bytes of a range arrived")
                 have += count
                 if have == len(view):
-                    self._crew.check()
                     self._write(view, taken)
                     have = 0
         finally:

@@ -113,6 +113,11 @@ class Pool:
                 return Answer(wire, status, reason, answered, bodyless=method == "HEAD")
             except Stale:
                 wire.close()
+                if method not in (
+                    "GET",
+                    "HEAD",
+                ):  # whoever writes wants to know that it may have arrived
+                    raise
             except BaseException:
                 wire.close()
                 raise

@@ -27,6 +27,9 @@ BROKE_OFF = "the connection cannot be made or broke off"
 class Stale(Temporary):
     """A kept connection turned out to be closed before anything was answered: another one is worth a try at once."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, 0.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
@@ -185,6 +188,7 @@ class Wire:
 
     def read_into(self, view: memoryview) -> int:
         """Some bytes of a body; 0 at the end of the stream."""
+        self.check()
         have = self._end - self._start
         if have:
             count = min(have, len(view))
