@@ -159,7 +159,6 @@ def test_what_has_a_name_or_a_kept_reader_stays(site: Site) -> None:
         "it has a tag",
         "a kept execution has read it",
         "it is in a dataset version",
-        "not old enough",  # log and metadata of the reader
     }
     assert all(map(site.is_there, (aliased, tagged, used, in_dataset, adopted, uploaded)))
 
@@ -187,7 +186,7 @@ def test_logs_go_and_their_rows_say_so(site: Site) -> None:
     _, done = site.retain()
     assert done.counts["logs"] == 1
     with site.records.read() as conn:
-        logs = dict(conn.execute(sa.select(t.attempts.c.execution_id, t.attempts.c.logs)).all())  # pyright: ignore
+        logs = {row.execution_id: row.logs for row in conn.execute(sa.select(t.attempts))}
     assert logs[old]["stdout"] == {
         "store": "local",
         "size": 6,
