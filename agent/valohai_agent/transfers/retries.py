@@ -28,6 +28,7 @@ TEMPORARY_CODES = frozenset(
 )
 EXPIRED_STATUS = frozenset({401, 403})
 EXPIRED_CODES = frozenset({"ExpiredToken", "RequestExpired", "TokenRefreshRequired"})
+CONFLICT_CODES = frozenset({"UnauthorizedBlobOverwrite"})  # Azure: the signature may only create
 STATUS_ERRORS: dict[int, type[TransferError]] = {
     401: Denied,
     403: Denied,
@@ -74,7 +75,10 @@ def status_error(
     words += f" from {host}"
     if status in TEMPORARY_STATUS or code in TEMPORARY_CODES:
         return Temporary(words, retry_after(headers))
-    error = STATUS_ERRORS.get(status, Refused)(f"{name}: {words}")
+    kind = Conflict if code in CONFLICT_CODES else STATUS_ERRORS.get(status, Refused)
+    error = kind(f"{name}: {words}")
+    if kind is Conflict:
+        return error
     if status in EXPIRED_STATUS or code in EXPIRED_CODES:
         return Expired(error if isinstance(error, Denied) else Denied(str(error)))
     return error

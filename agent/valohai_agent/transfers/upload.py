@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from valohai_agent.errors import Refused
+from valohai_agent.errors import Conflict, Refused
 from valohai_agent.local_files import Shrunk
 from valohai_agent.protocol import Checksums, Transfer
 from valohai_agent.transfers.hashing import Digests, Following
@@ -103,11 +103,12 @@ def put(source: Source, transfer: Transfer) -> Transferred:
         with pool.request(
             transfer.method, transfer, body=body, check=check, name=source.name
         ) as answer:
-            if answer.status in (409, 412) and tries > 1:
-                # The key is fresh and ours alone: an earlier try arrived, only its answer was lost.
-                return None
             if not answer.ok:
-                raise source.error(answer, transfer)
+                error = source.error(answer, transfer)
+                if isinstance(error, Conflict) and tries > 1:
+                    # The key is fresh and ours alone: an earlier try arrived, only its answer was lost.
+                    return None
+                raise error
             answer.read()
             return answer.headers.get("etag")
 
