@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import socket
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -274,7 +275,7 @@ def _run_agent(options: AgentOptions) -> None:
         slots=options.slots, once=options.once, idle_exit_seconds=options.idle_exit_seconds
     )
     loop = WorkerLoop(session, wanted, start_run=lambda lease: JobRun(lease, around), reap=reap)
-    caretaker = Caretaker(cache, idle=lambda: session.busy == 0)
+    caretaker = Caretaker(cache, idle=lambda: session.busy == 0, share=share)
     caretaker.start()
     signals.attach(drain=loop.drain, stop=loop.stop_jobs)
     _log_start(options, runtime.name)
@@ -294,7 +295,14 @@ def _caches(options: AgentOptions) -> tuple[InputCache, Share | None]:
 
     kept, mark = options.cache, options.cache.disk_percent / 100
     limit = None if kept.max_gb is None else int(kept.max_gb * 10**9)
-    cache = InputCache(options.work_dir / "cache", max_bytes=limit, disk_mark=mark)
+    directory = options.work_dir / "cache"
+    try:
+        cache = InputCache(directory, max_bytes=limit, disk_mark=mark)
+    except (OSError, sqlite3.Error) as exc:
+        raise AgentError(
+            f"The input cache {directory} cannot be opened: {exc}. Check the disk and the rights on it, or give this "
+            "agent another --work-dir."
+        ) from exc
     if kept.shared is None:
         return cache, None
     return cache, Share(kept.shared, copy=kept.shared_copy, disk_mark=mark)

@@ -285,6 +285,7 @@ class ShareWay:
             found = self._found(item, wanted)
             if found is not None:
                 return found
+            share.make_room(item.file.size or 0)
             with share.arrival() as arrived:
                 fresh = source.fetch(item, wanted, arrived)
                 os.link(arrived, self._tree.place_of(item.path))
@@ -311,7 +312,9 @@ class ShareWay:
 
 def blames_share(error: Exception) -> bool:
     """Whether the share may be what is wrong, so that the local way is worth trying."""
-    return isinstance(error, (OSError, DiskFull, Denied, Refused))
+    if isinstance(error, (Denied, Refused)):
+        return isinstance(error.__cause__, OSError)  # of a disk, not of a server
+    return isinstance(error, (OSError, DiskFull))
 
 
 def _publish(share: Share, wanted: Wanted, arrived: Path, fresh: Arrived) -> None:

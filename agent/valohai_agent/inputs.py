@@ -169,7 +169,6 @@ class _Fetch:
             return rest
         try:
             tree = self.options.tree(share)
-            share.make_room(sum(item.file.size or 0 for item in files))
             way = ShareWay(self.source, share, tree, no_cache=self.options.no_cache)
             wanted = [item for item in files if item.input in inputs]
             results = self._each(wanted, way.bring, tell=False)

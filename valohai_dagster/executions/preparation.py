@@ -122,13 +122,7 @@ def prepare(
         or settings.no_output_timeout_seconds,
         trace=_trace(spec, settings),
         batches=True,
-        notices=[
-            *spec.warnings,
-            *notices,
-            *resolved.warnings,
-            *changed,
-            *(f"the environment variable group {name!r} is empty or unknown" for name in unknown),
-        ],
+        notices=[*spec.warnings, *notices, *resolved.warnings, *changed, *_empty_groups(unknown)],
     )
     return Prepared(
         job=job, sources=dict(resolved.sources), asked=dict(resolved.asked), changed=changed
@@ -148,6 +142,10 @@ def _require_reach(
     problems = unreachable(uses, stores, group, settings.groups[group])
     if problems:
         raise SpecError(f"step {spec.step!r} cannot run in the group {group!r}", problems)
+
+
+def _empty_groups(names: Sequence[str]) -> list[str]:
+    return [f"the environment variable group {name!r} is empty or unknown" for name in names]
 
 
 def _trace(spec: ExecutionSpec, settings: Settings) -> dict[str, str]:

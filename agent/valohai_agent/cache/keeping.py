@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable
 
 from valohai_agent.cache.local import InputCache
+from valohai_agent.cache.shared import Share
+
+log = logging.getLogger(__name__)
 
 ROUND_SECONDS = 30.0
 VERIFY_AFTER_SECONDS = 7 * 86400.0
@@ -24,10 +29,11 @@ class Caretaker:
         cache: InputCache,
         *,
         idle: Callable[[], bool],
+        share: Share | None = None,
         verify_after: float = VERIFY_AFTER_SECONDS,
         round_seconds: float = ROUND_SECONDS,
     ) -> None:
-        self._cache, self._idle = cache, idle
+        self._cache, self._share, self._idle = cache, share, idle
         self._verify_after, self._round_seconds = verify_after, round_seconds
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cache", daemon=True)
@@ -42,11 +48,23 @@ class Caretaker:
 
     def _run(self) -> None:
         self._cache.sweep()
+        self._sweep_share()
         while not self._closed.is_set():
             self._cache.make_room()
             while self._may_go_on() and self._verify_one():
                 pass
             self._closed.wait(self._round_seconds)
+
+    def _sweep_share(self) -> None:
+        if self._share is None:
+            return
+        trouble = self._share.trouble()
+        if trouble is None:
+            with contextlib.suppress(OSError):
+                self._share.sweep()
+            return
+        text = "the shared cache %s cannot be used: %s; jobs go without until it can"
+        log.warning(text, self._share.directory, trouble, extra={"action": "share-trouble"})
 
     def _verify_one(self) -> bool:
         return self._cache.verify_oldest(time.time() - self._verify_after, pace=self._pace)

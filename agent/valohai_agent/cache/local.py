@@ -201,6 +201,11 @@ class InputCache:
                 if fd is not None:
                     shutil.rmtree(directory, ignore_errors=True)
                     os.close(fd)
+            for (
+                entry
+            ) in self.directory.iterdir():  # of the first releases, which kept all in one place
+                if entry.is_file() and not entry.name.startswith("index.db"):
+                    entry.unlink(missing_ok=True)
             self._sweep_orphans()
 
     # -- looking after --------------------------------------------------------------------------------------------

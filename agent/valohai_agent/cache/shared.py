@@ -20,6 +20,7 @@ import os
 import random
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 ANSWER_SECONDS = 10.0  # a file server that needs longer for one small file counts as away
 UNUSED_SECONDS = 900.0  # what was used later than so long ago stays, whatever its links say
 TREE_SECONDS = 3600.0  # what a lease belongs to that did not move for so long is a dead agent's
+IN_VAIN_SECONDS = 60.0  # until eviction is tried again after it freed too little
 SAMPLE_DIRECTORIES = 8  # of 256: what eviction looks at together
 
 
@@ -84,6 +86,8 @@ class Share:
         self._disk_mark, self._usage = disk_mark, usage
         self._leases = leases or Leases()
         self._root = directory / "valohai-cache-1"
+        self._evicting = threading.Lock()
+        self._evict_again = 0.0
 
     def close(self) -> None:
         self._leases.close()
@@ -175,6 +179,19 @@ class Share:
         freed = 0
         if self._excess(coming) <= 0:
             return freed
+        with self._evicting:
+            if time.monotonic() < self._evict_again or self._excess(coming) <= 0:
+                return freed
+            freed = self._evict(coming)
+            if self._excess(coming) > 0:
+                self._evict_again = time.monotonic() + IN_VAIN_SECONDS
+        if freed:
+            text, extra = "evicted %d bytes of the shared cache", {"action": "share-evict"}
+            log.info(text, freed, extra=extra)
+        return freed
+
+    def _evict(self, coming: int) -> int:
+        freed = 0
         self.sweep()
         parts = [entry.path for entry in os.scandir(self._root / "objects")]
         random.shuffle(parts)
@@ -187,9 +204,6 @@ class Share:
                 _facts_path(path).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
                 freed += one.size
-        if freed:
-            text, extra = "evicted %d bytes of the shared cache", {"action": "share-evict"}
-            log.info(text, freed, extra=extra)
         return freed
 
     def sweep(self) -> None:

@@ -24,6 +24,7 @@ import pytest
 
 from tests.support.agent_conductor import Conductor
 from tests.support.agent_process import AgentProcess
+from tests.support.ports import wait_for
 from tests.support.redis_server import RedisServer
 from valohai_agent.cache import shared
 from valohai_agent.cache.leases import Leases
@@ -369,6 +370,7 @@ def test_i34_machines_that_want_the_same_download_it_once(machine: Any, tmp_path
 def test_i35_of_the_share_goes_what_is_cheap_and_old_but_nothing_in_use(
     share_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(shared, "IN_VAIN_SECONDS", 0.0)
     used = [0]
     share = Share(share_dir, usage=lambda path: (used[0], 100))
     used_now = publish(share, b"used by a job", "1")
@@ -437,7 +439,7 @@ def _run_in_place(
     outputs = conductor.applied(execution_id).bodies(OutputStored)
     assert [(one.name, one.size) for one in outputs] == [("linked.csv", 4)]
     root = share_dir / "valohai-cache-1"
-    assert not list((root / "jobs").iterdir())
+    wait_for(lambda: not list((root / "jobs").iterdir()), what="the end of the job's links")
     (content,) = [
         path for path in (root / "objects").rglob("*") if path.suffix == "" and path.is_file()
     ]
