@@ -18,6 +18,7 @@ NEXT_CONDUCTOR = "start one on the control plane: `valohai-dagster conductor` (`
 NEXT_DOCTOR = (
     "`valohai-dagster doctor` checks workers and services; launch it again when it is green"
 )
+MAX_WARNINGS = 5  # that are told; the metadata of the asset has all
 NEXT_LOGS = "the stdout and stderr tabs of the step have the complete log"
 
 
@@ -98,6 +99,7 @@ class Facts:
     phase_text: str | None = None  # `pulling 63 %`
     phase_since: datetime | None = None
     acknowledged: str | None = None  # what the worker said when the stop reached the command
+    warnings: tuple[str, ...] = ()  # kept with it, oldest first
     # others, for people
     ahead_of_it: tuple[str, ...] = ()  # labels of the first few in the queue
     on_the_slots: tuple[str, ...] = ()  # labels of a few that run in the group
@@ -120,6 +122,7 @@ def explain_execution(facts: Facts) -> Explanation:
     if not facts.status.final:
         found = _without_conductor(facts, found)
         found = replace(found, details=(*found.details, *_remarks(facts)))
+    found = replace(found, details=(*found.details, *_warnings(facts)))
     return replace(found, subject=facts.label, facts=_machine_facts(facts))
 
 
@@ -260,6 +263,13 @@ def _remarks(facts: Facts) -> list[str]:
     if facts.status_detail:
         remarks.append(f"the command says: {facts.status_detail}")
     return remarks
+
+
+def _warnings(facts: Facts) -> list[str]:
+    """What was said before it was queued and while it ran, such as inputs that have changed (I-32)."""
+    shown = [f"warning: {text}" for text in facts.warnings[:MAX_WARNINGS]]
+    more = len(facts.warnings) - len(shown)
+    return [*shown, f"and {counted(more, 'more warning')}"] if more > 0 else shown
 
 
 def _who(facts: Facts) -> str:

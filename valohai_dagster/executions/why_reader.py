@@ -113,6 +113,7 @@ def _of_records(row: Any, attempts: Sequence[Any], settings: Settings) -> dict[s
         "host": last.host if last else None,
         "leased_at": last.leased_at if last else None,
         "suspected_at": last.suspected_at if last else None,
+        "warnings": (*(row.job or {}).get("notices", ()), *(row.warnings or ())),
         "losses": tuple(f"{a.number}: {a.reason}" for a in lost),
         "group_kind": group.kind if group else "unknown",
         "max_agents": group.max_agents if group else None,

@@ -169,3 +169,9 @@ def test_programs_get_the_same_as_json():
     assert found["subject"] == "digits#12 train"
     assert found["leased_at"] == NOON.isoformat()
     assert (found["execution"], found["run"]) == ("e1", "r1")
+
+
+def test_i32_warnings_that_are_kept_are_told_at_any_time():
+    assert explain(Status.complete, warnings=("a changed",)).details == ("warning: a changed",)
+    found = explain(Status.complete, warnings=tuple("abcdefg"))
+    assert found.details[-2:] == ("warning: e", "and 2 more warnings")
