@@ -9,10 +9,11 @@ from typing import Any
 from valohai_dagster.data.trace import Node, Trace
 from valohai_dagster.data.trace_layout import Place, place
 
-WIDTH, HEIGHT = 224, 58  # of a box
-GAP_X, GAP_Y = 92, 16
+WIDTH, HEIGHT = 212, 58  # of a box
+GAP_X, GAP_Y = 84, 18
 MARGIN = 16
-TITLE_CHARS, FACT_CHARS = 27, 34
+TITLE_CHARS, FACT_CHARS = 25, 29
+LEAST_SCALE = 0.8  # down to which a wide drawing shrinks before it scrolls
 KINDS = {
     "file": "File",
     "execution": "Execution",
@@ -30,10 +31,10 @@ HEADERS = {
 _STYLE = """
 :root { color-scheme: light dark; --bg: #fbfbfa; --ink: #20242c; --dim: #667085; --line: #a5aebc; --box: #ffffff;
   --file: #5b6b82; --execution: #3a63d8; --outside: #b36a00; --dataset: #1c8054; --model: #7c3fc0; --bad: #c5303b;
-  --root: #fff4d6; --rule: #e3e6ea; }
+  --root: #fff4d6; --rule: #e3e6ea; --frame: #ccd2da; }
 @media (prefers-color-scheme: dark) { :root { --bg: #14171c; --ink: #e8eaee; --dim: #98a2b3; --line: #596273;
   --box: #1d2129; --file: #94a5bd; --execution: #7fa0ff; --outside: #e0a34a; --dataset: #58c795; --model: #bd93f2;
-  --bad: #ff7b84; --root: #3a3320; --rule: #2b313b; } }
+  --bad: #ff7b84; --root: #3a3320; --rule: #2b313b; --frame: #414957; } }
 * { box-sizing: border-box; }
 body { margin: 0; padding: 24px 28px 48px; background: var(--bg); color: var(--ink);
   font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -50,7 +51,7 @@ svg .title { font-size: 13px; font-weight: 600; }
 svg .fact { font-size: 11.5px; fill: var(--dim); }
 svg .label { font-size: 11px; fill: var(--dim); paint-order: stroke; stroke: var(--box); stroke-width: 4px; }
 svg .edge { fill: none; stroke: var(--line); stroke-width: 1.4; }
-svg rect.box { fill: var(--box); stroke: var(--rule); }
+svg rect.box { fill: var(--box); stroke: var(--frame); }
 svg .root rect.box { fill: var(--root); stroke: var(--outside); stroke-width: 1.5; }
 svg a:hover rect.box { stroke: var(--execution); }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
@@ -120,7 +121,8 @@ def _drawing(trace: Trace) -> str:
     parts = [
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-            f'viewBox="0 0 {width} {height}" role="img" aria-label="Trace">'
+            f'viewBox="0 0 {width} {height}" role="img" aria-label="Trace" '
+            f'style="width:100%;height:auto;max-width:{width}px;min-width:{round(width * LEAST_SCALE)}px">'
         ),
         *_edges(trace, places),
         *(_box(node, places[key], root=key in trace.roots) for key, node in trace.nodes.items()),
@@ -146,9 +148,9 @@ def _edges(trace: Trace, places: Mapping[str, Place]) -> Iterator[str]:
             f'<path d="M{x2 - 6:.1f} {y2 - 4:.1f} l6 4 l-6 4 z" fill="var(--line)"/>'
         )
         if edge.label:
-            text = escape(_cut(edge.label, 14))
+            text = escape(_cut(edge.label, 13))
             labels.append(
-                f'<text class="label" x="{x2 - 10:.1f}" y="{y2 - 6:.1f}" text-anchor="end">{text}</text>'
+                f'<text class="label" x="{(x1 + x2) / 2:.1f}" y="{(y1 + y2) / 2 + 3.5:.1f}" text-anchor="middle">{text}</text>'
             )
     yield from labels
 
