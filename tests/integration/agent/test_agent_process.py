@@ -28,6 +28,7 @@ from valohai_agent.protocol import (
     Preempted,
     StopAcknowledged,
     Warned,
+    content_mark,
 )
 from valohai_dagster.broker.access import set_agent_user
 
@@ -223,6 +224,21 @@ def test_inputs_are_in_place_before_the_command(conductor: Conductor, agent: Age
     assert text.startswith("a,b\n")
     assert json.loads(text.partition("\n")[2])["train"]["files"][0]["name"] == "data.csv"
     assert conductor.applied(execution_id).bodies(InputReady)[0].size == 4
+
+
+def test_the_agent_tells_the_queue_what_its_cache_holds(
+    conductor: Conductor, agent: AgentProcess
+) -> None:
+    data = conductor.put("data.csv", b"a,b\n")
+    file = JobFile(id="f1", name="data.csv", uri="s3://b/k", cache_key="s3://b/k@v1", size=4)
+    conductor.input_urls = {"f1": data.as_uri()}
+    execution_id = conductor.submit(
+        "true", inputs=[JobInput(name="train", input_id="i1", files=[file])]
+    )
+    assert conductor.finished(execution_id).outcome is Outcome.complete
+    assert file.content_name is not None
+    mark = content_mark(file.content_name)
+    wait_for(lambda: mark in conductor.worker(agent.name)["cached"].split(","), what="the mark")
 
 
 def test_several_slots_run_several_jobs_at_once(
