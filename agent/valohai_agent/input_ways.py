@@ -37,6 +37,16 @@ class Arrived:
     seconds: float
 
 
+def _version_met(known: str | None, etag: str | None) -> str | None:
+    """What the answer called the content counts for more than what was known before: it may have changed since.
+
+    Not where a store counts generations, which is another word than the ETag of its answers.
+    """
+    if known is None or etag is None or known.isdecimal():
+        return known or etag
+    return etag.strip('"')
+
+
 class Source:
     """The stores and servers where inputs come from."""
 
@@ -83,7 +93,7 @@ class Source:
         return Arrived(
             size=moved.size,
             checksums=moved.checksums,
-            version=self.version(item, wanted) or moved.etag,
+            version=_version_met(self.version(item, wanted), moved.etag),
             seconds=time.monotonic() - began,
         )
 
