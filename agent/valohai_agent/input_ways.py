@@ -44,7 +44,7 @@ def _version_met(known: str | None, etag: str | None) -> str | None:
     """
     if known is None or etag is None or known.isdecimal():
         return known or etag
-    return etag.strip('"')
+    return etag if known.startswith('"') else etag.strip('"')
 
 
 class Source:

@@ -139,6 +139,11 @@ def _parts(uri: str) -> Iterator[str]:
         split = urlsplit(uri)
         place, query = f"{split.netloc}{split.path}", split.query
     parts = [part for part in place.split("/") if part]
+    first = next((n for n, part in enumerate(parts) if "*" in part and n), len(parts))
+    parts = [
+        *parts[: first - 1],
+        "/".join(parts[first - 1 :]),
+    ]  # a pattern needs its directory's name
     yield scheme.lower()
     for number, part in enumerate(parts, 1):
         plain = unquote(part).replace("**", " all below ").replace("*", " any ")

@@ -50,11 +50,11 @@ def sources(text: str = YAML) -> dict[str, ExternalSource]:
 def test_keys_are_made_of_the_uri_alone() -> None:
     assert list(sources()) == [
         "s3/bucket/raw/data_1_csv",
-        "s3/bucket/pictures/all_below",
+        "s3/bucket/pictures_all_below",
         "https/host_example_8443/a_b_zip_" + list(sources())[2][-8:],
         "datum/weights",
         "dataset/faces/latest",
-        "file/data/in/all_below",
+        "file/data/in_all_below",
     ]
     assert all(source.path[:2] == ("digits", "external") for source in sources().values())
 

@@ -33,7 +33,7 @@ OUTSIDE = """
 """
 URI = "store://local/raw/table.csv"
 TABLE = AssetKey(["digits", "external", "store", "local", "raw", "table_csv"])
-PICTURES = AssetKey(["digits", "external", "store", "local", "pictures", "any_png"])
+PICTURES = AssetKey(["digits", "external", "store", "local", "pictures_any_png"])
 
 
 def put(side: Side, name: str, content: bytes, time: int) -> None:
