@@ -32,6 +32,7 @@ from valohai_dagster.stores.remote import RemoteStore, as_stream, expiry, known_
 MAX_EXPIRY = timedelta(days=7)  # of a V4 signature
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 PAGE = 1000
+RETRY_SECONDS = 15.0
 FIELDS = "items(name,size,generation,updated),nextPageToken"
 
 
@@ -71,7 +72,7 @@ class GcsStore(RemoteStore):
             return None
         with self.explained(f"begin an upload of {key!r}", writing=True):
             url = self._blob(key).create_resumable_upload_session(
-                size=size, timeout=self._waits, if_generation_match=0
+                size=size, timeout=self._waits, retry=self._retry, if_generation_match=0
             )
         assert url is not None
         return PartedUpload(style="session", part_bytes=self._section.part_bytes, token=url)
@@ -97,13 +98,20 @@ class GcsStore(RemoteStore):
     def stat(self, key: str) -> ObjectStat | None:
         self.check(key)
         with self.explained(f"look at {key!r}"):
-            blob = self._bucket.get_blob(key, timeout=self._waits)
+            blob = self._bucket.get_blob(key, timeout=self._waits, retry=self._retry)
+        if blob is None:
+            self.require_place()
         return None if blob is None else _describe(blob)
 
     def list(self, prefix: str = "") -> Iterator[ObjectStat]:
         with self.explained(f"list {prefix!r}"):
             found = self.library.list_blobs(
-                self._bucket, prefix=prefix, page_size=PAGE, fields=FIELDS, timeout=self._waits
+                self._bucket,
+                prefix=prefix,
+                page_size=PAGE,
+                fields=FIELDS,
+                timeout=self._waits,
+                retry=self._retry,
             )
             for blob in found:
                 if self.listed(blob.name):
@@ -118,9 +126,14 @@ class GcsStore(RemoteStore):
         with self.explained(f"write {key!r}", writing=True):
             blob = self._blob(key)
             blob.chunk_size = self._section.part_bytes
-            stream, size = as_stream(content), known_size(content)
+            stream, size = _FromHere(as_stream(content)), known_size(content)
             blob.upload_from_file(
-                stream, size=size, timeout=self._waits, if_generation_match=0, checksum="md5"
+                stream,
+                size=size,
+                timeout=self._waits,
+                retry=self._retry,
+                if_generation_match=0,
+                checksum="md5",
             )
         found = self.stat(key)
         if found is None:
@@ -134,7 +147,7 @@ class GcsStore(RemoteStore):
         self.check(key)
         with self.explained(f"delete {key!r}", writing=True):
             try:
-                self._blob(key).delete(timeout=self._waits)
+                self._blob(key).delete(timeout=self._waits, retry=self._retry)
             except api_errors.NotFound:
                 return
 
@@ -157,6 +170,13 @@ class GcsStore(RemoteStore):
             credentials=self._credentials,
             client_options=options,
         )
+
+    @cached_property
+    def _retry(self) -> Any:
+        """As the library repeats, but not for two minutes while somebody waits."""
+        from google.cloud.storage.retry import DEFAULT_RETRY
+
+        return DEFAULT_RETRY.with_timeout(RETRY_SECONDS)
 
     @property
     def _endpoint(self) -> str:
@@ -256,6 +276,21 @@ class _IamSigning(google_credentials.Signing):
 
     def sign_bytes(self, message: bytes) -> bytes:
         return self._signer.sign(message)
+
+
+class _FromHere:
+    """A stream, wherever it stands and whether or not it knows that: the library insists on a beginning."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._taken = stream, 0
+
+    def read(self, count: int = -1, /) -> bytes:
+        piece = self._stream.read(count)
+        self._taken += len(piece)
+        return piece
+
+    def tell(self) -> int:
+        return self._taken
 
 
 def _describe(blob: Any) -> ObjectStat:

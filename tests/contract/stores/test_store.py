@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
@@ -46,6 +47,25 @@ def test_what_is_put_can_be_read_and_described(store: Store, content: bytes) -> 
     assert (found.key, found.size) == ("a/b.bin", len(content))
     assert abs(datetime.now(timezone.utc) - found.mtime) < timedelta(minutes=5)
     assert found.version
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"x", b"\0\xff" * 1_300_000], ids=["empty", "small", "large"]
+)
+def test_a_pipe_and_the_rest_of_a_file_are_stored(store: Store, content: bytes) -> None:
+    """Streams need not know how long they are, nor stand at their beginning."""
+    reading, writing = os.pipe()
+    with open(reading, "rb") as pipe, open(writing, "wb") as end:
+        writer = threading.Thread(target=lambda: (end.write(content), end.close()))
+        writer.start()
+        assert store.put("pipe", pipe).size == len(content)
+        writer.join()
+    rest = io.BytesIO(b"head" + content)
+    rest.seek(4)
+    assert store.put("rest", rest).size == len(content)
+    for key in ("pipe", "rest"):
+        with store.open(key) as file:
+            assert file.read() == content
 
 
 def test_o02_nothing_is_ever_overwritten(store: Store) -> None:
