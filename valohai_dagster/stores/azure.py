@@ -163,7 +163,9 @@ class AzureStore(RemoteStore):
         options: dict[str, Any] = {
             "connection_timeout": section.connect_timeout_seconds,
             "read_timeout": section.read_timeout_seconds,
-            "retry_policy": ExponentialRetry(initial_backoff=1, increment_base=2, retry_total=3),
+            "retry_policy": ExponentialRetry(
+                initial_backoff=0, increment_base=2, retry_total=3, random_jitter_range=1
+            ),
             "max_single_put_size": 4 * MIB,
             "max_block_size": 4 * MIB,
         }

@@ -91,6 +91,9 @@ class HttpStore(RemoteStore):
             store=self.name,
         )
 
+    def require_place(self) -> None:
+        """A server has no place that could be missing, other than the file itself."""
+
     def client(self) -> httpx.Client:
         """Follows redirects, and takes the headers of the settings to no other server."""
         own = httpx.URL(self.uri(""))

@@ -28,6 +28,7 @@ from valohai_dagster.errors import (
     StoreUnavailable,
 )
 from valohai_dagster.settings_stores import RemoteStoreSettings
+from valohai_dagster.stores.base import ObjectStat
 from valohai_dagster.stores.keys import check_key
 
 CHUNK_BYTES = 1024 * 1024
@@ -70,6 +71,7 @@ class RemoteStore:
         self.name = name
         self.readonly = section.readonly
         self.place = place
+        self._place_is_there = False
         self._timeout = httpx.Timeout(
             section.read_timeout_seconds, connect=section.connect_timeout_seconds
         )
@@ -104,6 +106,9 @@ class RemoteStore:
             raise StoreNotWritable(
                 f"the store {self.name!r} is set readonly in [stores.{self.name}]", store=self.name
             )
+
+    def list(self, prefix: str = "") -> Iterator[ObjectStat]:
+        raise NotImplementedError
 
     # -- errors -------------------------------------------------------------------------------------------------
 
@@ -142,6 +147,21 @@ class RemoteStore:
         kind, advice = _meaning(status, writing=writing)
         section = f"[stores.{self.name}]"
         return kind(f"{text}; {advice.format(section=section)}", store=self.name)
+
+    def require_place(self) -> None:
+        """To be called when an object is missing: raises when its bucket or container is missing too.
+
+        Such a store is not empty but misconfigured. Asked once; who may not list cannot tell and is believed.
+        """
+        if self._place_is_there:
+            return
+        try:
+            next(iter(self.list()), None)
+        except StoreError as error:
+            cause = error.__cause__
+            if not isinstance(cause, self.failures) or self.status_of(cause) not in (401, 403):
+                raise
+        self._place_is_there = True
 
     # -- contents over signed requests --------------------------------------------------------------------------
 
@@ -203,8 +223,7 @@ def _meaning(status: int | None, *, writing: bool) -> tuple[type[StoreError], st
     if status in (409, 412) and writing:
         return StoreConflict, "stores never overwrite"
     if status == 404:
-        kind = StoreUnavailable if writing else StoreMissing
-        return kind, "check that the bucket or container in {section} exists"
+        return StoreUnavailable, "check that the bucket or container in {section} exists"
     if status in (413, 507):
         return StoreFull, "free space, raise its quota, or choose another store"
     if status is not None and status < 500 and status not in (408, 429):
@@ -307,6 +326,7 @@ class _Reading(io.RawIOBase):
     def _refuse(self, answer: httpx.Response) -> None:
         status = answer.status_code
         if status == 404:
+            self._store.require_place()
             raise StoreMissing(
                 f"the store {self._store.name!r} has no object {self._key!r} "
                 f"({self._store.uri(self._key)})",

@@ -213,6 +213,9 @@ class S3Store(RemoteStore):
     def _client(self) -> Any:
         return self._access.client
 
+    def require_place(self) -> None:
+        """Known from the first request on."""
+
     def _be_ready(self) -> None:
         """Once per store, before its first request: a bucket that is missing is told as such ever after."""
         if not self._bucket_known:

@@ -109,7 +109,10 @@ class SwiftStore(RemoteStore):
         self.check(key)
         with self.explained(f"look at {key!r}"):
             answer = self._call("HEAD", self._container, key, allowed=(404,))
-        return None if answer.status_code == 404 else _from_headers(key, answer.headers)
+        if answer.status_code == 404:
+            self.require_place()
+            return None
+        return _from_headers(key, answer.headers)
 
     def list(self, prefix: str = "") -> Iterator[ObjectStat]:
         """Without the segments of large objects."""
