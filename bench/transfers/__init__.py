@@ -1,0 +1,1 @@
+"""What `bench.transfer` consists of: the server, the tools beside ours, and the workers that are measured."""
