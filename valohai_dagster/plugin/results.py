@@ -198,7 +198,13 @@ def _output_table(outputs: Sequence[DatumView]) -> MetadataValue[Any]:
 
 
 def _links(outputs: Sequence[DatumView]) -> dict[str, MetadataValue[Any]]:
-    return {f"file/{d.name}": MetadataValue.url(d.url) for d in outputs[:MAX_LINKS] if d.url}
+    """The files, and where they come from and go to (A-52)."""
+    files = {f"file/{d.name}": MetadataValue.url(d.url) for d in outputs[:MAX_LINKS] if d.url}
+    first = next((d.url for d in outputs if d.url), None)
+    trace: dict[str, MetadataValue[Any]] = {}
+    if first is not None:
+        trace["trace"] = MetadataValue.url(f"{first}/trace")
+    return {**trace, **files}
 
 
 def _pictures(
