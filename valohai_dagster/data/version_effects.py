@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -27,6 +28,14 @@ from valohai_dagster.data.version_wishes import (
 from valohai_dagster.records import tables as t
 
 Named = tuple[str, str]  # datum id and name
+
+
+@dataclass(kw_only=True)
+class Settled:
+    """What became of the versions of an execution: lines for people."""
+
+    made: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def reserve_versions(
@@ -63,20 +72,20 @@ def executions_with_versions(
     return list(connection.execute(query).scalars())
 
 
-def settle_versions(connection: sa.Connection, execution_id: str, now: datetime) -> list[str]:
-    """Closes all versions of an execution that has ended, whatever its end; returns warnings.
+def settle_versions(connection: sa.Connection, execution_id: str, now: datetime) -> Settled:
+    """Closes all versions of an execution that has ended, whatever its end.
 
     A version for which no file is left is given up, so that its name is free again.
     """
     by_dataset, by_model = _wanted(connection, execution_id)
     v, m = t.dataset_versions.c, t.model_versions.c
-    warnings: list[str] = []
+    settled = Settled()
     for version in datasets.list_open(connection, execution_id):
         wishes = by_dataset.get((version.dataset, version.name))
         if not wishes:
             connection.execute(t.dataset_versions.delete().where(v.id == version.id))
             continue
-        warnings += _close(connection, version, wishes, now)
+        _close(connection, version, wishes, now, settled)
     for version in models.list_creating(connection, execution_id):
         found = by_model.get(version.slug)
         if not found:
@@ -85,7 +94,8 @@ def settle_versions(connection: sa.Connection, execution_id: str, now: datetime)
         wish = merge_model_wishes(wish for wish, _ in found)
         ids = files_of_version([], [file for _, file in found], [])
         models.finish_version(connection, version, wish=wish, datum_ids=ids, now=now)
-    return warnings
+        settled.made.append(f"made {version.uri} of {_files(ids)}; it waits for approval")
+    return settled
 
 
 def _wanted(
@@ -116,19 +126,28 @@ def _close(
     version: datasets.DatasetVersion,
     wishes: Sequence[tuple[DatasetWish, Named]],
     now: datetime,
-) -> list[str]:
+    settled: Settled,
+) -> None:
     wish = merge_dataset_wishes(wish for wish, _ in wishes)
     carried: list[Named] = []
     if version.base_id and not wish.start_fresh:
         carried = [(d.id, d.name) for d in datasets.files_of(connection, version.base_id)]
     ids = files_of_version(carried, [file for _, file in wishes], wish.exclude)
-    warnings = datasets.close_version(connection, version, wish=wish, datum_ids=ids, now=now)
+    settled.made.append(f"made {version.uri} of {_files(ids)}")
+    settled.warnings += datasets.close_version(
+        connection, version, wish=wish, datum_ids=ids, now=now
+    )
     missing = sorted(set(wish.exclude) - {name for _, name in carried})
     if missing:
         shown = ", ".join(map(repr, missing[:5]))
-        warnings.append(f"{version.uri}: no carried file has the name {shown}, which `exclude` has")
+        settled.warnings.append(
+            f"{version.uri}: no carried file has the name {shown}, which `exclude` has"
+        )
     if wish.packaging:
-        warnings.append(
+        settled.warnings.append(
             f"{version.uri}: `packaging` is not supported yet; the version is complete, its files are fetched one by one"
         )
-    return warnings
+
+
+def _files(ids: Sequence[str]) -> str:
+    return f"{len(ids)} file{'' if len(ids) == 1 else 's'}"

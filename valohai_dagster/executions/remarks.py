@@ -6,7 +6,11 @@ from collections.abc import Collection, Sequence
 
 import sqlalchemy as sa
 
-from valohai_dagster.data.version_effects import executions_with_versions, settle_versions
+from valohai_dagster.data.version_effects import (
+    Settled,
+    executions_with_versions,
+    settle_versions,
+)
 from valohai_dagster.executions.memory import Active
 from valohai_dagster.executions.writing import Writing
 from valohai_dagster.records import tables as t
@@ -32,13 +36,14 @@ def keep_warnings(writing: Writing, active: Active, texts: Sequence[str]) -> lis
     return new
 
 
-def settle_versions_of(writing: Writing, execution_ids: Collection[str]) -> dict[str, list[str]]:
-    """Closes the versions of executions that have ended; their new warnings."""
-    told: dict[str, list[str]] = {}
+def settle_versions_of(writing: Writing, execution_ids: Collection[str]) -> dict[str, Settled]:
+    """Closes the versions of executions that have ended; what is new of each."""
+    told: dict[str, Settled] = {}
     for execution_id in executions_with_versions(writing.conn, execution_ids):
         active = writing.find(execution_id)
         if active is None or not writing.is_mine(active.shard):
             continue
-        warnings = settle_versions(writing.touch(active, t.datums), execution_id, writing.now)
-        told[execution_id] = keep_warnings(writing, active, warnings)
+        settled = settle_versions(writing.touch(active, t.datums), execution_id, writing.now)
+        settled.warnings = keep_warnings(writing, active, settled.warnings)
+        told[execution_id] = settled
     return told

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from valohai_agent import protocol as p
+from valohai_dagster.data.version_effects import Settled
 from valohai_dagster.executions.conditions import ConditionError, is_met
 from valohai_dagster.executions.core import ServiceCore, standing_event
 from valohai_dagster.executions.lifecycle import status_after_stop
@@ -95,8 +96,8 @@ def add_final(
     if not execution_ids:
         return
     writing.flush()
-    for execution_id, warnings in settle_versions_of(writing, execution_ids).items():
-        outbox.tell(execution_id, *(_warning(writing, execution_id, text) for text in warnings))
+    for execution_id, settled in settle_versions_of(writing, execution_ids).items():
+        outbox.tell(execution_id, *_settled(writing, execution_id, settled))
     writing.flush()
     views = views_of(writing.conn, list(execution_ids), datum_url=core.settings.datum_url)
     reported = reported_at or {}
@@ -107,10 +108,15 @@ def add_final(
         outbox.stops_answered.append(execution_id)
 
 
-def _warning(writing: Writing, execution_id: str, text: str) -> FollowEvent:
+def _settled(writing: Writing, execution_id: str, settled: Settled) -> list[FollowEvent]:
     active = writing.find(execution_id)
     attempt = active.attempt if active else 1
-    return FollowEvent(kind=EventKind.warning, time=writing.now, attempt=attempt, message=text)
+    told = [(EventKind.state, text) for text in settled.made]
+    told += [(EventKind.warning, text) for text in settled.warnings]
+    return [
+        FollowEvent(kind=kind, time=writing.now, attempt=attempt, message=text)
+        for kind, text in told
+    ]
 
 
 def request_stop(

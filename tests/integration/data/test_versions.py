@@ -43,7 +43,7 @@ def again(place: Place, datum: Datum) -> list[str]:
 
 def settle(place: Place, execution: str = "e1", hours: int = 1) -> list[str]:
     with place.records.write() as connection:
-        return settle_versions(connection, execution, NOW + timedelta(hours=hours))
+        return settle_versions(connection, execution, NOW + timedelta(hours=hours)).warnings
 
 
 def names(place: Place, uri: str) -> list[str]:

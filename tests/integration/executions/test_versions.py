@@ -69,6 +69,12 @@ def test_o11_a_version_is_closed_whatever_the_end(
         version = models.get_version(conn, "model://net/1", project_id=view.project_id)
         assert version.status == models.PENDING
         assert [d.name for d in models.files_of(conn, version.id)] == ["a"]
+    events = service.events(view.id, lambda e: e.kind is EventKind.final)
+    told = [event.message for event in events if event.message.startswith("made ")]
+    assert told == [
+        "made dataset://faces/v1 of 2 files",
+        "made model://net/1 of 1 file; it waits for approval",
+    ]
 
 
 def test_o11_adding_to_a_closed_version_is_a_warning_of_the_execution_told_once(
