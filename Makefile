@@ -14,17 +14,19 @@ PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 WORKERS     ?= 2
 OLDEST_VENV ?= .venv-oldest
+BENCH_VENV  ?= .venv-bench
 
 MANIFESTS   := pyproject.toml agent/pyproject.toml
 RUN_STAMP   := $(VENV)/.valohai-run
 DEV_STAMP   := $(VENV)/.valohai-dev
 OLDEST_STAMP := $(OLDEST_VENV)/.valohai-oldest
+BENCH_STAMP := $(BENCH_VENV)/.valohai-bench
 OLDEST_PINS := deploy/oldest-dagster.txt
 OLDEST_TESTS := tests/contract/plugin tests/integration/plugin/driver
 
 export DAGSTER_DISABLE_TELEMETRY ?= yes
 
-.PHONY: help setup setup-dev setup-servers demo up down test test-oldest lint format docs bench-dispatch bench-fleet bench-recovery clean
+.PHONY: help setup setup-dev setup-servers demo up down test test-oldest lint format docs bench-dispatch bench-fleet bench-recovery bench-transfer clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -76,9 +78,12 @@ bench-fleet: $(DEV_STAMP)  ## Thousands of executions at once: memory, CPU, thro
 bench-recovery: $(DEV_STAMP)  ## Conductors, Redis and Postgres killed under load: what is lost, what happens twice (BENCH_ARGS)
 	@$(BIN)/python -W ignore -m bench.recovery $(BENCH_ARGS)
 
+bench-transfer: $(RUN_STAMP) $(BENCH_STAMP)  ## Downloads and uploads beside aws, obstore, s5cmd and rclone; needs nginx (BENCH_ARGS)
+	@$(BIN)/python -W ignore -m bench.transfer --peers $(BENCH_VENV)/bin $(BENCH_ARGS)
+
 clean:  ## Stop what runs and remove everything that make made
 	-@if [ -x $(BIN)/valohai-dagster ]; then $(BIN)/valohai-dagster down; fi
-	rm -rf $(VENV) $(OLDEST_VENV) .servers .valohai .demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
+	rm -rf $(VENV) $(OLDEST_VENV) $(BENCH_VENV) .servers .valohai .demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +
 
@@ -100,4 +105,11 @@ $(OLDEST_VENV)/bin/python:
 
 $(OLDEST_STAMP): $(MANIFESTS) $(OLDEST_PINS) | $(OLDEST_VENV)/bin/python
 	@sh deploy/make-venv.sh install "$(OLDEST_VENV)" -c $(OLDEST_PINS) -e ./agent -e '.[embedded,postgres]' --group test-runner
+	@touch $@
+
+$(BENCH_VENV)/bin/python:
+	@sh deploy/make-venv.sh create "$(PYTHON)" "$(BENCH_VENV)"
+
+$(BENCH_STAMP): $(MANIFESTS) | $(BENCH_VENV)/bin/python
+	@sh deploy/make-venv.sh install "$(BENCH_VENV)" --group bench
 	@touch $@
