@@ -85,7 +85,9 @@ class Job:
     names: list[str] = field(default_factory=list)
 
     def task(self, **more: Any) -> str:
-        return json.dumps(
+        """Writes it down for a worker; gives the path."""
+        path = self.server.root / "task.json"
+        text = json.dumps(
             {
                 "way": "down" if self.down else "up",
                 "endpoint": self.server.endpoint,
@@ -96,6 +98,8 @@ class Job:
                 **more,
             }
         )
+        path.write_text(text)
+        return str(path)
 
 
 @dataclass(frozen=True, kw_only=True)

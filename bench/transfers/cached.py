@@ -16,7 +16,7 @@ from valohai_agent.workspace import Workspace
 
 
 def main() -> None:
-    task: dict[str, Any] = json.loads(sys.argv[1])
+    task: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     root = Path(task["directory"])
     cache = InputCache(root / "cache")
     seconds = []

@@ -1,6 +1,6 @@
 """Ours as it is measured: the agent's engine in a process of its own, called as inputs.py and outputs.py call it.
 
-    python -m bench.transfers.ours '{"way": "down", "names": [...], "sizes": [...], ...}'
+    python -m bench.transfers.ours TASK.json
 
 Prints seconds and CPU seconds of the transfers alone: an agent runs already when a job comes.
 """
@@ -23,7 +23,7 @@ LARGE_PARALLEL = 4  # as in inputs.py
 
 
 def main() -> None:
-    task: dict[str, Any] = json.loads(sys.argv[1])
+    task: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     transferer = Transferer(algorithms=tuple(task["algorithms"]))
     move = _download if task["way"] == "down" else _upload
     large = max(task["sizes"]) >= LARGE_BYTES

@@ -23,7 +23,7 @@ CONNECTIONS = 8
 
 
 def main() -> None:
-    task: dict[str, Any] = json.loads(sys.argv[1])
+    task: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     store = S3Store(
         task["bucket"],
         endpoint=task["endpoint"],
