@@ -133,6 +133,17 @@ def test_a_signature_opens_one_object_for_one_thing(store: SwiftStore) -> None:
     assert call(store.sign_get("a", expires=-HOUR)).status_code == 401
 
 
+@pytest.mark.parametrize("digest", ["sha256", "sha512", "sha1"])
+def test_signatures_use_a_digest_that_the_cluster_takes(
+    swift_server: SwiftServer, monkeypatch: pytest.MonkeyPatch, digest: str
+) -> None:
+    """The server takes all three; ours are cut down to one, as if it were the only one in common."""
+    monkeypatch.setattr("valohai_dagster.stores.swift_account.DIGESTS", (digest,))
+    store = swift_store(swift_server)
+    assert call(store.sign_put("a/b c", expires=HOUR), b"content").status_code == 201
+    assert call(store.sign_get("a/b c", expires=HOUR)).content == b"content"
+
+
 def test_content_of_unknown_or_great_length_is_stored_in_segments(
     store: SwiftStore, swift_server: SwiftServer
 ) -> None:
