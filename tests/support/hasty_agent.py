@@ -13,6 +13,6 @@ def hasty(**_: object) -> Patience:
 
 
 if __name__ == "__main__":
-    transfer.Patience = hasty  # type: ignore[misc,assignment]
+    transfer.Patience = hasty
     retries.BACK_OFF_SECONDS = 0.05
     main()
