@@ -193,6 +193,16 @@ def test_e43_credentials_of_a_role_are_kept_until_they_near_their_end(moto_serve
     assert first == second
 
 
+def test_e43_credentials_of_a_role_are_fetched_anew_before_they_run_out(moto_server: str) -> None:
+    store = s3_store(moto_server, role_arn=ROLE, sts_endpoint_url=moto_server, role_seconds=3600)
+    first = parameters(store.sign_get("a", expires=HOUR).url)
+    credentials: Any = store._access._session.get_credentials()
+    credentials._expiry_time = datetime.now(timezone.utc) + timedelta(seconds=200)
+    second = parameters(store.sign_get("a", expires=HOUR).url)
+    assert second["X-Amz-Credential"] != first["X-Amz-Credential"]
+    assert int(second["X-Amz-Expires"]) > 3000
+
+
 def test_e43_the_session_policy_names_this_bucket_only() -> None:
     section = S3StoreSettings(
         kind="s3", bucket="models", role_arn="arn:aws-cn:iam::1:role/x", kms_key_id="arn:k"
