@@ -28,6 +28,7 @@ class Play:
     """How one execution goes. By default its command ends well and leaves one file."""
 
     outputs: Mapping[str, bytes] = field(default_factory=lambda: {"part.csv": b"a,b\n"})
+    sidecars: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by output
     metadata: Sequence[Mapping[str, Any]] = ()
     phases: Sequence[p.Phase] = ()  # before `running`, each with some progress
     outcome: p.Outcome = p.Outcome.complete
@@ -144,7 +145,7 @@ class SimWorker:
             lease.finish(p.Outcome.stopped, exit_code=130, reason="stopped on request")
             return
         for name, content in play.outputs.items():
-            lease.store(name, content)
+            lease.store(name, content, **play.sidecars.get(name, {}))
         logs = [lease.store_log("stderr", play.stderr.encode())] if play.stderr else []
         lease.finish(play.outcome, exit_code=play.exit_code, reason=play.reason, logs=logs)
 
