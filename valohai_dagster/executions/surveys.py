@@ -24,7 +24,9 @@ from valohai_dagster.executions.writing import Writing
 
 log = logging.getLogger(__name__)
 
-ANSWER_SECONDS = 120.0  # that one store may take for one pattern, waiting for its turn included
+ANSWER_SECONDS = (
+    120.0  # without any answer of a store, after which those who wait for it are refused
+)
 THREADS = 4  # that ask one store at once
 MAX_FAILURES = 3  # tries to go on with one execution before it is given up
 
@@ -39,6 +41,7 @@ class Surveys:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._failures: Counter[str] = Counter()
         self._asking: dict[Pattern, asyncio.Future[Answer]] = {}
+        self._last: dict[str, float] = {}  # when a store has answered, by the loop's clock
         self._pools: dict[str, ThreadPoolExecutor] = {}
 
     async def look(self) -> None:
@@ -123,18 +126,26 @@ class Surveys:
     # -- stores ------------------------------------------------------------------------------------------------
     async def ask(self, pattern: Pattern) -> Answer:
         """What the store answers; several executions that want the same are answered together."""
+        loop, store = asyncio.get_running_loop(), pattern.store
         future = self._asking.get(pattern)
         if future is None:
-            loop = asyncio.get_running_loop()
-            future = loop.run_in_executor(self._pool(pattern.store), self._look, pattern)
+            future = loop.run_in_executor(self._pool(store), self._look, pattern)
             self._asking[pattern] = future
-            future.add_done_callback(lambda _: self._asking.pop(pattern, None))
-        done, _ = await asyncio.wait({future}, timeout=ANSWER_SECONDS)
-        if done:
-            return future.result()
+            future.add_done_callback(lambda _: self._answered(pattern))
+        asked = loop.time()
+        while True:
+            done, _ = await asyncio.wait({future}, timeout=ANSWER_SECONDS)
+            if done:
+                return future.result()
+            if loop.time() - max(asked, self._last.get(store, asked)) >= ANSWER_SECONDS:
+                break
         self._asking.pop(pattern, None)  # later ones ask anew
-        text = f"the store {pattern.store!r} has not answered within {ANSWER_SECONDS:.0f} s; launch again later"
-        return StoreUnavailable(text, store=pattern.store)
+        text = f"the store {store!r} has not answered within {ANSWER_SECONDS:.0f} s; launch again later"
+        return StoreUnavailable(text, store=store)
+
+    def _answered(self, pattern: Pattern) -> None:
+        self._asking.pop(pattern, None)
+        self._last[pattern.store] = asyncio.get_running_loop().time()
 
     def _pool(self, store: str) -> ThreadPoolExecutor:
         """A pool per store, so that one that hangs blocks no other."""
