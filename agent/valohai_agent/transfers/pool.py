@@ -50,6 +50,7 @@ class Pool:
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
         self._idle: dict[Place, list[Wire]] = {}
+        self._proxies: dict[tuple[str, str], str] = {}
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -76,7 +77,7 @@ class Pool:
         url, sent = transfer.url, {**transfer.headers, **(headers or {})}
         for _ in range(REDIRECTS):
             parts = _split(url, name)
-            place = _place(parts)
+            place = self._place(parts)
             answer = self._ask(place, method, parts, sent, body, check, name)
             finished = False
             try:
@@ -93,6 +94,13 @@ class Pool:
             if _split(url, name)[:2] != parts[:2]:
                 sent = {k: v for k, v in sent.items() if k.lower() not in DROPPED_ON_ANOTHER_HOST}
         raise Refused(f"{name}: more than {REDIRECTS} redirects, now to {urlsplit(url).hostname}")
+
+    def _place(self, parts: SplitResult) -> Place:
+        scheme, host = parts.scheme, parts.hostname or ""
+        proxy = self._proxies.get((scheme, host))
+        if proxy is None:  # the environment is looked through once per server
+            proxy = self._proxies[scheme, host] = _proxy(scheme, host)
+        return Place(scheme, host, parts.port or (443 if scheme == "https" else 80), proxy)
 
     def _ask(
         self,
@@ -154,16 +162,6 @@ def _split(url: str, name: str) -> SplitResult:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise Refused(f"{name}: the URL is not valid: {parts.scheme!r} is not http or https")
     return parts
-
-
-def _place(parts: SplitResult) -> Place:
-    host = parts.hostname or ""
-    return Place(
-        parts.scheme,
-        host,
-        parts.port or (443 if parts.scheme == "https" else 80),
-        _proxy(parts.scheme, host),
-    )
 
 
 def _proxy(scheme: str, host: str) -> str:
