@@ -131,7 +131,7 @@ class Surveys:
         if future is None:
             future = loop.run_in_executor(self._pool(store), self._look, pattern)
             self._asking[pattern] = future
-            future.add_done_callback(lambda _: self._answered(pattern))
+            future.add_done_callback(lambda done: self._answered(pattern, done))
         asked = loop.time()
         while True:
             done, _ = await asyncio.wait({future}, timeout=ANSWER_SECONDS)
@@ -143,8 +143,9 @@ class Surveys:
         text = f"the store {store!r} has not answered within {ANSWER_SECONDS:.0f} s; launch again later"
         return StoreUnavailable(text, store=store)
 
-    def _answered(self, pattern: Pattern) -> None:
-        self._asking.pop(pattern, None)
+    def _answered(self, pattern: Pattern, future: asyncio.Future[Answer]) -> None:
+        if self._asking.get(pattern) is future:
+            del self._asking[pattern]
         self._last[pattern.store] = asyncio.get_running_loop().time()
 
     def _pool(self, store: str) -> ThreadPoolExecutor:
