@@ -102,6 +102,7 @@ def test_a_wrong_password_is_told_with_image_and_registry(
     assert f"{image!r} cannot be pulled" in reason
     assert f"the registry {registry.address} refuses the user {registry.username!r}" in reason
     assert "registries" in reason
+    assert f"match = '{registry.address}/team/*'" in reason  # A-31: the pattern that was used
     assert "wrong-one" not in reason + agent.log
 
 
@@ -119,3 +120,29 @@ def test_an_image_that_needs_credentials_and_has_none_is_told_where_to_put_them(
     assert view.status is ExecutionStatus.error
     assert f"the registry {registry.address} wants credentials" in str(view.reason)
     assert "[registries." in str(view.reason)
+
+
+def test_a_token_that_cannot_be_had_is_told_with_its_entry(
+    registry: Registry,
+    redis_server: RedisServer,
+    image: str,
+    tmp_path: Path,
+) -> None:
+    toml = f"""
+    redis_url = "{redis_server.unix_url}"
+    http_port = 0
+    default_group = "far"
+    [groups.far]
+    kind = "static"
+    [registries.images]
+    kind = "gcp-ar"
+    match = "{registry.address}/*"
+    credentials_file = "missing.json"
+    """
+    with Deployment(tmp_path / "other", toml) as deployment:
+        view, events, _ = run_step(deployment, redis_server, image, tmp_path / "project")
+    assert view.status is ExecutionStatus.error
+    told = [event.message for event in events]
+    assert any("[registries.images]" in text and "missing.json" in text for text in told), told
+    assert f"the registry {registry.address} wants credentials" in str(view.reason)
+    assert "[registries.images]" in str(view.reason)

@@ -268,7 +268,9 @@ def test_a_secret_is_readable_nowhere_but_in_its_commands_environment(
             assert expected in names, f"{when}: nothing of {expected} was searched: {names}"
 
     try:
-        execution_id, metadata = wait_for(begun, seconds=90, what="the command")
+        found = wait_for(begun, seconds=90, what="the command")
+        assert found is not None
+        execution_id, metadata = found
         assert metadata["proof"] == PROOF
         assert list(containers(docker_client, image))
         search("while it runs")
