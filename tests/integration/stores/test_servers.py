@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.support import demand
-from tests.support.ports import free_port
+from tests.support.ports import free_port, wait_for
 from tests.support.servers import kinds, process
 from tests.support.servers.kinds import AzureServer, GcsServer, SwiftServer
 from tests.support.servers.process import ServerProcess
@@ -51,6 +54,31 @@ def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path) -
     ):
         server.wait(f"http://127.0.0.1:{free_port()}/")
     assert not server.directory.exists()
+
+
+def test_a_server_ends_with_the_pytest_that_started_it(tmp_path: Path) -> None:
+    """However that ended: killed here, as by a time-out of the machine."""
+    script = f"""
+import os, pathlib, signal
+from tests.support.servers.process import ServerProcess
+server = ServerProcess("lasting", directory=pathlib.Path({str(tmp_path)!r}))
+server.run(["sh", "-c", "echo $$ > pid.new; mv pid.new pid; exec sleep 600"])
+while not pathlib.Path({str(tmp_path / "pid")!r}).exists():
+    pass
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=process.ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    pid = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not is_alive(pid), what=f"process {pid} to end")
+
+
+def is_alive(pid: int) -> bool:
+    """Nobody may be there to bury it: a zombie has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_without_the_servers_the_tests_that_need_them_are_skipped(

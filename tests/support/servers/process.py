@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,14 @@ ROOT = Path(__file__).resolve().parents[3]
 SERVERS = ROOT / ".servers"
 START_SECONDS = 60.0  # generous: two cores may be busy with other tests
 LOG_TAIL_BYTES = 3000
+# Ends the server when its standard input ends: a pytest that is killed, however, leaves none behind.
+_WHILE_HELD = """
+exec 3<&0
+"$@" 3<&- </dev/null & child=$!
+{ cat <&3 >/dev/null; kill "$child" 2>/dev/null; } &
+exec 3<&-
+wait "$child"
+"""
 
 
 def installed(path: str) -> Path:
@@ -59,12 +68,13 @@ class ServerProcess:
         log = self.directory / f"{name or self.name}.log"
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [str(word) for word in command],
+                ["sh", "-c", _WHILE_HELD, "sh", *map(str, command)],
                 cwd=self.directory,
                 env={**os.environ, **(environment or {})},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
+                start_new_session=True,
             )
         self._processes.append((process, log))
 
@@ -97,12 +107,13 @@ class ServerProcess:
 
     def stop(self) -> None:
         for process, _ in self._processes:
-            process.terminate()
+            assert process.stdin is not None
+            process.stdin.close()
         for process, _ in self._processes:
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         self._processes = []
         shutil.rmtree(self.directory, ignore_errors=True)
