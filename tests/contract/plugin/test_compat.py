@@ -317,3 +317,26 @@ def test_a_run_knows_the_pools_of_its_steps(instance: DagsterInstance) -> None:
 
 def test_a_submitted_run_comes_with_its_workspace() -> None:
     assert compat.SubmitRunContext._fields == ("dagster_run", "workspace")
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_the_engine_records_a_pinned_version(instance: DagsterInstance, with_record: bool) -> None:
+    """Of an observation that is older than the newest one, or of none at all."""
+    key = AssetKey(["p", "parent"])
+    tags = {compat.DATA_VERSION_TAG: "seen", compat.DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
+    with compat.disable_dagster_warnings():
+        observation = dg.AssetObservation(key, tags=tags)
+    instance.report_runless_asset_event(observation)
+    record = instance.fetch_observations(key, limit=1).records[0]
+
+    def pin(context: AssetExecutionContext) -> None:
+        compat.pin_version(context, key, "used", record if with_record else None)
+
+    run_with(pin, instance)
+    found = instance.get_latest_materialization_event(AssetKey(["p", "child"]))
+    assert found is not None
+    assert found.asset_materialization is not None
+    made = found.asset_materialization.tags or {}
+    assert made[compat.get_input_data_version_tag(key)] == "used"
+    pointer = str(record.storage_id) if with_record else "NULL"
+    assert made[f"dagster/input_event_pointer/{key.to_user_string()}"] == pointer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import dagster as dg
@@ -181,3 +182,31 @@ def test_a_refused_connection_to_postgres_is_an_outage() -> None:
     utils = pytest.importorskip("dagster_postgres.utils")
     make: Callable[[], Exception] = utils.DagsterPostgresException
     assert storage.is_database_outage(make())
+
+
+def test_passing_events_are_those_that_no_asset_check_or_run_state_needs(
+    instance: DagsterInstance,
+) -> None:
+    """Which is what `plugin.retention` removes; its own tests look at what is left."""
+    result = dg.materialize([a], instance=instance)
+    count, size = storage.passing_events(instance, result.run_id)
+    records = instance.get_records_for_run(result.run_id, limit=1000).records
+    assert 0 < count < len(records)
+    assert size > 0
+    assert storage.passing_events(instance, result.run_id, remove=True) == (count, size)
+    assert storage.passing_events(instance, result.run_id) == (0, 0)
+    left = instance.get_records_for_run(result.run_id, limit=1000).records
+    assert len(left) == len(records) - count
+    assert storage.passing_events(instance, "no-such-run") == (0, 0)
+
+
+def test_finished_runs_come_in_the_order_of_their_last_change(instance: DagsterInstance) -> None:
+    runs = [dg.materialize([a], instance=instance).run_id for _ in range(3)]
+    begin = datetime(2000, 1, 1, tzinfo=timezone.utc)
+    end = datetime.now(timezone.utc) + timedelta(hours=1)
+    found = storage.finished_runs(instance, begin, end, 10)
+    assert [run_id for run_id, _ in found] == runs
+    assert [run_id for run_id, _ in storage.finished_runs(instance, found[0][1], end, 1)] == runs[
+        1:2
+    ]
+    assert storage.finished_runs(instance, begin, begin + timedelta(days=1), 10) == []

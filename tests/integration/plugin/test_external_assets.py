@@ -12,6 +12,7 @@ from dagster import AssetKey, DagsterInstance
 from dagster._core.definitions.observe import observe as observe_now
 
 from tests.support.dagster_face import FakeBackend
+from tests.support.servers.s3_stores import s3_store
 from tests.support.web import Web, content, serve, status
 from valohai_agent.protocol import utcnow
 from valohai_dagster import build_observe_sensor, load_valohai_project
@@ -20,6 +21,7 @@ from valohai_dagster.data.datums import Datum, create_datum
 from valohai_dagster.executions.ledger import ensure_project
 from valohai_dagster.plugin.compat import DATA_VERSION_TAG
 from valohai_dagster.plugin.external import observe_all
+from valohai_dagster.projects.names import legal_name
 from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import load_settings
 
@@ -204,3 +206,37 @@ def test_external_assets_can_be_switched_off(tmp_path: Path) -> None:
     graph = dg.Definitions(defs.assets).resolve_asset_graph()
     assert graph.get(PREP).parent_keys == set()
     assert list(observe_all("digits", [])) == []
+
+
+@pytest.mark.stores
+def test_objects_of_a_bucket_are_known_as_their_store_calls_them(
+    tmp_path: Path, moto_server: str, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the stores of the settings: one object by its ETag, a prefix by its listing, a bucket that is not there."""
+    store = s3_store(moto_server)
+    name = store.uri("x").split("/")[2]
+    config = tmp_path / "valohai.toml"
+    lines = ["[stores.cloud]", 'kind = "s3"', f'bucket = "{name}"']
+    lines += [f'endpoint_url = "{moto_server}"', 'region = "us-east-1"']
+    lines += ['access_key_id = "testing"', 'secret_access_key = "testing"']
+    lines += ["[stores.gone]", 'kind = "s3"', 'bucket = "no-such-bucket"', *lines[3:]]
+    config.write_text("\n".join(lines))
+    monkeypatch.setenv("VALOHAI_CONFIG", str(config))
+    etag = store.put("one.csv", b"one").version
+    store.put("many/a.csv", b"a")
+    uris = [f"s3://{name}/one.csv", f"s3://{name}/many/", "s3://no-such-bucket/x"]
+    (observable,) = sources(defs_of(tmp_path, *uris))
+    result = observe_now([observable], instance=instance, raise_on_error=False)
+    assert not result.success
+    bucket = legal_name(name)
+    one = AssetKey(["digits", "external", "s3", bucket, "one_csv"])
+    many = AssetKey(["digits", "external", "s3", bucket, "many_all_below"])
+    assert versions(instance, one) == [etag]
+    store.put("many/b.csv", b"b")
+    observe_now([observable], instance=instance, raise_on_error=False)
+    first, second = versions(instance, many)
+    assert first != second
+    failure = next(event for event in result.all_events if event.is_step_failure)
+    text = str(failure.step_failure_data.user_failure_data or failure.step_failure_data.error)
+    assert "s3://no-such-bucket/x cannot be observed" in text
+    assert "testing" not in text
