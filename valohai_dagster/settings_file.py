@@ -44,7 +44,7 @@ def merge_tables(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 
 
 def anchor_paths(data: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Relative paths of stores, file inputs and key file count from the settings file."""
+    """Relative paths of stores, file inputs, shared caches and key files count from the settings file."""
 
     def fix(path: Any) -> Any:
         return base / Path(path).expanduser() if isinstance(path, (str, Path)) else path
@@ -54,6 +54,7 @@ def anchor_paths(data: dict[str, Any], base: Path) -> dict[str, Any]:
         ("stores", "path"),
         ("stores", "credentials_file"),
         ("groups", "file_inputs"),
+        ("groups", "shared_cache"),
         ("registries", "credentials_file"),
     ):
         sections = data.get(table)

@@ -47,7 +47,8 @@ def test_the_file_is_found_upwards_and_anchors_relative_paths(
 ) -> None:
     write(
         here,
-        '[stores.shared]\npath = "files"\n[groups.local]\nfile_inputs = ["data", "/abs"]\n',
+        '[stores.shared]\npath = "files"\n[groups.local]\nfile_inputs = ["data", "/abs"]\n'
+        'shared_cache = "cache"\n',
     )
     deep = here / "a" / "b"
     deep.mkdir(parents=True)
@@ -57,6 +58,7 @@ def test_the_file_is_found_upwards_and_anchors_relative_paths(
     assert settings.state_dir == here / ".valohai"
     assert directory_of(settings, "shared") == here / "files"
     assert settings.groups["local"].file_inputs == [here / "data", Path("/abs")]
+    assert settings.groups["local"].shared_cache == here / "cache"
     assert set(settings.stores) == {"shared", "local"}
 
 
