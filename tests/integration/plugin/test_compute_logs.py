@@ -12,13 +12,17 @@ from typing import Any
 import dagster as dg
 import pytest
 import redis
+from pydantic import SecretStr
 
+from tests.support.servers.s3_stores import s3_store
 from valohai_agent.protocol import Keys, LogLine, LogStream
+from valohai_dagster.plugin.compat import ComputeIOType
 from valohai_dagster.plugin.compute_logs import ValohaiComputeLogManager, current_log_key
 from valohai_dagster.plugin.log_source import ServiceLogs
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import Records, open_records
 from valohai_dagster.settings import Settings
+from valohai_dagster.settings_stores import S3StoreSettings
 from valohai_dagster.stores.registry import open_stores
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
@@ -304,3 +308,51 @@ def test_prints_of_other_steps_in_the_same_process_show_too(
             manager._logs.records().close()
     assert shown is not None
     assert b"from an execution\n" in shown
+
+
+@pytest.mark.stores
+def test_a_log_in_a_remote_store_is_read_from_any_place_and_downloaded(
+    platform: Platform, moto_server: str, tmp_path: Path
+) -> None:
+    """Streams of remote stores cannot seek: each read begins at its offset."""
+    remote = s3_store(moto_server)
+    section = S3StoreSettings(
+        kind="s3",
+        bucket=remote.uri("x").split("/")[2],
+        endpoint_url=moto_server,
+        region="us-east-1",
+        access_key_id="testing",
+        secret_access_key=SecretStr("testing"),
+    )
+    stores = {**platform.settings.stores, "cloud": section}
+    settings = platform.settings.model_copy(update={"stores": stores, "log_store": "cloud"})
+    platform.settings = settings
+    platform.execution()
+    platform.attempt()
+    text = "".join(f"line {n} äöü€\n" for n in range(40_000)).encode()
+    platform.end(stdout=text)
+    logs = ServiceLogs(lambda: settings)
+    manager = ValohaiComputeLogManager(str(tmp_path / "captures"), logs=logs)
+    seen, cursor = b"", None
+    while (data := manager.get_log_data(KEY, cursor, 200_000)).stdout:
+        seen, cursor = seen + data.stdout, data.cursor
+    assert seen == text
+    part, end = manager.get_log_data_for_type(KEY, ComputeIOType.STDOUT, 1_000_000, 100)
+    assert (part, end) == (text[1_000_000:1_000_100], 1_000_100)
+    assert Path(manager.get_captured_local_path(KEY, "out")).read_bytes() == text
+    manager.dispose()
+    logs.records().close()
+
+
+def test_a_log_that_retention_took_says_so(
+    platform: Platform, manager: ValohaiComputeLogManager
+) -> None:
+    platform.execution()
+    platform.attempt()
+    platform.end(stdout=b"gone\n")
+    gone = {"stdout": {"size": 5, "removed_at": "2026-02-03T00:00:00+00:00"}}
+    with platform.records.write() as conn:
+        conn.execute(t.attempts.update().values(logs=gone))
+    data = manager.get_log_data(KEY, None, None)
+    assert data.stdout == b"[valohai] this log was removed by retention on 2026-02-03\n"
+    assert manager.get_log_data(KEY, data.cursor, None).stdout is None
