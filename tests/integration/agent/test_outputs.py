@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.unruly import unruly
 from valohai_agent.errors import OutputError
 from valohai_agent.outputs import OutputCollector, OutputSummary, upload_logs
 from valohai_agent.protocol import (
@@ -468,3 +469,48 @@ def test_checksums_of_a_link_are_those_of_its_content(rig: Rig) -> None:
     rig.finish()
     sums: list[Checksums] = [report.checksums for report in rig.reports]
     assert sums[0] == sums[1]
+
+
+# -- uploads in parts ------------------------------------------------------------------------------
+
+
+def test_o17_a_large_output_goes_in_parts_and_further_ones_are_asked_for(rig: Rig) -> None:
+    part, data = 100_000, os.urandom(1_050_000)
+    with unruly(expires_after=6) as server:
+
+        def grant(requests: list[GrantRequest]) -> Grants:
+            rig.requests += requests
+            uploads = {}
+            for request in requests:
+                again = request.kind == "parts"
+                numbers = range(request.first, request.first + request.count) if again else (1, 2)
+                signature = "fresh" if server.signature else ""
+                uploads[request.id] = server.grant("s3", part, numbers, signature=signature)
+            return Grants(uploads=uploads)
+
+        rig.grant = grant
+        rig.collector = rig.new_collector()
+        rig.write("model.bin", data)
+        assert rig.finish().problems == []
+        assert server.stored == data
+    asked = [request for request in rig.requests if request.kind == "parts"]
+    assert {request.name for request in asked} == {"u"}
+    assert asked[0].first == 3
+    assert len({request.id for request in rig.requests}) == len(rig.requests)
+
+
+def test_a_refused_part_is_a_problem_with_its_reason(rig: Rig) -> None:
+    with unruly() as server:
+
+        def grant(requests: list[GrantRequest]) -> Grants:
+            if requests[0].kind == "parts":
+                return Grants(refused={requests[0].id: "the execution has ended"})
+            return Grants(uploads={requests[0].id: server.grant("s3", 100_000, (1, 2))})
+
+        rig.grant = grant
+        rig.collector = rig.new_collector()
+        rig.write("model.bin", os.urandom(1_050_000))
+        (problem,) = rig.finish().problems
+        assert "the execution has ended" in problem
+        assert server.stored is None
+    assert rig.reports == []

@@ -237,6 +237,7 @@ def test_the_rate_is_that_of_the_last_seconds() -> None:
     rate = Rate()
     assert rate.at(NOW, 0) is None
     assert rate.at(NOW + timedelta(seconds=2), 200) == 100.0
+    last: float | None = None
     for second in range(3, 60):
         last = rate.at(NOW + timedelta(seconds=second), 200 + 1000 * (second - 2))
     assert last == pytest.approx(1000.0)
