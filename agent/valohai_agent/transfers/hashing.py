@@ -17,7 +17,10 @@ from valohai_agent.local_files import Shrunk
 from valohai_agent.protocol import Checksums
 
 ALGORITHMS = ("sha256", "sha1", "md5")
-RING_BUFFERS = 8
+RING_BUFFERS = 4
+RING_BYTES = (
+    1024 * 1024
+)  # of each buffer; smaller ones cost more calls than they save memory traffic
 READ_BYTES = 512 * 1024  # fits into a core's cache, so that reading is not paid twice
 STEP_BYTES = 1024 * 1024  # threads are woken for no less, but at the end
 MAX_LAG_BYTES = (
@@ -60,7 +63,7 @@ class Ring:
 
     def __init__(self, digests: Digests) -> None:
         self._digests = digests
-        self._views = [memoryview(bytearray(READ_BYTES)) for _ in range(RING_BUFFERS)]
+        self._views = [memoryview(bytearray(RING_BYTES)) for _ in range(RING_BUFFERS)]
         self._pending = [0] * RING_BUFFERS
         self._lock = threading.Lock()
         self._free: SimpleQueue[int] = SimpleQueue()
