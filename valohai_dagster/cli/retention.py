@@ -142,6 +142,9 @@ def _deployment() -> Iterator[tuple[Settings, Records, Any]]:
     records = open_records(settings)
     try:
         with instance_of(settings) as instance:
+            if instance is None and policy.events_days is not None:
+                text = "Dagster's event log is left out: DAGSTER_HOME is another or not set"
+                typer.echo(text, err=True)
             yield settings, records, instance
     finally:
         records.close()

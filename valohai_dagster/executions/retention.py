@@ -116,6 +116,8 @@ def _outputs(
                 for column in _names(policy)
                 for ident in conn.execute(sa.select(column).where(column.in_(ids))).scalars()
             }
+            begun = sa.and_(d.id.in_(sorted(named)), d.purged.is_(True))
+            named -= set(conn.execute(sa.select(d.id).where(begun)).scalars())
             mine = sa.and_(d.id.in_(sorted(set(ids) - named)), d.purged.is_(False))
             conn.execute(t.datums.update().where(mine).values(purged=True, purged_at=None))
         for item in part:
