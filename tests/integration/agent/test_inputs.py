@@ -285,3 +285,16 @@ def test_progress_counts_the_bytes_of_the_whole_job(rig: Rig) -> None:
         progress=lambda done, total: seen.append((done, total)),
     )
     assert max(seen) == (10, 10)
+
+
+def test_the_version_of_an_object_that_changed_since_it_was_looked_up_is_what_its_answer_said(
+    rig: Rig, web: Web
+) -> None:
+    """Of a store that counts generations, whose answers have ETags of another kind, it is the generation."""
+    web.answers["/a"] = [answers.content(b"new", ETag='"new"')]
+    for known in ("old", "17"):
+        rig.new_workspace()
+        uri = f"store://x/{known}"
+        file = _file("1", "a", uri=uri).model_copy(update={"cache_key": f"{uri}@{known}"})
+        rig.fetch([_input("d", file)], {"1": Transfer(url=web.url("/a"))})
+    assert [ready.version for ready in rig.ready] == ["new", "17"]

@@ -18,7 +18,9 @@ from tests.support.conductor import ConductorSide
 from tests.support.dagster_side import Ask, Code, Side, key_of
 from tests.support.redis_server import RedisServer
 from tests.support.sim_worker import Play
+from valohai_agent.protocol import utcnow
 from valohai_dagster import load_valohai_project
+from valohai_dagster.data.aliases import set_alias
 from valohai_dagster.data.datums import list_datums
 from valohai_dagster.plugin.compat import DATA_VERSION_TAG, get_input_data_version_tag
 
@@ -166,15 +168,26 @@ def test_an_upstream_file_that_a_launch_names_is_of_its_own_materialization(
     def scenario(side: Side) -> None:
         side.worker.plays["prep"] = Play(outputs={"part.csv": b"first\n"})
         side.run(Ask(assets=["prep"]))
-        with side.service.records.read() as connection:
+        with side.service.records.write() as connection:
             first = list_datums(connection)[0]
+            assert first.project_id is not None
+            set_alias(
+                connection,
+                project_id=first.project_id,
+                name="first",
+                datum_id=first.id,
+                now=utcnow(),
+            )
         version = newest_version(side, "prep")
         side.worker.plays["prep"] = Play(outputs={"part.csv": b"second\n"})
         side.run(Ask(assets=["prep"]))
-        ops = {"digits__train": {"config": {"inputs": {"prep": [first.uri]}}}}
-        side.run(Ask(assets=["train"], ops=ops))
-        assert used(side, key_of("prep"), "train") == version
-        assert side.staleness()["train"] == "STALE"
+        for uri in (first.uri, "datum://first"):
+            side.run(Ask(assets=["train"]))
+            assert side.staleness()["train"] == "FRESH"
+            ops = {"digits__train": {"config": {"inputs": {"prep": [uri]}}}}
+            side.run(Ask(assets=["train"], ops=ops))
+            assert used(side, key_of("prep"), "train") == version
+            assert side.staleness()["train"] == "STALE"
 
     seen = same(Case(yaml=CHAIN, scenario=scenario))
     assert stale(seen)["prep"] == "FRESH"
