@@ -24,6 +24,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -448,6 +449,7 @@ def main() -> int:
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-bench" / "bin")
     parser.add_argument("--shape", choices=[shape.name for shape in SHAPES], action="append")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server and the files go with us
     console = Console(stderr=False, width=110)
     shapes = QUICK_SHAPES if options.quick else SHAPES
     shapes = [shape for shape in shapes if not options.shape or shape.name in options.shape]

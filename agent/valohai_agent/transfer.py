@@ -29,7 +29,7 @@ from valohai_agent.transfers.parted import More, put_parts
 from valohai_agent.transfers.pool import Pool
 from valohai_agent.transfers.ranges import identity
 from valohai_agent.transfers.retries import Temporary
-from valohai_agent.transfers.upload import Source, put
+from valohai_agent.transfers.upload import SMALL_BYTES, Source, put
 from valohai_agent.transfers.wire import Patience
 
 __all__ = ["PARALLEL_FILES", "Progress", "Transferer", "Transferred"]
@@ -96,7 +96,8 @@ class Transferer:
         with self._shared.file(), disk_errors(name, target.parent):
             fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
-                require_space(target.parent, size, name)
+                if size is None or size > SMALL_BYTES:  # of a small one the write itself will tell
+                    require_space(target.parent, size, name)
                 if urlsplit(transfer.url).scheme == "file":
                     moved = self._copy_in(transfer, fd, name, progress)
                     verify(name, moved.size, moved.checksums, size, expected or Checksums())

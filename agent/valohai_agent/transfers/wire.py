@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ from dataclasses import dataclass, field
 from valohai_agent.local_files import Shrunk
 from valohai_agent.transfers.retries import Temporary
 
-HEAD_BYTES = 64 * 1024  # a longer head of an answer is not HTTP
+BUFFER_BYTES = (
+    128 * 1024
+)  # a longer head of an answer is not HTTP; a small file comes with its head in one piece
 SLICE_SECONDS = 0.25  # how late a cancellation is noticed
 SEND_BYTES = 1024 * 1024  # of one sendfile call, between two looks at progress
 NO_ANSWER = "no answer within the time limit"
@@ -60,11 +63,11 @@ class Wire:
         self._sock = sock
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._patience = patience
-        self._buffer = bytearray(HEAD_BYTES)
+        self._buffer = bytearray(BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
         self._watch_from, self._watched = time.monotonic(), 0
-        sock.settimeout(min(SLICE_SECONDS, patience.read_seconds))
+        _set_slice(sock, min(SLICE_SECONDS, patience.read_seconds), kernel=not self._tls)
 
     def close(self) -> None:
         self._sock.close()
@@ -107,7 +110,7 @@ class Wire:
         while data:
             try:
                 sent = self._sock.send(data)
-            except TimeoutError:
+            except (TimeoutError, BlockingIOError):
                 waited = self._waited(waited)
                 continue
             data, waited = data[sent:], 0.0
@@ -133,10 +136,7 @@ class Wire:
             try:
                 return os.sendfile(self._sock.fileno(), fd, offset, count)
             except BlockingIOError:
-                poller = select.poll()
-                poller.register(self._sock, select.POLLOUT)
-                if not poller.poll(SLICE_SECONDS * 1000):
-                    waited = self._waited(waited)
+                waited = self._waited(waited)
 
     # -- receiving ---------------------------------------------------------------------------------
     def head(self) -> tuple[int, str, dict[str, str]]:
@@ -214,7 +214,7 @@ class Wire:
         while True:
             try:
                 return self._sock.recv_into(view)
-            except TimeoutError as error:
+            except (TimeoutError, BlockingIOError) as error:
                 try:
                     waited = self._waited(waited)
                 except TimeoutError:
@@ -247,6 +247,17 @@ class Wire:
     def watch_anew(self) -> None:
         """The time until the answer began does not count as slowness of its body."""
         self._watch_from, self._watched = time.monotonic(), 0
+
+
+def _set_slice(sock: socket.socket, seconds: float, *, kernel: bool) -> None:
+    """Lets calls end after so long. By the kernel that costs nothing; Python's way, which TLS needs, is one more call each."""
+    if not kernel:
+        sock.settimeout(seconds)
+        return
+    sock.settimeout(None)
+    value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
 
 class Answer:
