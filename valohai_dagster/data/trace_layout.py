@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from valohai_dagster.data.trace import Trace
 
@@ -17,20 +18,59 @@ class Place:
     row: float  # may be between two lines
 
 
-def place(trace: Trace) -> dict[str, Place]:
-    """A place for every node; edges go from left to right, also when the records hold a cycle, which is cut."""
-    before: dict[str, set[str]] = defaultdict(set)
-    after: dict[str, set[str]] = defaultdict(set)
-    for edge in trace.edges:
-        before[edge.target].add(edge.source)
-        after[edge.source].add(edge.target)
-    columns = _columns(trace.nodes, before, after)
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A place for every node, and for an edge (source, target) over several columns where it passes each."""
+
+    places: Mapping[str, Place]
+    routes: Mapping[tuple[str, str], Sequence[Place]]
+
+
+def place(trace: Trace) -> Layout:
+    """Edges go from left to right, also when the records hold a cycle, which is cut."""
+    pairs = dict.fromkeys((edge.source, edge.target) for edge in trace.edges)
+    columns = _columns(trace.nodes, *_neighbours(pairs))
+    stops, hops = _long_ways(pairs, columns)
+    before, after = _neighbours(hops)
     lines: dict[int, list[str]] = defaultdict(list)
-    for key in trace.nodes:
+    for key in columns:
         lines[columns[key]].append(key)
     _order(lines, before, after)
     rows = _rows(lines, before, after)
-    return {key: Place(column=columns[key], row=rows[key]) for key in trace.nodes}
+    places = {key: Place(column=column, row=rows[key]) for key, column in columns.items()}
+    return Layout(
+        places={key: places[key] for key in trace.nodes},
+        routes={pair: [places[key] for key in keys] for pair, keys in stops.items()},
+    )
+
+
+_Pair = tuple[str, str]
+
+
+def _neighbours(pairs: Iterable[_Pair]) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    before: dict[str, set[str]] = defaultdict(set)
+    after: dict[str, set[str]] = defaultdict(set)
+    for source, target in pairs:
+        before[target].add(source)
+        after[source].add(target)
+    return before, after
+
+
+def _long_ways(
+    pairs: Iterable[_Pair], columns: dict[str, int]
+) -> tuple[dict[_Pair, list[str]], list[_Pair]]:
+    """Stops of edges in the columns between their ends, which get room there as nodes do, and the hops from stop to stop."""
+    stops: dict[_Pair, list[str]] = {}
+    hops: list[_Pair] = []
+    for source, target in pairs:
+        between = range(columns[source] + 1, columns[target])
+        keys = [f"stop:{source}>{target}:{column}" for column in between]
+        columns.update(zip(keys, between, strict=True))
+        if keys:
+            stops[source, target] = keys
+        way = [source, *keys, target]
+        hops += pairwise(way)
+    return stops, hops
 
 
 def _columns(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
 from valohai_dagster.data.trace import Node, Trace
-from valohai_dagster.data.trace_layout import Place, place
+from valohai_dagster.data.trace_layout import Layout, Place, place
 
 WIDTH, HEIGHT = 212, 58  # of a box
 GAP_X, GAP_Y = 84, 18
@@ -113,9 +113,11 @@ def _legend(trace: Trace) -> str:
 
 
 def _drawing(trace: Trace) -> str:
-    places = place(trace)
+    layout = place(trace)
+    places = layout.places
     columns = max((one.column for one in places.values()), default=0) + 1
-    rows = max((one.row for one in places.values()), default=0.0) + 1
+    passed = [one for way in layout.routes.values() for one in way]
+    rows = max((one.row for one in [*places.values(), *passed]), default=0.0) + 1
     width = 2 * MARGIN + columns * WIDTH + (columns - 1) * GAP_X
     height = round(2 * MARGIN + rows * HEIGHT + (rows - 1) * GAP_Y)
     parts = [
@@ -124,7 +126,7 @@ def _drawing(trace: Trace) -> str:
             f'viewBox="0 0 {width} {height}" role="img" aria-label="Trace" '
             f'style="width:100%;height:auto;max-width:{width}px;min-width:{round(width * LEAST_SCALE)}px">'
         ),
-        *_edges(trace, places),
+        *_edges(trace, layout),
         *(_box(node, places[key], root=key in trace.roots) for key, node in trace.nodes.items()),
         "</svg>",
     ]
@@ -135,22 +137,32 @@ def _corner(where: Place) -> tuple[float, float]:
     return MARGIN + where.column * (WIDTH + GAP_X), MARGIN + where.row * (HEIGHT + GAP_Y)
 
 
-def _edges(trace: Trace, places: Mapping[str, Place]) -> Iterator[str]:
+def _edges(trace: Trace, layout: Layout) -> Iterator[str]:
+    """Curves between columns, and straight across those that an edge only passes."""
     labels: list[str] = []
     for edge in trace.edges:
-        x1, y1 = _corner(places[edge.source])
-        x2, y2 = _corner(places[edge.target])
-        x1, y1, y2 = x1 + WIDTH, y1 + HEIGHT / 2, y2 + HEIGHT / 2
-        bend = max(40.0, (x2 - x1) / 2)
+        x1, y1 = _corner(layout.places[edge.source])
+        x1, y1 = x1 + WIDTH, y1 + HEIGHT / 2
+        path = [f"M{x1:.1f} {y1:.1f}"]
+        stops = layout.routes.get((edge.source, edge.target), ())
+        ends = [_corner(one) for one in (*stops, layout.places[edge.target])]
+        for n, (x2, top) in enumerate(ends):
+            y2, last = top + HEIGHT / 2, n == len(ends) - 1
+            bend, tip = max(40.0, (x2 - x1) / 2), x2 - 5 if last else x2
+            path.append(f"C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {tip:.1f} {y2:.1f}")
+            if not last:
+                x1, y1 = x2 + WIDTH, y2
+                path.append(f"H{x1:.1f}")
+        x2, y2 = ends[-1][0], ends[-1][1] + HEIGHT / 2
         yield (
-            f'<path class="edge" d="M{x1:.1f} {y1:.1f} C{x1 + bend:.1f} {y1:.1f} '
-            f'{x2 - bend:.1f} {y2:.1f} {x2 - 5:.1f} {y2:.1f}"/>'
+            f'<path class="edge" d="{" ".join(path)}"/>'
             f'<path d="M{x2 - 6:.1f} {y2 - 4:.1f} l6 4 l-6 4 z" fill="var(--line)"/>'
         )
-        if edge.label:
+        if edge.label not in ("", "in"):
             text = escape(_cut(edge.label, 13))
+            x, y = (x1 - WIDTH / 2, y1 - 5) if stops else ((x1 + x2) / 2, (y1 + y2) / 2 + 3.5)
             labels.append(
-                f'<text class="label" x="{(x1 + x2) / 2:.1f}" y="{(y1 + y2) / 2 + 3.5:.1f}" text-anchor="middle">{text}</text>'
+                f'<text class="label" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{text}</text>'
             )
     yield from labels
 

@@ -153,15 +153,23 @@ def test_a_cycle_in_the_records_ends(story: Story) -> None:
         story.reads(conn, "e1", "loop", datum="plot.png")
     found = story.trace("table.csv")
     assert len(found.nodes) == 8
-    assert set(place(found)) == set(found.nodes)
+    assert set(place(found).places) == set(found.nodes)
 
 
 def test_everything_stands_left_of_what_came_of_it(story: Story) -> None:
     found = story.trace("table.csv")
-    places = place(found)
+    places = place(found).places
     for edge in found.edges:
         assert places[edge.source].column < places[edge.target].column
     assert len(set(places.values())) == len(found.nodes)
+
+
+def test_an_edge_over_several_columns_has_room_in_each(story: Story) -> None:
+    """The table goes into the evaluation too, past the training and its model."""
+    layout = place(story.trace("table.csv"))
+    (way,) = layout.routes.values()
+    assert [stop.column for stop in way] == [3, 4]
+    assert not {*way} & {*layout.places.values()}
 
 
 @pytest.mark.parametrize(
