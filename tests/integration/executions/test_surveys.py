@@ -31,7 +31,7 @@ class FarStore(LocalStore):
 
     def __init__(self, root: Path) -> None:
         super().__init__("far", root)
-        self.open = threading.Event()
+        self.gate = threading.Event()
         self.asked: list[str] = []
         self.down = False
         self.versions: dict[str, str] = {}
@@ -53,7 +53,7 @@ class FarStore(LocalStore):
 
     def list(self, prefix: str = "") -> Iterator[ObjectStat]:
         self.asked.append(prefix)
-        assert self.open.wait(30)
+        assert self.gate.wait(30)
         if self.down:
             raise StoreUnavailable("the store 'far' cannot be reached", store="far")
         return super().list(prefix)
@@ -71,14 +71,14 @@ def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FarStore]:
 
     monkeypatch.setattr("tests.support.service.open_stores", opened)
     yield store
-    store.open.set()
+    store.gate.set()
 
 
 @pytest.fixture
 def service(settings: Settings, far: FarStore) -> Iterator[RunningService]:
     service = RunningService(static_settings(settings)).start()
     yield service
-    far.open.set()
+    far.gate.set()
     service.close()
 
 
@@ -110,7 +110,7 @@ def test_a_slow_store_holds_up_nobody_else(
     quick = submit(service)
     agent = service.agent(redis_server)
     assert agent.take().job.execution_id == quick
-    far.open.set()
+    far.gate.set()
     lease = agent.take()
     assert lease.job.execution_id == slow
     (item,) = lease.job.inputs
@@ -123,7 +123,7 @@ def test_a_slow_store_holds_up_nobody_else(
 def test_i03_executions_that_wait_for_the_same_are_answered_together(
     service: RunningService, far: FarStore
 ) -> None:
-    far.open.set()
+    far.gate.set()
     answers: list[object] = []
 
     async def ask(running: ExecutionService) -> None:
@@ -140,7 +140,7 @@ def test_i38_a_store_that_is_down_refuses_the_execution_with_its_message(
     service: RunningService, far: FarStore
 ) -> None:
     far.down = True
-    far.open.set()
+    far.gate.set()
     view = view_of(service.final(submit(service, "s3://far/set/*")))
     assert view.status is ExecutionStatus.error
     assert "s3://far/set/*: the store 'far' cannot be reached" in str(view.reason)
@@ -163,7 +163,7 @@ def test_an_execution_that_waits_for_a_store_can_be_stopped(
     view = view_of(service.final(execution_id))
     assert view.status is ExecutionStatus.stopped
     assert view.reason == "changed my mind"
-    far.open.set()
+    far.gate.set()
     submit(service)
     agent = service.agent(redis_server)
     assert agent.take().job.execution_id != execution_id
@@ -177,7 +177,7 @@ def test_another_conductor_asks_again(
     service.leave()
     service.start()
     asked(far, 2)
-    far.open.set()
+    far.gate.set()
     assert service.agent(redis_server).take().job.execution_id == execution_id
 
 
