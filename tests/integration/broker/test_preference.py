@@ -68,7 +68,9 @@ def job(execution_id: str, *contents: tuple[str, int], **fields: Any) -> Job:
 
 def with_dispatch(server: RedisServer, do: Callable[[Dispatch], Awaitable[object]]) -> None:
     async def run() -> None:
-        async with aioredis.Redis(unix_socket_path=str(server.socket), decode_responses=True) as client:
+        async with aioredis.Redis(
+            unix_socket_path=str(server.socket), decode_responses=True
+        ) as client:
             await do(Dispatch(client, KEYS))
 
     asyncio.run(run())
