@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from valohai_agent.beneath import Place
 from valohai_agent.checksums import decimal_size
 from valohai_agent.errors import OutputError
 from valohai_agent.output_tree import MAX_LINKS, Unresolved, outside_links, resolve
@@ -22,8 +23,8 @@ class LinkedFiles:
 
     def __init__(self, workspace: Workspace, valohai_dir: str) -> None:
         self._workspace, self._valohai_dir = workspace, valohai_dir
-        self._by_path: dict[str, Path | Unresolved] = {}
-        self.found: dict[str, Path | Unresolved] = {}
+        self._by_path: dict[str, Place | Unresolved] = {}
+        self.found: dict[str, Place | Unresolved] = {}
         self.problems: list[str] = []
 
     def keep(self, copy_out: CopyOut, status: Callable[[str], None]) -> None:
@@ -35,33 +36,31 @@ class LinkedFiles:
 
     def _kept(
         self, relative: str, path: str, copy_out: CopyOut, status: Callable[[str], None]
-    ) -> Path | Unresolved:
+    ) -> Place | Unresolved:
         directory = self._workspace.run / "linked"
         directory.mkdir(exist_ok=True)
-        target = directory / str(len(self._by_path))
+        target = Place(root=directory, relative=str(len(self._by_path)))
         try:
             kept = self._follow(path, target, copy_out)
         except OutputError as error:
             self.problems.append(f"Output {relative!r} could not be stored: {error}.")
             return Unresolved(path=path, reason="which could not be copied")
         if kept == target:
-            status(f"output {relative!r} links to {path!r}: copied {decimal_size(_size(target))}")
+            status(
+                f"output {relative!r} links to {path!r}: copied {decimal_size(target.status().st_size)}"
+            )
         return kept
 
-    def _follow(self, path: str, target: Path, copy_out: CopyOut) -> Path | Unresolved:
+    def _follow(self, path: str, target: Place, copy_out: CopyOut) -> Place | Unresolved:
         """Goes from link to link, which may lead back into the job's directories."""
         for _ in range(MAX_LINKS):
-            answer = copy_out(path, target)
+            answer = copy_out(path, target.root / target.relative)
             if answer is None:
                 return target
             if isinstance(answer, str):
                 return Unresolved(path=path, reason=answer)
             found = resolve(self._workspace, self._valohai_dir, answer.path)
-            if isinstance(found, Path) or not found.outside:
+            if isinstance(found, Place) or not found.outside:
                 return found
             path = found.path
         return Unresolved(path=path, reason="which leads back to itself")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size

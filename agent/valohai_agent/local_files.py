@@ -65,7 +65,10 @@ def _sync_directory(directory: Path) -> None:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Opens without waiting for the other end of a FIFO, and refuses everything but regular files."""
+    """Opens without waiting for the other end of a FIFO, and refuses everything but regular files.
+
+    Follows links, as a `file://` input may be one; what a command has written is opened by `beneath.Place`.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

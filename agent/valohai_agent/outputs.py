@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,18 +15,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
+from valohai_agent.beneath import Place
 from valohai_agent.checksums import decimal_size
 from valohai_agent.errors import AgentError, Conflict, Denied, OutputError
 from valohai_agent.further_parts import further_parts
 from valohai_agent.linked import CopyOut, LinkedFiles
 from valohai_agent.output_tree import TreeFile, regular_files, uploadable_files
+from valohai_agent.printable import printable
 from valohai_agent.protocol import (
     MAX_GRANT_REQUESTS,
     GrantRequest,
     Grants,
     LogStored,
     OutputStored,
-    Parts,
     UploadGrant,
 )
 from valohai_agent.sidecars import (
@@ -60,7 +62,8 @@ class OutputSummary:
 @dataclass(frozen=True, kw_only=True)
 class _Output:
     name: str
-    path: Path
+    place: Place
+    size: int
     metadata: dict[str, Any] = field(default_factory=dict)
     live: bool = False
 
@@ -112,7 +115,7 @@ class OutputCollector:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._stored = self._bytes = 0
-        self._sent: dict[str, int] = {}
+        self._sent: dict[Place, int] = {}
         self._sent_together = 0
 
     def start_live(self, *, interval_seconds: float = 1.0) -> None:
@@ -164,37 +167,47 @@ class OutputCollector:
             if not self._is_ready(file):
                 continue
             if collection is None:
-                path = self._workspace.outputs / COLLECTION
-                collection = read_collection(path, lambda message: None)
+                collection = read_collection(self._in_outputs(COLLECTION), lambda message: None)
             metadata, sidecar = self._sidecar_of(file)
             spooled = self._spool(file)
             if spooled is None:
                 continue
             if sidecar is not None:
-                sidecar.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # its directory is another one now
+                    sidecar.remove()
             metadata.update(collection.by_name.get(normal_name(file.name), {}))
+            size = file.status.st_size
             self._waiting.append(
-                _Output(name=file.name, path=spooled, metadata=metadata, live=True)
+                _Output(name=file.name, place=spooled, size=size, metadata=metadata, live=True)
             )
             self._retry_at = 0.0
 
     def _is_ready(self, file: TreeFile) -> bool:
-        if file.mode & 0o222 or file.relative == COLLECTION:
+        if file.status.st_mode & 0o222 or file.relative == COLLECTION:
             return False
         target = sidecar_target(file.relative)
-        if target is not None and (self._workspace.outputs / target).is_file():
+        if target is not None and self._is_file(target):
             return False
-        return self._now() - file.mtime >= QUIET_SECONDS
+        return self._now() - file.status.st_mtime >= QUIET_SECONDS
 
-    def _spool(self, file: TreeFile) -> Path | None:
+    def _in_outputs(self, relative: str) -> Place:
+        return Place(root=self._workspace.outputs, relative=relative)
+
+    def _is_file(self, relative: str) -> bool:
+        """Whether the outputs have such a file, or a link that may lead to one."""
+        try:
+            return not stat.S_ISDIR(self._in_outputs(relative).status().st_mode)
+        except OSError:
+            return False
+
+    def _spool(self, file: TreeFile) -> Place | None:
         directory = self._workspace.run / "spool"
         directory.mkdir(exist_ok=True)
-        target = directory / str(next(self._spooled))
+        target = Place(root=directory, relative=str(next(self._spooled)))
         try:
-            os.rename(file.path, target)
+            return target if file.place.move(target, file.status) else None
         except OSError:  # another user's directory; the end of the run takes it
             return None
-        return target
 
     def _upload_waiting(self) -> list[_Output]:
         batch, self._waiting = self._waiting, []
@@ -214,8 +227,8 @@ class OutputCollector:
 
     def _late_metadata(self) -> None:
         """Reads the jsonl again for outputs that went before it was written (O-08)."""
-        path = self._workspace.outputs / COLLECTION
-        by_name = read_collection(path, lambda message: None).by_name
+        place = self._in_outputs(COLLECTION)
+        by_name = read_collection(place, lambda message: None).by_name
         for report in self._live_reports:
             extra = by_name.get(normal_name(report.name))
             if extra and {**report.metadata, **extra} != report.metadata:
@@ -233,7 +246,7 @@ class OutputCollector:
 
     def _remaining(self) -> list[_Output]:
         files = uploadable_files(self._workspace, self._valohai_dir, self._warn, self._linked.found)
-        collection = read_collection(self._workspace.outputs / COLLECTION, self._warn)
+        collection = read_collection(self._in_outputs(COLLECTION), self._warn)
         consumed: set[str] = {COLLECTION} if collection.valid else set()
         metadata: dict[str, dict[str, Any]] = {}
         for file in files:
@@ -246,17 +259,20 @@ class OutputCollector:
                 continue
             extra = collection.by_name.get(normal_name(file.name), {})
             merged = {**metadata[file.relative], **extra}
-            outputs.append(_Output(name=file.name, path=file.path, metadata=merged))
+            size = file.status.st_size
+            outputs.append(_Output(name=file.name, place=file.place, size=size, metadata=merged))
         self._warn_unknown(collection, {output.name for output in outputs})
         return outputs
 
-    def _sidecar_of(self, file: TreeFile) -> tuple[dict[str, Any], Path | None]:
+    def _sidecar_of(self, file: TreeFile) -> tuple[dict[str, Any], Place | None]:
         """Metadata of the file's own sidecar, and the sidecar when it was good."""
-        path = self._workspace.outputs / (file.relative + SUFFIX)
-        if not os.path.lexists(path):
+        place = self._in_outputs(file.relative + SUFFIX)
+        try:
+            place.status()
+        except OSError:
             return {}, None
-        metadata = read_sidecar(path, file.name + SUFFIX, self._warn)
-        return (metadata, path) if metadata is not None else ({}, None)
+        metadata = read_sidecar(place, file.name + SUFFIX, self._warn)
+        return (metadata, place) if metadata is not None else ({}, None)
 
     def _warn_unknown(self, collection: Collection, names: set[str]) -> None:
         names |= {normal_name(report.name) for report in self._live_reports}
@@ -269,7 +285,7 @@ class OutputCollector:
 
     # -- uploading ---------------------------------------------------------------------------------
     def _upload(self, outputs: Sequence[_Output], failed: list[_Output] | None = None) -> list[str]:
-        total = sum(_size(output.path) for output in outputs)
+        total = sum(output.size for output in outputs)
         problems: list[str] = []
         for batch in _chunks(outputs, MAX_GRANT_REQUESTS):
             grants = self._grants(batch)
@@ -290,7 +306,7 @@ class OutputCollector:
                 id=f"output-{next(self._request_ids)}",
                 kind="output",
                 name=output.name,
-                size=_size(output.path),
+                size=output.size,
             )
             for output in batch
         ]
@@ -314,9 +330,9 @@ class OutputCollector:
     def _upload_one(self, output: _Output, grant: UploadGrant | str, total: int) -> None:
         if isinstance(grant, str):
             raise OutputError(grant)
-        status = output.path.stat()
+        status = output.place.status()
         moved = self._transferer.upload(
-            output.path,
+            output.place.open,
             grant,
             name=f"output {output.name!r}",
             progress=lambda done, _: self._count(output, done, total),
@@ -338,35 +354,17 @@ class OutputCollector:
             self._bytes += moved.size
             if output.live:
                 self._live_reports.append(report)
-                output.path.unlink(missing_ok=True)
+                output.place.remove()
             if self._stored <= LOGGED_FILES:
-                shown = _printable(f"{self._valohai_dir}/outputs/{output.name}")
+                shown = printable(f"{self._valohai_dir}/outputs/{output.name}")
                 self._status(f"{shown}: uploaded, {decimal_size(moved.size)}")
-
-    def _parts(self, grant: UploadGrant, name: str, first: int, count: int) -> Parts:
-        """Asks for further or fresh parts of an upload; `count` 0 has its parts joined."""
-        request = GrantRequest(
-            id=f"parts-{next(self._request_ids)}",
-            kind="parts",
-            name=grant.upload_id,
-            first=first,
-            count=count,
-        )
-        answer = _granted(self._request_grants([request]), request.id)
-        if isinstance(answer, str):
-            raise OutputError(f"no permission for parts {first} and on of {name!r}: {answer}")
-        if answer.parts is not None:
-            return answer.parts
-        if count or grant.parts is None:
-            raise OutputError(f"the control plane granted no parts of {name!r}")
-        return grant.parts
 
     def _count(self, output: _Output, done: int, total: int) -> None:
         if self._progress is None:
             return
         with self._lock:
-            self._sent_together += done - self._sent.get(str(output.path), 0)
-            self._sent[str(output.path)] = done
+            self._sent_together += done - self._sent.get(output.place, 0)
+            self._sent[output.place] = done
             sent = self._sent_together
         self._progress(min(sent, total), total)
 
@@ -424,11 +422,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def _printable(text: str) -> str:
-    """One line whatever the name holds."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

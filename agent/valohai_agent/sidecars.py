@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from valohai_agent.beneath import NotRegular, Place
 from valohai_agent.metadata import parse_object
 
 SUFFIX = ".metadata.json"
@@ -30,15 +29,17 @@ def sidecar_target(name: str) -> str | None:
     return target if target != name and target.rpartition("/")[2] else None
 
 
-def read_sidecar(path: Path, name: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
+def read_sidecar(place: Place, name: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
     """The sidecar's object; None with a warning when it is not one JSON object."""
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return None
-        if path.stat().st_size > MAX_SIDECAR_BYTES:
+        with place.open() as file:
+            data = file.read(MAX_SIDECAR_BYTES + 1)
+        if len(data) > MAX_SIDECAR_BYTES:
             warn(f"{name!r} is larger than {MAX_SIDECAR_BYTES} bytes and is not read as metadata.")
             return None
-        value = parse_object(path.read_bytes().decode("utf-8-sig"))
+        value = parse_object(data.decode("utf-8-sig"))
+    except NotRegular:
+        return None
     except (OSError, UnicodeDecodeError):
         value = None
     if value is None:
@@ -46,18 +47,16 @@ def read_sidecar(path: Path, name: str, warn: Callable[[str], None]) -> dict[str
     return value
 
 
-def read_collection(path: Path, warn: Callable[[str], None]) -> Collection:
+def read_collection(place: Place, warn: Callable[[str], None]) -> Collection:
     """Merges the lines of `valohai.metadata.jsonl` by file; later keys win."""
     by_name: dict[str, dict[str, Any]] = {}
     bad: list[int] = []
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return Collection()
-        with path.open("rb") as file:
+        with place.open() as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
                 if line.strip() and not _take(line, by_name):
                     bad.append(number)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotRegular):
         return Collection()
     except OSError as error:
         warn(f"{COLLECTION} cannot be read: {error.strerror}.")

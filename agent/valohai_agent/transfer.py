@@ -9,7 +9,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from valohai_agent.local_files import (
@@ -36,6 +36,7 @@ __all__ = ["PARALLEL_FILES", "Progress", "Transferer", "Transferred"]
 
 PARALLEL_FILES = 16  # that callers with many files do best to move at once
 COPY_BYTES = 8 * 1024 * 1024
+OpensFile = Callable[[], IO[bytes]]
 
 
 class Transferer:
@@ -123,7 +124,7 @@ class Transferer:
 
     def upload(
         self,
-        source: Path,
+        source: Path | OpensFile,
         grant: UploadGrant,
         *,
         name: str,
@@ -132,7 +133,7 @@ class Transferer:
     ) -> Transferred:
         """Sends `source` as the grant says; to `file://` it writes beside, syncs and links.
 
-        Never overwrites: an existing target is a Conflict. `source` must be a regular file, and is
+        Never overwrites: an existing target is a Conflict. `source` must be a regular file, or open one, and is
         refused when it changes meanwhile. `more` asks for further or fresh parts of a grant in parts.
         """
         with self._shared.file(), source_errors(name), self._source(source, name, progress) as file:
@@ -162,8 +163,10 @@ class Transferer:
             return None
 
     @contextlib.contextmanager
-    def _source(self, path: Path, name: str, progress: Progress | None) -> Iterator[Source]:
-        with open_regular(path) as opened:
+    def _source(
+        self, path: Path | OpensFile, name: str, progress: Progress | None
+    ) -> Iterator[Source]:
+        with open_regular(path) if isinstance(path, Path) else path() as opened:
             file = Source(self._shared, opened.fileno(), name=name, progress=progress)
             try:
                 yield file

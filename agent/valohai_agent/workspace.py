@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from valohai_agent.beneath import Place
 from valohai_agent.errors import WorkspaceError
 from valohai_agent.processes import kill_attempt
 from valohai_agent.trees import remove_tree as remove_own_tree
@@ -66,13 +67,13 @@ class Workspace:
     def logs(self) -> Path:
         return self.root / "logs"
 
-    def locate(self, *parts: str) -> Path:
+    def locate(self, *parts: str) -> Place:
         """Where a path below `/valohai` is on disk."""
         for name, directory in self.in_place.items():
             own = ["inputs", *name.split("/")]
             if list(parts[: len(own)]) == own:
-                return directory.joinpath(*parts[len(own) :])
-        return self.root.joinpath(*parts)
+                return Place(root=directory, relative="/".join(parts[len(own) :]))
+        return Place(root=self.root, relative="/".join(parts))
 
     @classmethod
     def create(cls, work_dir: Path, execution_id: str, attempt: int, worker: str) -> Workspace:

@@ -1,8 +1,7 @@
-"""Names of files in messages and tables: a name may hold anything, a line must stay a line."""
+"""Names of files in messages and tables, as the agent shows them."""
 
 from __future__ import annotations
 
+from valohai_agent.printable import printable
 
-def printable(name: str) -> str:
-    """The name with control characters, line breaks among them, shown escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+__all__ = ["printable"]
