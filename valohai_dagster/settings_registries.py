@@ -21,8 +21,8 @@ class AnyRegistrySettings(Section):
 
     match: str = Field(
         min_length=1,
-        description="Images that they are for, with `*` for any text, slashes too: `registry.example.com/team/*`. An "
-        "image without a registry is matched as `docker.io/library/NAME` or `docker.io/OWNER/NAME`, one without "
+        description="Images that they are for: `registry.example.com/team/*`. In the path `*` stands for any text, "
+        "slashes too, in the host for text between two dots; a host that is nothing but `*` is any. An image without a registry is matched as `docker.io/library/NAME` or `docker.io/OWNER/NAME`, one without "
         "a tag with `:latest`, and always also without its tag. Of several entries that fit, the longest pattern counts.",
     )
 

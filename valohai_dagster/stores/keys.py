@@ -13,6 +13,11 @@ from valohai_dagster.errors import StoreBadKey
 
 MAX_KEY_BYTES = 4096
 MAX_PART_BYTES = 255  # what file systems take; object stores take more
+REMEMBERED = (
+    4096  # steps of a pattern that are kept, so that most characters of a listing cost one look-up
+)
+_TOKENS = re.compile(r"(\*\*/|\*\*|\*)")
+_MANY_STARS = re.compile(r"\*{3,}")
 
 
 def check_key(key: str, *, store: str = "") -> str:
@@ -73,7 +78,7 @@ class Wildcard:
         )
 
     def matches(self, key: str) -> bool:
-        return self._regex.fullmatch(key) is not None
+        return self._glob.fits(key)
 
     @property
     def _literal_has_dir(self) -> bool:
@@ -89,7 +94,84 @@ class Wildcard:
         return pattern
 
     @cached_property
-    def _regex(self) -> re.Pattern[str]:
-        pieces = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}
-        tokens = re.split(r"(\*\*/|\*\*|\*)", re.sub(r"\*{3,}", "**", self._full))
-        return re.compile("".join(pieces.get(t) or re.escape(t) for t in tokens), re.DOTALL)
+    def _glob(self) -> _Glob:
+        return _Glob(self._full)
+
+
+class _Glob:
+    """Tells in one pass over a key whether a pattern fits all of it, whatever the pattern: no way is tried twice.
+
+    A key must begin and end with the literal ends of the pattern. For what is between, all places of the pattern where
+    one may stand after each character are kept as the bits of a number.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        tokens = [t for t in _TOKENS.split(_MANY_STARS.sub("**", pattern)) if t]
+        wild = [number for number, token in enumerate(tokens) if "*" in token]
+        first, last = (wild[0], wild[-1] + 1) if wild else (len(tokens), len(tokens))
+        self._prefix, self._suffix = "".join(tokens[:first]), "".join(tokens[last:])
+        self._exact = not wild
+        self._literals: dict[str, int] = {}  # where that character leads one place on
+        self._level = self._deep = (
+            0  # where any character but a slash, or any at all, changes nothing
+        )
+        self._skip = self._skip_two = 0  # from where one gets on without a character
+        self._end = 1 << self._lay_out(tokens[first:last])
+        self._start = self._settled(1)
+        self._known: dict[tuple[int, str], int] = {}
+
+    def _lay_out(self, tokens: list[str]) -> int:
+        """Places in the order of the tokens; returns the last one."""
+        place = 0
+        for token in tokens:
+            bit = 1 << place
+            if token == "**/":  # nothing, or any text and a slash
+                self._skip, self._skip_two = self._skip | bit, self._skip_two | bit
+                self._deep |= bit << 1
+                self._literals["/"] = self._literals.get("/", 0) | bit << 1
+                place += 2
+            elif "*" in token:
+                self._skip |= bit
+                if token == "**":
+                    self._deep |= bit
+                else:
+                    self._level |= bit
+                place += 1
+            else:
+                for character in token:
+                    self._literals[character] = self._literals.get(character, 0) | 1 << place
+                    place += 1
+        return place
+
+    def fits(self, key: str) -> bool:
+        if self._exact:
+            return key == self._prefix
+        end = len(key) - len(self._suffix)
+        if not (key.startswith(self._prefix) and key.endswith(self._suffix)):
+            return False
+        if end < len(self._prefix):
+            return False
+        places, known = self._start, self._known
+        for character in key[len(self._prefix) : end]:
+            following = known.get((places, character))
+            places = self._after(places, character) if following is None else following
+            if not places:
+                return False
+        return bool(places & self._end)
+
+    def _after(self, places: int, character: str) -> int:
+        stay = self._deep if character == "/" else self._deep | self._level
+        following = self._settled(
+            (places & self._literals.get(character, 0)) << 1 | (places & stay)
+        )
+        if len(self._known) < REMEMBERED:
+            self._known[places, character] = following
+        return following
+
+    def _settled(self, places: int) -> int:
+        """With the places that are reached without a character."""
+        while True:
+            more = places | (places & self._skip) << 1 | (places & self._skip_two) << 2
+            if more == places:
+                return places
+            places = more

@@ -26,7 +26,9 @@ _REFUSALS = (
 def registry_of(image: str) -> str:
     """The registry in an image's name, as Docker understands it."""
     first, slash, _ = image.partition("/")
-    named = slash and ("." in first or ":" in first or first == "localhost")
+    named = slash and (
+        "." in first or ":" in first or first == "localhost" or first != first.lower()
+    )
     return first if named else DOCKER_HUB
 
 

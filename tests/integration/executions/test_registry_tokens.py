@@ -254,10 +254,10 @@ def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve
     server.close()
 
 
-def principal(authority: Server, *, tenant: str = "t1", secret: str = "right"):
+def principal(authority: Server, acr: Server, *, tenant: str = "t1", secret: str = "right"):
     return AzureRegistrySettings(
         kind="azure-acr",
-        match="127.0.0.1:*/*",
+        match=f"127.0.0.1:{acr.port}/*",
         tenant_id=tenant,
         client_id="c1",
         client_secret=SecretStr(secret),
@@ -267,7 +267,7 @@ def principal(authority: Server, *, tenant: str = "t1", secret: str = "right"):
 
 def test_an_azure_token_is_exchanged_for_a_service_principal(acr: Server, authority: Server):
     image = f"127.0.0.1:{acr.port}/team/train"
-    found = login(principal(authority), image)
+    found = login(principal(authority, acr), image)
     assert found is not None
     assert (found.registry, found.username) == (f"127.0.0.1:{acr.port}", microsoft.USERNAME)
     assert found.password.startswith("head.")
@@ -282,7 +282,7 @@ def test_an_azure_token_is_exchanged_for_the_control_planes_own_identity(
     identity = Server(entra)
     monkeypatch.setenv("IDENTITY_ENDPOINT", f"http://127.0.0.1:{identity.port}/msi/token")
     monkeypatch.setenv("IDENTITY_HEADER", "secret-header")
-    entry = AzureRegistrySettings(kind="azure-acr", match="*")
+    entry = AzureRegistrySettings(kind="azure-acr", match=f"127.0.0.1:{acr.port}/*")
     try:
         found = login(entry, f"127.0.0.1:{acr.port}/team/train")
     finally:
@@ -293,16 +293,16 @@ def test_an_azure_token_is_exchanged_for_the_control_planes_own_identity(
 
 def test_what_azure_refuses_is_told_without_the_secret(acr: Server, authority: Server):
     image = f"127.0.0.1:{acr.port}/team/train"
-    text = refusal(principal(authority, secret="wrong"), image)
+    text = refusal(principal(authority, acr, secret="wrong"), image)
     assert "AADSTS7000215" in text
     assert "client_secret" in text
     assert "wrong" not in text
-    text = refusal(principal(authority, tenant="no-pull"), image)
+    text = refusal(principal(authority, acr, tenant="no-pull"), image)
     assert "403" in text
     assert "AcrPull" in text
 
 
 def test_an_azure_token_ends_when_it_says_so(acr: Server, authority: Server):
     now = END - timedelta(hours=3)
-    token = microsoft.mint(principal(authority), f"127.0.0.1:{acr.port}", now)
+    token = microsoft.mint(principal(authority, acr), f"127.0.0.1:{acr.port}", now)
     assert token.expires_at == END

@@ -8,15 +8,18 @@ import pytest
 from pydantic import SecretStr
 
 from tests.support.clock import FakeClock
+from valohai_agent.runtimes.pulling import registry_of
 from valohai_dagster.errors import ConfigurationError, RegistryError
 from valohai_dagster.executions.registries import logins as logins_module
 from valohai_dagster.executions.registries.logins import RegistryLogins
-from valohai_dagster.executions.registries.names import entry_for, full_name, registry_of
+from valohai_dagster.executions.registries.names import entry_for, full_name
 from valohai_dagster.executions.registries.tokens import MintFailure, Token
 from valohai_dagster.settings import load_settings
 from valohai_dagster.settings_registries import (
     AnyRegistrySettings,
+    AzureRegistrySettings,
     DockerRegistrySettings,
+    EcrRegistrySettings,
     GoogleRegistrySettings,
 )
 
@@ -50,6 +53,7 @@ def test_a31_an_image_name_is_completed_as_docker_does(image: str, name: str):
 def test_a31_the_registry_of_an_image_is_the_host_that_serves_it():
     assert registry_of("ubuntu") == "docker.io"
     assert registry_of("127.0.0.1:5000/x") == "127.0.0.1:5000"
+    assert registry_of("Registry/x") == "Registry"  # no owner on Docker Hub has a capital letter
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,37 @@ def test_a31_the_registry_of_an_image_is_the_host_that_serves_it():
 )
 def test_a31_only_a_star_stands_for_other_text(pattern: str, image: str, fits: bool):
     assert (entry_for(image, {"one": docker(pattern)}) == "one") is fits
+
+
+@pytest.mark.parametrize(
+    ("pattern", "image", "fits"),
+    [
+        ("*.dkr.ecr.*.amazonaws.com/*", "1.dkr.ecr.eu-west-1.amazonaws.com/a/b:1", True),
+        ("1.dkr.ecr.*.amazonaws.com/*", "1.dkr.ecr.evil.com/x.amazonaws.com/y", False),
+        ("1.dkr.ecr.*.amazonaws.com/*", "1.dkr.ecr.evil.com.amazonaws.com/y", False),
+        ("acme*.azurecr.io/*", "acme2.azurecr.io/x", True),
+        ("acme*.azurecr.io/*", "acme.evil.com/a.azurecr.io/b", False),
+        ("*-docker.pkg.dev/acme/*", "eu-docker.pkg.dev/acme/x", True),
+        ("*-docker.pkg.dev/acme/*", "evil.com/x-docker.pkg.dev/acme/y", False),
+        ("acme*/*", "acme.evil.com/x", False),
+        ("docker.io*", "acme/x", True),
+        ("docker.io*", "docker.io.evil.com/x", False),
+        ("127.0.0.1:*/*", "127.0.0.1:5000/x", True),
+        ("*.azurecr.io/*", "evil?x.azurecr.io/y", False),
+        ("*.azurecr.io/*", "u@evil#.azurecr.io/y", False),
+        ("acme.azurecr.io*", "acme.azurecr.io@evil.com/x", False),
+        ("*/team/*", "any.where.example/team/x", True),
+    ],
+)
+def test_a31_a_star_in_the_host_stays_between_two_dots(pattern: str, image: str, fits: bool):
+    assert (entry_for(image, {"one": docker(pattern)}) == "one") is fits
+
+
+def test_a31_a_pattern_of_many_stars_takes_no_time():
+    """By trying every way it would take longer than any test may."""
+    pattern = "docker.io/" + "*a" * 30 + "b"
+    assert entry_for("acme/" + "a" * 90, {"one": docker(pattern)}) is None
+    assert entry_for("acme/" + "a" * 90 + "b", {"one": docker(pattern)}) == "one"
 
 
 def test_a31_the_longest_pattern_wins_wherever_it_stands():
@@ -157,6 +192,36 @@ def test_a_mint_that_fails_names_the_entry_and_what_to_check(monkeypatch: pytest
         "check the key",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        EcrRegistrySettings(
+            kind="aws-ecr", match="*", access_key_id="k", secret_access_key=SecretStr("s")
+        ),
+        GoogleRegistrySettings(kind="gcp-ar", match="*"),
+        AzureRegistrySettings(kind="azure-acr", match="*"),
+    ],
+    ids=lambda entry: entry.kind,
+)
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "123456789012.dkr.ecr.eu-west-1.amazonaws.com.evil.example",
+        "eu-docker.pkg.dev.evil.example",
+        "acme.azurecr.io.evil.example",
+        "acme.azurecr.io:8443",
+        "127.0.0.1:5000",
+    ],
+)
+def test_no_cloud_token_is_minted_for_a_host_that_is_not_the_clouds(
+    entry: AnyRegistrySettings, host: str
+):
+    with pytest.raises(RegistryError, match="so it gets no token") as raised:
+        RegistryLogins({"any": entry}).login_for(f"{host}/team/x")
+    assert f'match = "{host}/*"' in str(raised.value)
 
 
 # -- settings ------------------------------------------------------------------------------------------------------

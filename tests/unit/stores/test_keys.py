@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,6 +82,27 @@ def test_i03_star_stays_on_a_level_and_two_stars_descend(
     pattern: str, key: str, matches: bool
 ) -> None:
     assert Wildcard(pattern=pattern).matches(key) is matches
+
+
+@given(st.text("ab/*", max_size=9), st.lists(st.text("aab/\n", max_size=9), max_size=20))
+def test_i03_a_pattern_fits_as_its_regular_expression_would(pattern: str, keys: list[str]) -> None:
+    """Which is what it means, and too slow to be used."""
+    wildcard = Wildcard(pattern=pattern)
+    full = pattern + "**" * (not pattern or pattern.endswith("/"))
+    meanings = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}
+    tokens = re.split(r"(\*\*/|\*\*|\*)", re.sub(r"\*{3,}", "**", full))
+    meaning = re.compile("".join(meanings.get(t) or re.escape(t) for t in tokens), re.DOTALL)
+    for key in keys:
+        assert wildcard.matches(key) == bool(meaning.fullmatch(key)), key
+
+
+@pytest.mark.parametrize("star", ["*", "**", "**/"])
+def test_i03_no_pattern_takes_long(star: str) -> None:
+    """By trying every way, one key would take longer than any test may."""
+    wildcard = Wildcard(pattern="a/" + f"{star}a" * 40 + "**b")
+    assert not wildcard.matches("a/" + "a" * 4000)
+    assert not wildcard.matches("a/" * 2000)
+    assert wildcard.matches("a/" + "a" * 40 + "b")
 
 
 def test_i03_a_trailing_star_descends_when_directories_are_kept() -> None:

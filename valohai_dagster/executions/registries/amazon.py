@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
-from valohai_dagster.executions.registries.tokens import MintFailure, Token
+from valohai_dagster.executions.registries.tokens import MintFailure, Token, require_own_host
 from valohai_dagster.settings_registries import EcrRegistrySettings, EcrRoleRegistrySettings
 
 _HOST = re.compile(
@@ -22,6 +22,7 @@ def mint(
     settings: EcrRegistrySettings | EcrRoleRegistrySettings, registry: str, now: datetime
 ) -> Token:
     """A token for the registry's account. Raises `MintFailure`."""
+    require_own_host(registry, _HOST, match=settings.match, whose="Amazon ECR")
     named = _HOST.fullmatch(registry)
     region = settings.region or (named.group(2) if named else None)
     with _explained(settings):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timezone
 from typing import Any
 
-from valohai_dagster.executions.registries.tokens import MintFailure, Token
+from valohai_dagster.executions.registries.tokens import MintFailure, Token, require_own_host
 from valohai_dagster.settings_registries import GoogleRegistrySettings
 
+_HOST = re.compile(r"[a-z0-9-]+\.pkg\.dev|(?:[a-z]+\.)?gcr\.io")
 USERNAME = "oauth2accesstoken"
 SCOPES = (
     "https://www.googleapis.com/auth/cloud-platform",
@@ -16,6 +18,7 @@ SCOPES = (
 
 def mint(settings: GoogleRegistrySettings, registry: str, now: datetime) -> Token:
     """A token of the service account. Raises `MintFailure`."""
+    require_own_host(registry, _HOST, match=settings.match, whose="Google")
     try:
         from google.auth.exceptions import GoogleAuthError
     except ImportError as error:

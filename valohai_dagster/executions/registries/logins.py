@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 
 from valohai_agent.protocol import RegistryLogin, utcnow
+from valohai_agent.runtimes.pulling import registry_of
 from valohai_dagster.errors import RegistryError
 from valohai_dagster.executions.registries import amazon, google, microsoft
-from valohai_dagster.executions.registries.names import entry_for, registry_of
+from valohai_dagster.executions.registries.names import entry_for
 from valohai_dagster.executions.registries.tokens import MintFailure, Token
 from valohai_dagster.settings_registries import (
     AnyRegistrySettings,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import httpx
 
-from valohai_dagster.executions.registries.tokens import MintFailure, Token
+from valohai_dagster.executions.registries.tokens import MintFailure, Token, require_own_host
 from valohai_dagster.settings_registries import AzureRegistrySettings
 
+_HOST = re.compile(r"[a-z0-9-]+\.azurecr\.(?:io|cn|us)")
 USERNAME = "00000000-0000-0000-0000-000000000000"  # stands for "the password is a token"
 SCOPE = "https://containerregistry.azure.net/.default"
 USUAL_LIFE = timedelta(hours=3)  # of the registry's tokens; their own word counts if they have one
@@ -20,6 +22,7 @@ _LOOPBACK = ("127.0.0.1", "localhost")  # as for Docker, these may speak plain H
 
 def mint(settings: AzureRegistrySettings, registry: str, now: datetime) -> Token:
     """A refresh token of the registry, good for pulls. Raises `MintFailure`."""
+    require_own_host(registry, _HOST, match=settings.match, whose="Azure")
     entra = _entra_token(settings)
     plain = registry.partition(":")[0] in _LOOPBACK
     url = f"{'http' if plain else 'https'}://{registry}/oauth2/exchange"

@@ -5,34 +5,33 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from valohai_agent.runtimes.pulling import registry_of
 from valohai_dagster.settings_registries import AnyRegistrySettings
 
-DOCKER_HUB = "docker.io"
+_HOST = re.compile(r"[A-Za-z0-9._:\[\]-]+")  # nothing that a URL would end its host at
+_LABELS = re.compile(r"([.:])")
 
 
 def full_name(image: str) -> str:
     """The image with registry and tag spelled out, as Docker understands it; one with a digest gets no tag."""
-    first, slash, _ = image.partition("/")
-    if not (slash and ("." in first or ":" in first or first == "localhost")):
-        image = f"{DOCKER_HUB}/{image}" if slash else f"{DOCKER_HUB}/library/{image}"
+    registry = registry_of(image)
+    if not image.startswith(f"{registry}/"):
+        image = f"{registry}/{image}" if "/" in image else f"{registry}/library/{image}"
     tagged = "@" in image or ":" in image.rpartition("/")[2]
     return image if tagged else f"{image}:latest"
-
-
-def registry_of(image: str) -> str:
-    """The host (and port) that serves the image."""
-    return full_name(image).partition("/")[0]
 
 
 def entry_for(image: str, registries: Mapping[str, AnyRegistrySettings]) -> str | None:
     """The name of the entry with the longest pattern that fits the image, with or without its tag; of two equally
     long ones the first.
     """
-    names = _names(image)
+    registry = registry_of(image)
+    paths = [name.removeprefix(f"{registry}/") for name in _names(image)]
     found = [
         name
         for name, entry in registries.items()
-        if any(_fits(entry.match, candidate) for candidate in names)
+        if host_fits(entry.match, registry)
+        and any(_fits(_path(entry.match), path) for path in paths)
     ]
     return max(found, key=lambda name: len(registries[name].match), default=None)
 
@@ -44,7 +43,47 @@ def _names(image: str) -> tuple[str, ...]:
     return full, undigested, undigested.rpartition(":")[0] if tagged else undigested
 
 
-def _fits(pattern: str, name: str) -> bool:
-    """`*` stands for any text, slashes too; every other character for itself."""
-    regex = ".*".join(map(re.escape, pattern.split("*")))
-    return re.fullmatch(regex, name, re.DOTALL) is not None
+def host_fits(pattern: str, registry: str) -> bool:
+    """Whether credentials of that pattern may go to the registry.
+
+    A `*` in the host stands for text between two dots, so that nobody can continue the name of a trusted registry with
+    that of their own; only a host that is nothing but `*` is any.
+    """
+    if _HOST.fullmatch(registry) is None:
+        return False
+    host = pattern.partition("/")[0]
+    if host == "*":
+        return True
+    wanted, given = _LABELS.split(host), _LABELS.split(registry)
+    return len(wanted) == len(given) and all(map(_fits, wanted, given))
+
+
+def states_host(pattern: str, registry: str) -> bool:
+    """Whether the pattern names this very registry."""
+    return pattern.partition("/")[0] == registry
+
+
+def _path(pattern: str) -> str:
+    """Of a pattern without a slash, a `*` at its end goes on with the path."""
+    host, slash, path = pattern.partition("/")
+    return path if slash or not host.endswith("*") else "*"
+
+
+def _fits(pattern: str, text: str) -> bool:
+    """`*` stands for any text, slashes too; every other character for itself. Each part is looked for once: the first
+    place is as good as any later one.
+    """
+    first, *others = pattern.split("*")
+    if not others:
+        return text == pattern
+    *middle, last = others
+    end = len(text) - len(last)
+    if not (text.startswith(first) and text.endswith(last) and len(first) <= end):
+        return False
+    position = len(first)
+    for part in middle:
+        position = text.find(part, position, end)
+        if position < 0:
+            return False
+        position += len(part)
+    return True

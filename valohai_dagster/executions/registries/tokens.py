@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+
+from valohai_dagster.executions.registries.names import states_host
 
 LONGEST_MARGIN = timedelta(
     minutes=15
@@ -31,3 +34,16 @@ class MintFailure(Exception):
     def __init__(self, reason: str, hint: str) -> None:
         super().__init__(reason)
         self.hint = hint
+
+
+def require_own_host(registry: str, own: re.Pattern[str], *, match: str, whose: str) -> None:
+    """Before anything is minted: a token goes to the cloud's own hosts, and to a host that the entry states in full.
+
+    Any other host may be somebody else's that an image's name has slipped past a wildcard. Raises `MintFailure`.
+    """
+    if own.fullmatch(registry) is None and not states_host(match, registry):
+        raise MintFailure(
+            f"{registry} is no registry of {whose}, so it gets no token",
+            f"check the image's name; a registry with another name must be stated in match without wildcards: "
+            f'match = "{registry}/*"',
+        )
