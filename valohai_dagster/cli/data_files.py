@@ -173,6 +173,7 @@ def adopt(
             checksums_of=(lambda candidate: sums[candidate.uri]) if checksum else None,
             now=now(),
         )
+        missing += adopted.refused
         named = [*adopted.created.values(), *adopted.existing.values()]
         _name_them(here, named, project_id, alias, None)
         projects = {ident: known for known, ident in here.projects().items()}
@@ -261,7 +262,7 @@ def _name_them(
     alias: str | None,
     version: str | None,
 ) -> None:
-    if project_id is None or (alias is None and version is None):
+    if project_id is None or not made or (alias is None and version is None):
         return
     with here.records.write() as connection:
         if alias is not None:

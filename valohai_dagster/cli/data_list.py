@@ -130,7 +130,10 @@ def rm(
     yes: Yes = False,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Also what a dataset or model version or an alias names."),
+        typer.Option(
+            "--force",
+            help="Also what a version or alias names, or an execution reads that has not ended.",
+        ),
     ] = False,
     delete_adopted: Annotated[
         bool,
@@ -153,7 +156,7 @@ def rm(
         _refuse_used(found, uses, names, force=force)
         size = size_text(sum(datum.size for datum in found))
         confirm(f"Delete the content of {len(found)} files ({size}) for good?", yes=yes)
-        deleted = _purge(here, found, adopted_too=delete_adopted)
+        deleted = _purge(here, found, adopted_too=delete_adopted, force=force)
     if as_json:
         gone = {datum.id for datum in deleted}
         print_json([{"id": d.id, "name": d.name, "content_deleted": d.id in gone} for d in found])
@@ -164,11 +167,19 @@ def rm(
 
 
 def _purge(
-    here: Deployment, found: Sequence[datums.Datum], *, adopted_too: bool
+    here: Deployment, found: Sequence[datums.Datum], *, adopted_too: bool, force: bool
 ) -> list[datums.Datum]:
-    """Those whose content is deleted; what is cut off in between is brought to its end by retention."""
+    """Those whose content is deleted; what is cut off in between is brought to its end by retention.
+
+    Whoever uses them is looked at once more, since a person may take a while to answer.
+    """
+    ids = [datum.id for datum in found]
     with here.records.write() as connection:
-        datums.mark_purged(connection, [datum.id for datum in found])
+        for start in range(0, len(ids), datums.CHUNK):
+            datums.lock(connection, ids[start : start + datums.CHUNK])
+        names = datums.aliases_of(connection, ids)
+        _refuse_used(found, _uses(connection, ids), names, force=force)
+        datums.mark_purged(connection, ids)
     deleted: list[datums.Datum] = []
     ended: list[str] = []
     try:
@@ -197,11 +208,12 @@ def _found(
 
 
 def _uses(connection: sa.Connection, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By datum: versions that hold it, and how many executions had it as an input."""
-    c = t.execution_inputs.c
+    """By datum: versions that hold it, and how many executions had it as an input; of those some that have not ended."""
+    c, e = t.execution_inputs.c, t.executions.c
     of_datasets = datasets.versions_holding(connection, ids)
     of_models = models.versions_holding(connection, ids)
     counts: dict[str, int] = {}
+    readers: dict[str, list[str]] = {}
     for start in range(0, len(ids), datums.CHUNK):
         query = (
             sa.select(c.datum_id, sa.func.count(sa.distinct(c.execution_id)))
@@ -209,11 +221,21 @@ def _uses(connection: sa.Connection, ids: Sequence[str]) -> dict[str, dict[str, 
             .group_by(c.datum_id)
         )
         counts.update((row[0], row[1]) for row in connection.execute(query))
+        read = (
+            sa.select(c.datum_id, e.id, e.step, e.counter, e.status)
+            .join(t.executions, e.id == c.execution_id)
+            .where(c.datum_id.in_(ids[start : start + datums.CHUNK]), e.ended_at.is_(None))
+            .distinct()
+        )
+        for row in connection.execute(read):
+            text = f"{row.step} #{row.counter} ({row.status})"
+            readers.setdefault(row.datum_id, []).append(text)
     return {
         i: {
             "dataset_versions": [version.uri for version in of_datasets.get(i, ())],
             "model_versions": [version.uri for version in of_models.get(i, ())],
             "used_by_executions": counts.get(i, 0),
+            "needed_by": readers.get(i, []),
         }
         for i in ids
     }
@@ -226,7 +248,7 @@ def _refuse_used(
     *,
     force: bool,
 ) -> None:
-    """What a version or an alias names would break for whoever uses that next."""
+    """What a version or an alias names would break for whoever uses that next; what is read now, for who reads it."""
     used: list[str] = []
     for datum in found:
         by = [
@@ -234,8 +256,11 @@ def _refuse_used(
             *uses[datum.id]["model_versions"],
             *(f"datum://{name}" for name in names.get(datum.id, [])),
         ]
-        if by:
-            used.append(f"{datum.uri} ({printable(datum.name)}) is in {', '.join(by[:5])}")
+        needed = uses[datum.id]["needed_by"]
+        told = [f"is in {', '.join(by[:5])}"] * bool(by)
+        told += [f"is an input of {', '.join(needed[:5])}"] * bool(needed)
+        if told:
+            used.append(f"{datum.uri} ({printable(datum.name)}) {' and '.join(told)}")
     if used and not force:
         more = f" and {len(used) - 5} more" if len(used) > 5 else ""
         raise RefusedError(f"{'; '.join(used[:5])}{more}. Say --force to delete the content anyway")

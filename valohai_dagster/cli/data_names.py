@@ -40,7 +40,7 @@ def set_alias(
             if len(found) != 1:
                 raise RefusedError(f"{reference} names {len(found)} files; an alias points to one")
             (datum,) = found
-            datums.require_content(datum)
+            datums.hold(connection, [datum.id])
             aliases.set_alias(
                 connection, project_id=project_id, name=name, datum_id=datum.id, now=now()
             )

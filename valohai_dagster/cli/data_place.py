@@ -138,6 +138,7 @@ def datum_dict(datum: datums.Datum, names: Sequence[str] = ()) -> dict[str, Any]
         "store": datum.store,
         "key": datum.key,
         "output_execution": datum.execution_id,
+        "withdrawn": datum.withdrawn,
         "tags": datum.tags,
         "aliases": list(names),
         "metadata": datum.metadata,

@@ -55,7 +55,7 @@ def _rows(conn: sa.Connection, executions: list[str]) -> list[Any]:
     query = (
         sa.select(t.datums, t.executions.c.step, t.executions.c.counter)
         .join(t.executions, t.executions.c.id == t.datums.c.execution_id)
-        .where(t.datums.c.execution_id.in_(executions))
+        .where(t.datums.c.execution_id.in_(executions), t.datums.c.withdrawn.is_(False))
         .order_by(t.executions.c.counter, t.datums.c.name)
     )
     return list(conn.execute(query))

@@ -1,9 +1,14 @@
-"""Existing objects of a store become datums where they are, without being copied (I-40)."""
+"""Existing objects of a store become datums where they are, without being copied (I-40).
+
+What this product has put into a store itself is no object of somebody else's: it may be in flight, and retention or
+the sweeping of uploads removes it. It is left out, and told.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import BinaryIO, cast
 
@@ -17,12 +22,20 @@ from valohai_dagster.data.survey import Pattern, look, no_store, pattern_of
 from valohai_dagster.data.transfers import CHUNK_BYTES, HashingReader, Progress
 from valohai_dagster.errors import RefusedError, StoreError
 from valohai_dagster.records.engine import Records
-from valohai_dagster.records.tables import datums
+from valohai_dagster.records.tables import commits, datums
 from valohai_dagster.stores.base import ObjectStat, Store
 from valohai_dagster.stores.keys import check_key
 from valohai_dagster.stores.registry import Stores
 
 NOT_FOUND = "adoptable_file_not_found"
+OURS = "adoptable_file_is_ours"
+
+_ID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_OUR_KEYS = (
+    re.compile(  # of every upload that is granted, of logs that are saved, of archives of commits
+        rf"(data|logs)/([^/]+/)?{_ID}/.+|commits/[^/]+/[0-9a-f]{{64}}\.tar\.gz"
+    )
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +63,11 @@ class Missing:
 
 @dataclass(kw_only=True)
 class Adoption:
-    """By URI of each object: the datum that it became, or was already."""
+    """By URI of each object: the datum that it became, or was already. `refused`: what is not there to be adopted."""
 
     created: dict[str, Datum] = field(default_factory=dict)
     existing: dict[str, Datum] = field(default_factory=dict)
+    refused: list[Missing] = field(default_factory=list)
 
 
 def find_candidates(urls: Sequence[str], stores: Stores) -> tuple[list[Candidate], list[Missing]]:
@@ -81,15 +95,13 @@ def _candidates(url: str, stores: Stores) -> list[Candidate]:
     wildcard = pattern.wildcard
     objects = look(store, pattern) if wildcard else _one(store, pattern)
     root = wildcard.root if wildcard else ""
-    return [
-        Candidate(
-            url=url,
-            store=store,
-            stat=stat,
-            name=check_key(place(stat.key, keep="suffix", root=root)),
-        )
-        for stat in objects
-    ]
+    found: list[Candidate] = []
+    for stat in objects:
+        name = check_key(place(stat.key, keep="suffix", root=root))
+        # Of stores that lie in each other the deepest one has written it.
+        deep, key = stores.serving(store.uri(stat.key)) or (store, stat.key)
+        found.append(Candidate(url=url, store=deep, stat=replace(stat, key=key), name=name))
+    return found
 
 
 def _one(store: Store, pattern: Pattern) -> list[ObjectStat]:
@@ -108,10 +120,14 @@ def adopt(
 ) -> Adoption:
     """Records them; what is a datum already is left as it is. `checksums_of` reads an object through."""
     adoption = Adoption()
+    ours: list[Candidate] = []
     for start in range(0, len(candidates), CHUNK):
         part = candidates[start : start + CHUNK]
         with records.read() as connection:
             known = _known(connection, part)
+            refused = _ours(connection, [c for c in part if c.uri not in known])
+        ours += [c for c in part if c.uri in refused]
+        part = [c for c in part if c.uri not in refused]
         sums = {c.uri: checksums_of(c) for c in part if checksums_of and c.uri not in known}
         with records.write() as connection:
             known = _known(connection, part)
@@ -129,7 +145,40 @@ def adopt(
         adoption.existing.update(known)
         uris = [c.uri for c in part if c.uri not in known]
         adoption.created.update(zip(uris, made, strict=True))
+    adoption.refused = _refusals(ours)
     return adoption
+
+
+def _ours(connection: sa.Connection, part: Sequence[Candidate]) -> set[str]:
+    """URIs of what this product keeps in the stores that it writes to."""
+    written = [c for c in part if not c.store.readonly]
+    c = commits.c
+    keys = [candidate.stat.key for candidate in written]
+    query = sa.select(c.archive_store, c.archive_key).where(c.archive_key.in_(keys))
+    archives = {(store, key) for store, key in connection.execute(query)}
+    return {
+        candidate.uri
+        for candidate in written
+        if _OUR_KEYS.fullmatch(candidate.stat.key)
+        or (candidate.store.name, candidate.stat.key) in archives
+    }
+
+
+def _refusals(ours: Sequence[Candidate]) -> list[Missing]:
+    """One for each URL that was asked for."""
+    by_url: dict[str, list[Candidate]] = {}
+    for candidate in ours:
+        by_url.setdefault(candidate.url, []).append(candidate)
+    return [
+        Missing(
+            url=url,
+            message=f"{url}: {len(found)} of the objects are files of this product (outputs, logs, archives of "
+            f"commits, uploads that go on), such as {found[0].stat.key}; they were left out. What another deployment "
+            "has left there can be adopted through a store with readonly = true",
+            code=OURS,
+        )
+        for url, found in by_url.items()
+    ]
 
 
 def read_checksums(candidate: Candidate, progress: Progress | None = None) -> Checksums:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
 from valohai_dagster.errors import RefusedError
-from valohai_dagster.records.store import upsert
+from valohai_dagster.records.store import insert_ignore
 from valohai_dagster.records.tables import datum_aliases, datums
 
 MAX_NAME = 255
@@ -45,21 +46,31 @@ def set_alias(
 ) -> None:
     """Creates or moves an alias; every datum it ever pointed to stays in its history, oldest first."""
     check_alias(name)
-    c = datum_aliases.c
-    query = sa.select(c.datum_id, c.history).where(c.project_id == project_id, c.name == name)
-    known = connection.execute(query.with_for_update()).one_or_none()
-    if known is not None and known.datum_id == datum_id:
+    keys = {"project_id": project_id, "name": name}
+    point(connection, datum_aliases, keys, "datum_id", datum_id, now)
+
+
+def point(
+    connection: sa.Connection,
+    table: sa.Table,
+    keys: Mapping[str, str],
+    column: str,
+    target: str,
+    now: datetime,
+) -> None:
+    """Creates or moves a name with a history. Of writers that meet, each adds its move to what the others have done."""
+    mine = sa.and_(*(table.c[key] == value for key, value in keys.items()))
+    move = {column: target, "time": now.isoformat()}
+    first = {**keys, column: target, "history": [move], "mtime": now}
+    while not insert_ignore(connection, table, **first):
+        query = sa.select(table.c[column], table.c.history).where(mine).with_for_update()
+        known = connection.execute(query).one_or_none()
+        if known is None:
+            continue  # it was removed just now
+        if known[0] != target:
+            values = {column: target, "history": [*known.history, move], "mtime": now}
+            connection.execute(table.update().where(mine).values(**values))
         return
-    history = [*(known.history if known else []), {"datum_id": datum_id, "time": now.isoformat()}]
-    upsert(
-        connection,
-        datum_aliases,
-        project_id=project_id,
-        name=name,
-        datum_id=datum_id,
-        history=history,
-        mtime=now,
-    )
 
 
 def list_aliases(connection: sa.Connection, project_id: str | None = None) -> list[Any]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from valohai_dagster.data.datums import Datum
+from valohai_dagster.data import aliases
+from valohai_dagster.data.datums import Datum, hold
 from valohai_dagster.data.version_wishes import (
     DATASET_SCHEME,
     LATEST,
@@ -25,7 +26,7 @@ from valohai_dagster.data.version_wishes import (
 )
 from valohai_dagster.errors import NotFoundError, RefusedError
 from valohai_dagster.records import tables as t
-from valohai_dagster.records.store import insert_ignore, upsert
+from valohai_dagster.records.store import insert_ignore
 
 OPEN, CLOSED = "open", "closed"
 _D, _V, _F, _A = t.datasets.c, t.dataset_versions.c, t.dataset_files.c, t.dataset_aliases.c
@@ -328,7 +329,7 @@ def create_version(
     tags: Sequence[str] = (),
     properties: Mapping[str, Any] | None = None,
 ) -> DatasetVersion:
-    """A version that a person makes, closed at once. Raises `RefusedError` when it exists."""
+    """A version that a person makes, closed at once. Raises `RefusedError` when it exists, or a file was purged."""
     name, version = split_dataset_uri(uri)
     check_version_name(version)
     dataset = ensure_dataset(connection, project_id=project_id, name=name, now=now)
@@ -347,6 +348,7 @@ def create_version(
     )
     if not made:
         raise RefusedError(f"{uri} exists already, and versions never change; choose another name")
+    hold(connection, datum_ids)
     write_files(connection, values["id"], datum_ids)
     found = version_by_id(connection, values["id"])
     assert found is not None
@@ -381,21 +383,8 @@ def point_alias(
         raise RefusedError(
             f"{name!r} is no alias for dataset {version.dataset!r}: a version has that name"
         )
-    mine = sa.and_(_A.dataset_id == version.dataset_id, _A.name == name)
-    query = sa.select(_A.version_id, _A.history).where(mine).with_for_update()
-    known = connection.execute(query).one_or_none()
-    if known is not None and known.version_id == version.id:
-        return
-    move = {"version_id": version.id, "time": now.isoformat()}
-    upsert(
-        connection,
-        t.dataset_aliases,
-        dataset_id=version.dataset_id,
-        name=name,
-        version_id=version.id,
-        history=[*(known.history if known else []), move],
-        mtime=now,
-    )
+    keys = {"dataset_id": version.dataset_id, "name": name}
+    aliases.point(connection, t.dataset_aliases, keys, "version_id", version.id, now)
 
 
 def remove_alias(connection: sa.Connection, dataset_id: str, name: str) -> bool:

@@ -35,6 +35,7 @@ class Datum:
     sha256: str | None = None
     project_id: str | None = None
     execution_id: str | None = None
+    withdrawn: bool = False
     tags: list[str] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     properties: dict[str, Any] = field(default_factory=dict)
@@ -103,14 +104,18 @@ def list_datums(
     purged: bool = False,
     limit: int | None = 100,
 ) -> list[Datum]:
-    """Newest first. `name` may hold `*`; every tag of `tags` must be there (I-41). `among`: only these ids."""
+    """Newest first. `name` may hold `*`; every tag of `tags` must be there (I-41). `among`: only these ids.
+
+    Of executions only the outputs that count, not what a lost attempt has stored.
+    """
     query = sa.select(datums).order_by(datums.c.ctime.desc(), datums.c.id)
     if not purged:
         query = query.where(datums.c.purged.is_(False))
     if project_id is not None:
         query = query.where(datums.c.project_id == project_id)
     if execution_ids is not None:
-        query = query.where(datums.c.execution_id.in_(execution_ids))
+        outputs = sa.and_(datums.c.execution_id.in_(execution_ids), datums.c.withdrawn.is_(False))
+        query = query.where(outputs)
     if name is not None:
         query = query.where(datums.c.name.like(_like(name), escape="\\"))
     wanted = set(tags)
@@ -177,6 +182,30 @@ def _purge(
         connection.execute(datums.update().where(sa.and_(these, where)).values(**values))
 
 
+def hold(connection: sa.Connection, datum_ids: Collection[str]) -> None:
+    """Keeps the content of these datums until the transaction ends, which must be one that writes.
+
+    For whoever is going to name them: retention and `data rm` lock a datum before they look who needs it. Raises
+    `RefusedError` when a content is purged already.
+    """
+    ids = sorted(set(datum_ids))
+    columns = (datums.c.id, datums.c.name, datums.c.purged)
+    for start in range(0, len(ids), CHUNK):
+        these = datums.c.id.in_(ids[start : start + CHUNK])
+        query = sa.select(*columns).where(these).order_by(datums.c.id)
+        for row in connection.execute(query.with_for_update(read=True, key_share=True)):
+            _require(row)
+
+
+def lock(connection: sa.Connection, datum_ids: Sequence[str], *, skip: bool = False) -> list[Any]:
+    """Rows of the datums, which nobody can begin to need until the transaction ends.
+
+    `skip`: without those that somebody is just about to need, else it waits for them.
+    """
+    query = sa.select(datums).where(datums.c.id.in_(datum_ids)).order_by(datums.c.id)
+    return list(connection.execute(query.with_for_update(skip_locked=skip)))
+
+
 def is_shared(connection: sa.Connection, datum: Datum) -> bool:
     """Whether another datum that is not purged has the same content in the same place."""
     c = datums.c
@@ -200,11 +229,15 @@ def delete_content(stores: Stores, datum: Datum, *, adopted_too: bool = False) -
 
 def require_content(datum: Datum) -> Datum:
     """The datum, or a refusal when its content was purged (I-38)."""
+    _require(datum)
+    return datum
+
+
+def _require(datum: Any) -> None:
     if datum.purged:
         raise RefusedError(
-            f"{datum.uri} ({datum.name}): the content was purged; choose another datum, or run again what made it"
+            f"{SCHEME}{datum.id} ({datum.name}): the content was purged; choose another datum, or run again what made it"
         )
-    return datum
 
 
 def new_id() -> str:

@@ -292,6 +292,7 @@ def _files(conn: sa.Connection, ids: Sequence[str]) -> Iterator[Node]:
                 aliases=sorted(names.get(row.id, ())),
                 tags=row.tags,
                 created=row.ctime.isoformat(timespec="seconds"),
+                of_lost_attempt=row.withdrawn,
                 purged=row.purged,
             ),
         )

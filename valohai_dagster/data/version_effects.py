@@ -16,6 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from valohai_dagster.data import datasets, models
+from valohai_dagster.data.datums import Datum
 from valohai_dagster.data.version_wishes import (
     DatasetWish,
     ModelWish,
@@ -77,9 +78,9 @@ def settle_versions(connection: sa.Connection, execution_id: str, now: datetime)
 
     A version for which no file is left is given up, so that its name is free again.
     """
-    by_dataset, by_model = _wanted(connection, execution_id)
     v, m = t.dataset_versions.c, t.model_versions.c
     settled = Settled()
+    by_dataset, by_model = _wanted(connection, execution_id, settled)
     for version in datasets.list_open(connection, execution_id):
         wishes = by_dataset.get((version.dataset, version.name))
         if not wishes:
@@ -99,21 +100,25 @@ def settle_versions(connection: sa.Connection, execution_id: str, now: datetime)
 
 
 def _wanted(
-    connection: sa.Connection, execution_id: str
+    connection: sa.Connection, execution_id: str, settled: Settled
 ) -> tuple[
     dict[tuple[str, str], list[tuple[DatasetWish, Named]]], dict[str, list[tuple[ModelWish, Named]]]
 ]:
     """What the files that the execution has now ask for, in the order in which they were stored."""
     c = t.datums.c
     query = (
-        sa.select(c.id, c.name, c.metadata)
-        .where(c.execution_id == execution_id)
+        sa.select(c.id, c.name, c.metadata, c.purged)
+        .where(c.execution_id == execution_id, c.withdrawn.is_(False))
         .order_by(c.ctime, c.id)
     )
     of_datasets: dict[tuple[str, str], list[Any]] = defaultdict(list)
     of_models: dict[str, list[Any]] = defaultdict(list)
     for row in connection.execute(query):
         wishes = wishes_of(row.metadata or {})
+        if row.purged:
+            for uri in [wish.uri for wish in (*wishes.datasets, *wishes.models)]:
+                settled.warnings.append(_left_out(uri, [row.name]))
+            continue
         for wish in wishes.datasets:
             of_datasets[wish.dataset, wish.version].append((wish, (row.id, row.name)))
         for wish in wishes.models:
@@ -129,15 +134,21 @@ def _close(
     settled: Settled,
 ) -> None:
     wish = merge_dataset_wishes(wish for wish, _ in wishes)
-    carried: list[Named] = []
+    base: Sequence[Datum] = ()
     if version.base_id and not wish.start_fresh:
-        carried = [(d.id, d.name) for d in datasets.files_of(connection, version.base_id)]
-    ids = files_of_version(carried, [file for _, file in wishes], wish.exclude)
+        base = datasets.files_of(connection, version.base_id)
+    own = [file for _, file in wishes]
+    replaced = {*wish.exclude, *(name for _, name in own)}
+    gone = [d.name for d in base if d.purged and d.name not in replaced]
+    if gone:
+        settled.warnings.append(_left_out(version.uri, gone))
+    carried = [(d.id, d.name) for d in base if not d.purged]
+    ids = files_of_version(carried, own, wish.exclude)
     settled.made.append(f"made {version.uri} of {_files(ids)}")
     settled.warnings += datasets.close_version(
         connection, version, wish=wish, datum_ids=ids, now=now
     )
-    missing = sorted(set(wish.exclude) - {name for _, name in carried})
+    missing = sorted(set(wish.exclude) - {d.name for d in base})
     if missing:
         shown = ", ".join(map(repr, missing[:5]))
         settled.warnings.append(
@@ -147,6 +158,11 @@ def _close(
         settled.warnings.append(
             f"{version.uri}: `packaging` is not supported yet; the version is complete, its files are fetched one by one"
         )
+
+
+def _left_out(uri: str, names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" * (len(names) > 5))
+    return f"{uri}: {shown} cannot be in it, since the content was purged"
 
 
 def _files(ids: Sequence[str]) -> str:

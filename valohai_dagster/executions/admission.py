@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+from valohai_dagster.data import datums
 from valohai_dagster.data.secrets import SecretKey, Variable, variables_of_groups
 from valohai_dagster.data.survey import Answer, Pattern, Survey, remote_patterns
 from valohai_dagster.errors import ValohaiError
@@ -162,7 +163,7 @@ class Admission:
         survey: Survey,
     ) -> Prepared:
         group, notices = choose_group(spec, self._settings)
-        return prepare(
+        prepared = prepare(
             writing.conn,
             spec,
             created,
@@ -174,6 +175,9 @@ class Admission:
             variables_of=variables_of,
             survey=survey,
         )
+        files = (file for item in prepared.job.inputs for file in item.files)
+        datums.hold(writing.conn, {file.datum_id for file in files if file.datum_id})
+        return prepared
 
     # -- those that wait for stores ----------------------------------------------------------------------------
     def patterns_of(self, spec: ExecutionSpec) -> list[Pattern]:

@@ -235,7 +235,8 @@ def _sidecar_warnings(cause: Cause, body: p.OutputStored, project_id: str) -> li
 def _is_mine(cause: Cause, upload_id: str) -> bool:
     """Whether that datum is an output of this very execution."""
     c = t.datums.c
-    query = sa.select(c.id).where(c.id == upload_id, c.execution_id == cause.active.id)
+    mine = sa.and_(c.execution_id == cause.active.id, c.withdrawn.is_(False))
+    query = sa.select(c.id).where(c.id == upload_id, mine)
     return cause.writing.touch(cause.active, t.datums).execute(query).first() is not None
 
 

@@ -184,12 +184,12 @@ def _same_attempt(writing: Writing, active: Active) -> Active | None:
 
 
 def _withdraw_effects(writing: Writing, active: Active) -> None:
-    """What the lost attempt has reported is not the execution's any more, since the next one reports it anew.
+    """What the lost attempt has reported is no output of the execution any more, since the next one reports it anew.
 
-    Its files stay datums of the project: somebody may use them already, by an alias or as live outputs.
+    Its files stay datums that this execution made: somebody may use them already, by an alias or as live outputs.
     """
     mine = t.datums.c.execution_id == active.id
-    writing.touch(active, t.datums).execute(t.datums.update().where(mine).values(execution_id=None))
+    writing.touch(active, t.datums).execute(t.datums.update().where(mine).values(withdrawn=True))
     writing.keep_metrics(active.id, Metrics(count=writing.metrics(active.id).count))
     writing.update(active, cumulative_metadata={})
 

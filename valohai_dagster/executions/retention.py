@@ -10,11 +10,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from valohai_dagster.data import datums
 from valohai_dagster.errors import StoreError
-from valohai_dagster.executions.retention_reading import PAGE, make_plan
+from valohai_dagster.executions.retention_reading import PAGE, make_plan, staying_outputs
 from valohai_dagster.executions.retention_rules import KINDS, Item, Kind, Plan
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import Records
+from valohai_dagster.records.store import insert_ignore
 from valohai_dagster.settings_retention import RetentionSettings
 from valohai_dagster.stores.registry import Stores
 
@@ -104,35 +106,19 @@ def _outputs(
 ) -> None:
     """Marked, deleted, and only then said to be done: what is cut off in between is taken up by the next plan.
 
-    Whatever got a name after the plan was made is spared.
+    Everything is decided once more with the datums locked, so that nothing goes that got a name, a tag or a reader
+    since the plan was made; a datum that somebody is just giving one is left to the next plan.
     """
-    d = t.datums.c
     for start in range(0, len(items), PAGE):
         part = items[start : start + PAGE]
-        ids = [item.id for item in part]
         with records.write() as conn:
-            named = {
-                ident
-                for column in _names(policy)
-                for ident in conn.execute(sa.select(column).where(column.in_(ids))).scalars()
-            }
-            begun = sa.and_(d.id.in_(sorted(named)), d.purged.is_(True))
-            named -= set(conn.execute(sa.select(d.id).where(begun)).scalars())
-            mine = sa.and_(d.id.in_(sorted(set(ids) - named)), d.purged.is_(False))
-            conn.execute(t.datums.update().where(mine).values(purged=True, purged_at=None))
+            locked = datums.lock(conn, [item.id for item in part], skip=True)
+            stays = staying_outputs(conn, policy, now, [row.id for row in locked])
+            going = {row.id for row in locked} - stays
+            datums.mark_purged(conn, sorted(going))
         for item in part:
-            if item.id not in named:
+            if item.id in going:
                 _guarded(done, item, lambda item=item: _content(records, stores, item, now))
-
-
-def _names(policy: RetentionSettings) -> list[sa.Column[str]]:
-    """Columns that hold the datums that are kept by their names."""
-    columns = (
-        (policy.keep_aliased, t.datum_aliases.c.datum_id),
-        (policy.keep_in_datasets, t.dataset_files.c.datum_id),
-        (policy.keep_in_models, t.model_files.c.datum_id),
-    )
-    return [column for keeps, column in columns if keeps]
 
 
 def _content(records: Records, stores: Stores, item: Item, now: datetime) -> bool:
@@ -191,10 +177,14 @@ def _metadata(records: Records, items: Sequence[Item], done: Done) -> None:
 
 
 def _archive(records: Records, stores: Stores, item: Item) -> bool:
-    """The archive, then its row: a commit that is launched again is published again."""
+    """The row with the look at who uses it, then the archive: a commit that is launched again is published again.
+
+    The row comes back when the store refuses, so that the next plan finds the archive.
+    """
     c, e = t.commits.c, t.executions.c
-    with records.read() as conn:
-        row = conn.execute(sa.select(t.commits).where(c.id == item.id)).one_or_none()
+    with records.write() as conn:
+        query = sa.select(t.commits).where(c.id == item.id).with_for_update()
+        row = conn.execute(query).one_or_none()
         if row is None:
             return False
         used = sa.and_(e.project_id == row.project_id, e.commit == row.identifier)
@@ -204,8 +194,12 @@ def _archive(records: Records, stores: Stores, item: Item) -> bool:
             c.archive_store == row.archive_store, c.archive_key == row.archive_key, c.id != row.id
         )
         shared = conn.execute(sa.select(c.id).where(same).limit(1)).first()
-    if shared is None:
-        stores[row.archive_store].delete(row.archive_key)
-    with records.write() as conn:
         conn.execute(t.commits.delete().where(c.id == item.id))
+    if shared is None:
+        try:
+            stores[row.archive_store].delete(row.archive_key)
+        except StoreError:
+            with records.write() as conn:
+                insert_ignore(conn, t.commits, **row._mapping)
+            raise
     return True

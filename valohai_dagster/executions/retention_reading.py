@@ -35,7 +35,14 @@ _OWNER = (
     _E.step,
     _E.counter,
 )
-_Look = Callable[[sa.Connection, str], Sequence[Any]]
+_D = t.datums.c
+_OUTPUTS = (  # with content, or with what is left of it after a cut; of lost attempts too
+    sa.select(_D.id.label("cursor"), _D.name, _D.size, _D.tags, _D.purged, *_OWNER)
+    .join(t.executions, _E.id == _D.execution_id)
+    .join(t.projects, _P.id == _E.project_id)
+    .where(_D.adopted.is_(False))
+    .where(sa.or_(_D.purged.is_(False), _D.purged_at.is_(None)))
+)
 
 
 def make_plan(
@@ -94,23 +101,11 @@ def _outputs(
     cursor: str,
 ) -> None:
     d = t.datums.c
-    begun = sa.and_(d.purged.is_(True), d.purged_at.is_(None))  # and not brought to an end
-    query = (
-        sa.select(d.id.label("cursor"), d.name, d.size, d.tags, d.purged, *_OWNER)
-        .join(t.executions, _E.id == d.execution_id)
-        .join(t.projects, _P.id == _E.project_id)
-        .where(_old(policy, "outputs", now), d.adopted.is_(False))
-        .where(sa.or_(d.purged.is_(False), begun))
-        .order_by(d.id)
-        .limit(PAGE)
-    )
+    query = _OUTPUTS.where(_old(policy, "outputs", now)).order_by(d.id).limit(PAGE)
     for rows in _pages(
         plan, "outputs", most, cursor, lambda at: conn.execute(query.where(d.id > at)).all()
     ):
-        facts = _facts_of(conn, [row.cursor for row in rows])
-        for row in rows:
-            output = facts(row.cursor, _owner(row), bool(row.tags))
-            why = None if row.purged else why_output_stays(policy, output, now)
+        for row, why in _judged(conn, policy, now, rows):
             if why is not None:
                 plan.kept[why] += 1
             elif plan.counts["outputs"] < most:
@@ -121,9 +116,30 @@ def _outputs(
                         project=row.project,
                         bytes=row.size,
                         name=f"{row.name} of {row.step} #{row.counter}",
-                        why=age_text(policy, "outputs", output.owner, now),
+                        why=age_text(policy, "outputs", _owner(row), now),
                     )
                 )
+
+
+def staying_outputs(
+    conn: sa.Connection, policy: RetentionSettings, now: datetime, ids: Sequence[str]
+) -> set[str]:
+    """Those of them that have to stay, as things are now."""
+    rows = conn.execute(_OUTPUTS.where(t.datums.c.id.in_(ids))).all()
+    go = {row.cursor for row, why in _judged(conn, policy, now, rows) if why is None}
+    return set(ids) - go
+
+
+def _judged(
+    conn: sa.Connection, policy: RetentionSettings, now: datetime, rows: Sequence[Any]
+) -> list[tuple[Any, str | None]]:
+    """Rows of `_OUTPUTS` with why they stay; what was begun is brought to its end."""
+    facts = _facts_of(conn, [row.cursor for row in rows])
+    judged: list[tuple[Any, str | None]] = []
+    for row in rows:
+        output = facts(row.cursor, _owner(row), bool(row.tags))
+        judged.append((row, None if row.purged else why_output_stays(policy, output, now)))
+    return judged
 
 
 def _facts_of(conn: sa.Connection, ids: Sequence[str]) -> Callable[[str, Owner, bool], Output]:

@@ -73,12 +73,12 @@ def input_view(row: Any) -> InputView:
 
 
 def origins_of(conn: sa.Connection, datum_ids: Collection[str]) -> dict[str, Origin]:
-    """By datum id; uploads are left out."""
+    """By datum id; uploads, and files of lost attempts, which no asset got, are left out."""
     e = t.executions.c
     query = (
         sa.select(t.datums.c.id.label("datum_id"), e.id, e.run_id, e.asset_key)
         .join(t.executions, e.id == t.datums.c.execution_id)
-        .where(t.datums.c.id.in_(datum_ids))
+        .where(t.datums.c.id.in_(datum_ids), t.datums.c.withdrawn.is_(False))
     )
     return {
         row.datum_id: Origin(execution_id=row.id, run_id=row.run_id, asset_key=row.asset_key)
@@ -104,7 +104,9 @@ def views_of(
     )
     rows = conn.execute(query).all()
     attempts = _by_execution(conn, t.attempts, execution_ids, t.attempts.c.number)
-    outputs = _by_execution(conn, t.datums, execution_ids, t.datums.c.ctime, t.datums.c.name)
+    d = t.datums.c
+    counts = d.withdrawn.is_(False)
+    outputs = _by_execution(conn, t.datums, execution_ids, d.ctime, d.name, where=counts)
     with_inputs = [row.id for row in rows if (row.job or {}).get("inputs")]
     c = t.execution_inputs.c
     inputs = _by_execution(conn, t.execution_inputs, with_inputs, c.input, c.name)
@@ -121,12 +123,17 @@ def views_of(
 
 
 def _by_execution(
-    conn: sa.Connection, table: sa.Table, execution_ids: Collection[str], *order: sa.Column[Any]
+    conn: sa.Connection,
+    table: sa.Table,
+    execution_ids: Collection[str],
+    *order: sa.Column[Any],
+    where: sa.ColumnElement[bool] | None = None,
 ) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = defaultdict(list)
     if execution_ids:
         mine = table.c.execution_id.in_(execution_ids)
-        for row in conn.execute(sa.select(table).where(mine).order_by(*order)):
+        query = sa.select(table).where(mine if where is None else sa.and_(mine, where))
+        for row in conn.execute(query.order_by(*order)):
             found[row.execution_id].append(row)
     return found
 

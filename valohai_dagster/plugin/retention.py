@@ -31,14 +31,12 @@ def plan_events(
 ) -> None:
     """Adds to the plan what the event log may lose of old runs, an item per run."""
     from valohai_dagster.executions.retention_rules import Item
-    from valohai_dagster.plugin.compat.storage import finished_runs, passing_events
+    from valohai_dagster.plugin.compat.storage import passing_events
 
     days = settings.retention.events_days
     if days is None:
         return
-    runs = finished_runs(
-        instance, _reached(instance, records), now - timedelta(days=days), _runs(settings)
-    )
+    runs = _next_runs(instance, records, settings, now - timedelta(days=days))
     for run_id, ended in runs:
         count, size = passing_events(instance, run_id)
         if count:
@@ -55,21 +53,24 @@ def remove_events(
     instance: DagsterInstance, records: Records, settings: Settings, now: datetime, done: Done
 ) -> None:
     """Removes them run by run, and remembers how far it came: a cut-off is taken up there."""
-    from valohai_dagster.plugin.compat.storage import finished_runs, passing_events
+    from valohai_dagster.plugin.compat.storage import passing_events
     from valohai_dagster.records.store import set_fact
 
     days = settings.retention.events_days
     if days is None:
         return
-    runs = finished_runs(
-        instance, _reached(instance, records), now - timedelta(days=days), _runs(settings)
-    )
+    reached, looked_at = _reached(instance, records)
+    runs = _next_runs(instance, records, settings, now - timedelta(days=days))
     for run_id, _ in runs:
         count, size = passing_events(instance, run_id, remove=True)
         done.add("events", size, count)
     if runs:
+        last = runs[-1][1]
+        same = [run_id for run_id, ended in runs if ended == last]
+        if last == reached:
+            same = [*looked_at, *same]
         with records.write() as connection:
-            set_fact(connection, _fact(instance), runs[-1][1].isoformat())
+            set_fact(connection, _fact(instance), {"at": last.isoformat(), "runs": same})
     if len(runs) >= _runs(settings):
         done.cursors["events"] = runs[-1][0]
 
@@ -82,13 +83,29 @@ def _fact(instance: DagsterInstance) -> str:
     return f"retention-events:{instance_id(instance)}"
 
 
-def _reached(instance: DagsterInstance, records: Records) -> datetime:
-    """Runs that have changed last before this moment, and those of it, have been looked at."""
+def _reached(instance: DagsterInstance, records: Records) -> tuple[datetime, list[str]]:
+    """Runs that have changed last before this moment have been looked at, and of those that did at it, these."""
     from valohai_dagster.records.store import get_fact
 
     with records.read() as connection:
-        text = get_fact(connection, _fact(instance))
-    return datetime.fromisoformat(text) if text else _BEGINNING
+        fact = get_fact(connection, _fact(instance))
+    return (datetime.fromisoformat(fact["at"]), fact["runs"]) if fact else (_BEGINNING, [])
+
+
+def _next_runs(
+    instance: DagsterInstance, records: Records, settings: Settings, before: datetime
+) -> list[tuple[str, datetime]]:
+    """Ended runs that have not been looked at, and when they changed last, in that order; at most `_runs`."""
+    from valohai_dagster.plugin.compat.storage import finished_runs
+
+    reached, looked_at = _reached(instance, records)
+    most = _runs(settings)
+    # From that moment on, itself too: many runs may have changed at once, and a batch may end among them.
+    found = finished_runs(
+        instance, reached - timedelta(microseconds=1), before, most + len(looked_at)
+    )
+    done = set(looked_at)
+    return [(run_id, ended) for run_id, ended in found if run_id not in done][:most]
 
 
 def run_retention(

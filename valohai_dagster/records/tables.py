@@ -241,7 +241,10 @@ datums = sa.Table(
     sa.Column("store", sa.String(64), nullable=False),
     sa.Column("key", sa.String(4096), nullable=False),
     sa.Column("project_id", sa.String(36), index=True),
-    sa.Column("execution_id", sa.String(36), index=True),  # null for uploads
+    sa.Column("execution_id", sa.String(36), index=True),  # that made it; null for uploads
+    sa.Column(  # made by a lost attempt: its execution's file, but none of its outputs
+        "withdrawn", sa.Boolean, nullable=False, default=False, server_default=sa.false()
+    ),
     sa.Column("tags", sa.JSON, nullable=False, default=list),
     sa.Column("metadata", sa.JSON, nullable=False, default=dict),
     sa.Column("properties", sa.JSON, nullable=False, default=dict, server_default="{}"),  # O-24
@@ -252,6 +255,9 @@ datums = sa.Table(
     sa.Column("file_mtime", UtcDateTime),
     sa.Column("purged", sa.Boolean, nullable=False, default=False),
     sa.Column("purged_at", UtcDateTime),
+    sa.Index(
+        "ix_vh_datums_key", "key", postgresql_using="hash"
+    ),  # keys may be too long for a btree
 )
 
 datum_aliases = sa.Table(

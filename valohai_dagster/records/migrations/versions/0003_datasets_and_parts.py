@@ -176,6 +176,8 @@ def _columns() -> None:
         "vh_datums", sa.Column("adopted", sa.Boolean(), server_default=sa.false(), nullable=False)
     )
     op.add_column("vh_datums", sa.Column("purged_at", sa.DateTime(timezone=True), nullable=True))
+    _withdrawn()
+    op.create_index("ix_vh_datums_key", "vh_datums", ["key"], unique=False, postgresql_using="hash")
     op.add_column("vh_execution_inputs", sa.Column("version", sa.String(length=255), nullable=True))
     op.add_column("vh_execution_inputs", sa.Column("asked", sa.String(length=4096), nullable=True))
     op.add_column("vh_grants", sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True))
@@ -190,3 +192,16 @@ def _columns() -> None:
         postgresql_where=sa.text("NOT accepted AND swept_at IS NULL"),
     )
     op.execute("UPDATE vh_grants SET expires_at = granted_at")  # so that these are swept too
+
+
+def _withdrawn() -> None:
+    """Files of lost attempts get the execution back that made them; their grants have it."""
+    op.add_column(
+        "vh_datums", sa.Column("withdrawn", sa.Boolean(), server_default=sa.false(), nullable=False)
+    )
+    datums = sa.table("vh_datums", *map(sa.column, ("id", "execution_id", "withdrawn")))
+    grants = sa.table("vh_grants", *map(sa.column, ("upload_id", "execution_id", "kind")))
+    mine = sa.and_(grants.c.upload_id == datums.c.id, grants.c.kind == "output")
+    maker = sa.select(grants.c.execution_id).where(mine).scalar_subquery()
+    lost = sa.and_(datums.c.execution_id.is_(None), sa.exists().where(mine))
+    op.execute(datums.update().where(lost).values(withdrawn=sa.true(), execution_id=maker))
