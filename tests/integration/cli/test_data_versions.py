@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from typer.testing import CliRunner, Result
 
 from valohai_dagster.cli import data, data_files, transfer_batch
+from valohai_dagster.cli.data_place import now
 from valohai_dagster.data import transfers
 from valohai_dagster.errors import NotFoundError, RefusedError, StoreError
+from valohai_dagster.records import tables
+from valohai_dagster.records.engine import open_records
+from valohai_dagster.settings import load_settings
 
 RUNNER = CliRunner()
 
@@ -172,6 +177,46 @@ def test_o20_rm_deletes_the_content_and_keeps_the_record(monkeypatch: pytest.Mon
     assert len(loads("ls", "--purged")) == 1
     with pytest.raises(RefusedError, match="was purged"):
         run("get", uri)
+
+
+@pytest.mark.parametrize("status", ["created", "queued", "started"])
+def test_what_an_execution_reads_that_has_not_ended_is_not_removed(status: str) -> None:
+    uri = put("a", "1")
+    records = open_records(load_settings())
+    row = {"counter": 3, "step": "train", "commit": "c", "group_name": "local", "image": "i"}
+    read = {"execution_id": "e", "file_id": "f", "input": "data", "name": "a", "uri": uri}
+    with records.write() as connection:
+        project = connection.execute(sa.select(tables.projects.c.id)).scalar_one()
+        connection.execute(
+            tables.executions.insert().values(
+                id="e", project_id=project, status=status, spec={}, ctime=now(), **row
+            )
+        )
+        connection.execute(
+            tables.execution_inputs.insert().values(**read, datum_id=uri.removeprefix("datum://"))
+        )
+    with pytest.raises(RefusedError, match=rf"is an input of train #3 \({status}\).*--force"):
+        run("rm", uri, "--yes")
+    with records.write() as connection:
+        connection.execute(tables.executions.update().values(status="complete", ended_at=now()))
+    records.close()
+    run("rm", uri, "--yes")
+    assert loads("info", uri)[0]["purged"]
+
+
+def test_i40_files_of_the_product_itself_are_not_adopted(tmp_path: Path) -> None:
+    root = tmp_path / "state" / "store"
+    uri = put("a", "1")
+    log = "logs/0b5f9a4e-1111-4222-8333-444455556666/0b5f9a4e-1111-4222-8333-444455556666/1/stdout"
+    (root / log).parent.mkdir(parents=True)
+    (root / log).write_text("hello")
+    result = run("adopt", "store://local/**", "-p", "demo", "--json", code=1)
+    answer = json.loads(result.stdout)
+    assert [known["id"] for known in answer["existing"].values()] == [uri.removeprefix("datum://")]
+    result = run("adopt", f"store://local/{log}", "-p", "demo", "--alias", "y", "--json", code=1)
+    answer = json.loads(result.stdout)
+    assert (answer["ok"], answer["created"], answer["existing"]) == (False, {}, {})
+    assert answer["problems"][0]["code"] == "adoptable_file_is_ours"
 
 
 def test_i40_objects_are_adopted_where_they_are(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from datetime import timedelta
 
 import pytest
+import sqlalchemy as sa
 
 from tests.integration.data.conftest import NOW, Place
 from valohai_dagster.data import aliases, datums
@@ -99,6 +102,58 @@ def test_t15_moving_an_alias_keeps_its_history(place: Place) -> None:
         assert datums.aliases_of(connection, [first.id, second.id]) == {first.id: ["best"]}
     assert [entry["datum_id"] for entry in history] == [first.id, second.id, first.id]
     assert history[1]["time"] == "2026-05-04T13:00:00+00:00"
+
+
+def test_t15_writers_that_meet_lose_none_of_their_moves(place: Place) -> None:
+    """Both begin while the alias is not there: the second one waits for the first, and adds its move."""
+    first, second = place.datum("a"), place.datum("b")
+    wish = {"project_id": "p1", "name": "best", "now": NOW}
+    wrote, begun = threading.Event(), threading.Event()
+
+    def other() -> None:
+        assert wrote.wait(10)
+        begun.set()
+        with place.records.write() as connection:
+            aliases.set_alias(connection, datum_id=second.id, **wish)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with place.records.write() as connection:
+        aliases.set_alias(connection, datum_id=first.id, **wish)
+        wrote.set()
+        assert begun.wait(10)
+        if place.records.engine.dialect.name == "postgresql":
+            waits_for_a_lock(place)
+    thread.join(10)
+    with place.records.read() as connection:
+        history = aliases.alias_history(connection, "p1", "best")
+    assert [move["datum_id"] for move in history] == [first.id, second.id]
+
+
+def waits_for_a_lock(place: Place) -> None:
+    """Until another connection of the database waits for a transaction to end."""
+    query = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
+    with place.records.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as watcher:
+        deadline = time.monotonic() + 10
+        while not watcher.execute(query).scalar_one():
+            assert time.monotonic() < deadline, "the other writer waits for nothing"
+            time.sleep(0.01)
+
+
+def test_content_is_found_by_its_place_however_long_the_key_is(place: Place) -> None:
+    key = "data/" + "".join(f"{number:x}/" for number in range(1000))[:4000]
+    datum = place.datum("a", key=key[:4096])
+    with place.records.write() as connection:
+        assert not datums.is_shared(connection, datum)
+        query = "SELECT id FROM vh_datums WHERE store = 'local' AND key = 'data/x' AND NOT purged"
+        if connection.dialect.name == "postgresql":
+            connection.execute(sa.text("SET LOCAL enable_seqscan = off"))
+            plan = connection.execute(sa.text(f"EXPLAIN {query}")).scalars().all()
+        else:
+            plan = [row[3] for row in connection.execute(sa.text(f"EXPLAIN QUERY PLAN {query}"))]
+    assert "ix_vh_datums_key" in " ".join(plan)
 
 
 def test_o09_tags_and_alias_of_a_sidecar_take_effect(place: Place) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.data.conftest import NOW, Place
 from valohai_dagster.data import datasets, models
-from valohai_dagster.data.datums import Datum
+from valohai_dagster.data.datums import Datum, mark_purged
 from valohai_dagster.data.sidecar_effects import apply_sidecar_effects
 from valohai_dagster.data.version_effects import executions_with_versions, settle_versions
 from valohai_dagster.data.version_wishes import ModelWish
@@ -166,7 +166,7 @@ def test_files_of_a_lost_attempt_do_not_count(place: Place) -> None:
     with place.records.write() as connection:
         from valohai_dagster.records.tables import datums
 
-        connection.execute(datums.update().values(execution_id=None))
+        connection.execute(datums.update().values(withdrawn=True))
     kept = output(place, "a", dataset_versions=["dataset://d/v"])
     settle(place)
     with place.records.read() as connection:
@@ -175,6 +175,42 @@ def test_files_of_a_lost_attempt_do_not_count(place: Place) -> None:
         found = datasets.get_dataset(connection, "p1", "d")
         assert [v.name for v in datasets.list_versions(connection, found.id)] == ["v"]
         assert models.list_versions(connection, models.get_model(connection, "p1", "m").id) == []
+
+
+def test_purged_files_are_left_out_of_a_version_and_named(place: Place) -> None:
+    for name in ("kept", "gone", "replaced", "excluded"):
+        output(place, name, "e0", dataset_versions=["dataset://d/base"])
+    settle(place, "e0")
+    wish = {"uri": "dataset://d/v", "from": "base", "exclude": ["excluded"]}
+    own = output(place, "replaced", dataset_versions=[wish])
+    purged = output(place, "own", dataset_versions=[wish, "dataset://d/only"])
+    with place.records.write() as connection:
+        base = datasets.get_version(connection, "dataset://d/base", project_id="p1")
+        ids = [d.id for d in datasets.files_of(connection, base.id) if d.name != "kept"]
+        mark_purged(connection, [*ids, purged.id])
+    warnings = settle(place)
+    with place.records.read() as connection:
+        version = datasets.get_version(connection, "dataset://d/v", project_id="p1")
+        found = {d.name: d.id for d in datasets.files_of(connection, version.id)}
+        assert set(found) == {"kept", "replaced"}
+        assert found["replaced"] == own.id
+        known = datasets.get_dataset(connection, "p1", "d")
+        assert {v.name for v in datasets.list_versions(connection, known.id)} == {"v", "base"}
+    assert warnings == [
+        "dataset://d/v: 'own' cannot be in it, since the content was purged",
+        "dataset://d/only: 'own' cannot be in it, since the content was purged",
+        "dataset://d/v: 'gone' cannot be in it, since the content was purged",
+    ]
+
+
+def test_people_make_no_version_of_purged_files(place: Place) -> None:
+    datum = place.datum("a")
+    with place.records.write() as connection:
+        mark_purged(connection, [datum.id])
+    with place.records.write() as connection, pytest.raises(RefusedError, match="was purged"):
+        datasets.create_version(
+            connection, project_id="p1", uri="dataset://d/v", datum_ids=[datum.id], now=NOW
+        )
 
 
 def test_o08_metadata_that_was_said_again_counts_as_said_last(place: Place) -> None:

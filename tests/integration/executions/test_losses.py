@@ -12,7 +12,10 @@ from tests.support.redis_server import RedisServer
 from tests.support.service import RunningService, make_spec, running_service, static_settings
 from tests.support.sim_agent import SimLease
 from valohai_agent import protocol as p
+from valohai_dagster.data.datums import list_datums
+from valohai_dagster.data.trace import trace
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, ExecutionView
+from valohai_dagster.executions.views import origins_of
 from valohai_dagster.records import tables as t
 from valohai_dagster.settings import Settings
 
@@ -126,8 +129,14 @@ def test_what_a_lost_attempt_had_stored_and_measured_is_not_told_beside_the_next
     assert [output.id for output in view.outputs] == [stored]
     assert view.latest_metadata == {"epoch": 7}
     with service.records.read() as conn:
-        kept = sa.select(t.datums.c.name).where(t.datums.c.id == superseded)
-        assert conn.execute(kept).scalar_one() == "model.bin", "somebody may use it already"
+        kept = conn.execute(sa.select(t.datums).where(t.datums.c.id == superseded)).one()
+        assert kept.name == "model.bin", "somebody may use it already"
+        assert (kept.execution_id, kept.withdrawn) == (view.id, True)
+        assert [d.id for d in list_datums(conn, execution_ids=[view.id])] == [stored]
+        assert set(origins_of(conn, [stored, superseded])) == {stored}
+        graph = trace(conn, [f"file:{superseded}"], down=False)
+        assert f"execution:{view.id}" in graph.nodes, "it is known what made it"
+        assert graph.nodes[f"file:{superseded}"].facts["of_lost_attempt"]
 
 
 def test_a_requeued_execution_goes_before_everything_that_waits(

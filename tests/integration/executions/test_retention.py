@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from valohai_dagster.data import datums
+from valohai_dagster.data.adoption import adopt, find_candidates
 from valohai_dagster.data.aliases import set_alias
-from valohai_dagster.errors import StoreUnavailable
+from valohai_dagster.errors import RefusedError, StoreUnavailable
 from valohai_dagster.executions.retention import Done, carry_out, plan_records
 from valohai_dagster.executions.retention_rules import Plan
 from valohai_dagster.records import tables as t
@@ -263,3 +265,90 @@ def test_a_store_that_is_away_costs_only_its_own_files_and_is_tried_again(
     site.retain()
     assert site.datum(ident).purged_at == NOW
     assert not site.is_there(ident)
+
+
+def test_what_came_to_be_needed_after_the_plan_stays(site: Site) -> None:
+    old = site.execution(40)
+    read, tagged, in_model, gone = (site.output(old) for _ in range(4))
+    plan = plan_records(site.records, ALL, NOW)
+    assert len(plan.of("outputs")) == 4
+    site.reads(site.execution(None), read)
+    with site.records.write() as conn:
+        datums.add_tags(conn, tagged, ["keep"])
+        conn.execute(t.models.insert().values(id="m", project_id="p", slug="net", ctime=NOW))
+        version = {"id": "v", "model_id": "m", "number": 1, "status": "pending", "ctime": NOW}
+        conn.execute(t.model_versions.insert().values(**version))
+        conn.execute(t.model_files.insert().values(version_id="v", datum_id=in_model))
+    carry_out(site.records, site.stores, ALL, plan, NOW)
+    assert [site.datum(ident).purged for ident in (read, tagged, in_model, gone)] == [0, 0, 0, 1]
+    assert all(map(site.is_there, (read, tagged, in_model)))
+
+
+@pytest.mark.parametrize(
+    "site", [pytest.param("postgres", marks=pytest.mark.postgres)], indirect=True
+)
+def test_what_is_being_given_to_an_execution_right_now_is_left_to_the_next_plan(site: Site) -> None:
+    """The transaction of an admission, which has not written its inputs yet."""
+    ident, other = (site.output(site.execution(40)) for _ in range(2))
+    with site.records.write() as conn:
+        datums.hold(conn, [ident])
+        site.retain()
+    assert (site.datum(ident).purged, site.datum(other).purged) == (False, True)
+    assert site.is_there(ident)
+    site.retain()
+    assert site.datum(ident).purged
+    with site.records.write() as conn, pytest.raises(RefusedError, match="the content was purged"):
+        datums.hold(conn, [ident])
+
+
+def test_outputs_of_lost_attempts_go_too(site: Site) -> None:
+    old, fresh = site.execution(40), site.execution(5)
+    gone, kept = site.output(old, withdrawn=True), site.output(fresh, withdrawn=True)
+    plan, _ = site.retain()
+    assert [item.id for item in plan.of("outputs")] == [gone]
+    assert plan.of("outputs")[0].name == "w.bin of train #1"
+    assert (site.is_there(gone), site.is_there(kept)) == (False, True)
+
+
+def test_an_archive_is_forgotten_before_it_goes_and_known_again_when_it_cannot(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is sent to an archive that is about to be deleted."""
+    key, _ = site.commit("old", 99), site.commit("head", 90)
+
+    def known() -> list[str]:
+        with site.records.read() as conn:
+            return list(conn.execute(sa.select(t.commits.c.identifier)).scalars())
+
+    def refuse(key: str) -> None:
+        assert known() == ["head"]
+        raise StoreUnavailable("the store is away", store="local")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site.stores.code, "delete", refuse)
+        _, done = site.retain()
+    assert any("commit old" in text for text in done.problems)
+    assert sorted(known()) == ["head", "old"]
+    site.retain()
+    assert (known(), site.stores.code.stat(key)) == (["head"], None)
+
+
+def test_i40_what_the_product_keeps_itself_is_not_adopted(site: Site) -> None:
+    old = site.execution(40)
+    output, commit = site.output(old), site.commit("abc", 99)
+    going_on = f"data/p/{uuid.uuid4()}/{uuid.uuid4()}/w.bin"
+    for key in (going_on, "data/mine/a.csv"):
+        site.stores.default.put(key, b"1")
+    candidates, _ = find_candidates(["store://local/**"], site.stores)
+    adopted = adopt(site.records, candidates, project_id="p", now=NOW)
+    assert [datum.key for datum in adopted.created.values()] == ["data/mine/a.csv"]
+    assert [datum.id for datum in adopted.existing.values()] == [output]
+    (refused,) = adopted.refused
+    assert refused.code == "adoptable_file_is_ours"
+    assert "store://local/**: 3 of the objects are files of this product" in refused.message
+    assert {going_on, commit, f"logs/{old}/stdout"} == {c.stat.key for c in candidates} - {
+        site.datum(output).key,
+        "data/mine/a.csv",
+    }
+    site.retain()
+    assert all(map(site.is_there, (datum.id for datum in adopted.created.values())))

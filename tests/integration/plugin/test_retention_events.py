@@ -156,6 +156,31 @@ def test_work_goes_on_after_the_last_run_that_was_done(
     assert again.counts["events"] == 0
 
 
+def test_runs_that_changed_at_one_moment_are_all_done(
+    instance: DagsterInstance, records: Records, settings: Settings
+) -> None:
+    """A batch ends among them, twice, and others follow."""
+    from dagster._core.storage.runs.schema import RunsTable
+
+    settings = with_days(settings, events_days=30, batch=2)
+    runs = [dg.materialize([table], instance=instance).run_id for _ in range(6)]
+    storage: Any = instance.run_storage
+    at_once = RunsTable.c.run_id.in_(runs[:5])
+    with storage.connect() as connection:
+        moment = connection.execute(
+            RunsTable.select().with_only_columns(RunsTable.c.update_timestamp).where(at_once)
+        ).scalars()
+        change = RunsTable.update().where(at_once).values(update_timestamp=min(moment))
+        connection.execute(change)
+    for count in (2, 2, 2, 0):
+        plan, done = Plan(), Done()
+        plan_events(instance, records, settings, in_days(31), plan)
+        remove_events(instance, records, settings, in_days(31), done)
+        assert len(plan.items) == count
+    assert not done.cursors
+    assert all(passing_events(instance, run_id) == (0, 0) for run_id in runs)
+
+
 def test_running_runs_are_left_alone(
     instance: DagsterInstance, records: Records, settings: Settings
 ) -> None:
