@@ -98,8 +98,7 @@ class JobRun:
             tick=lambda: self._console.tick(),
         )
         self._lock = threading.Lock()
-        self._stop_requested = False
-        self._starting = False
+        self._stop_requested = self._starting = False
         self._stop_reason = ""
         self._collecting = threading.Event()
         self._cancel_preparing = threading.Event()
@@ -425,10 +424,10 @@ class JobRun:
                 interpolated_command="\n".join(self.job.commands),
             )
         )
-        return bool(logs)
+        return len(logs) == len(self._console.close())
 
     def _store_logs(self) -> list[LogStored]:
-        """The complete files; what cannot be stored stays on the worker's disk for salvage."""
+        """The complete files; of what cannot be stored the control plane keeps the live log, or our file on its host."""
         files = self._console.close()
         if self._console.write_error:
             self.lease.report(Warned(message=self._console.write_error))
@@ -441,6 +440,7 @@ class JobRun:
                 transferer=Transferer(),
                 request_grants=self.lease.request_grants,
                 warn=lambda text: self.lease.report(Warned(message=text)),
+                wait=self._cancel_uploading.wait,
             )
         except AgentError as exc:
             self.lease.report(Warned(message=f"the complete log could not be stored: {exc}"))

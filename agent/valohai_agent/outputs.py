@@ -8,7 +8,7 @@ import logging
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 QUIET_SECONDS = 0.5  # a read-only file that was written this recently may still be copied
 RETRY_SECONDS = 10.0  # between tries of a live file that could not be uploaded
 LOGGED_FILES = 100  # above that, uploads are counted instead of named
+LOG_SECONDS = 300.0  # that tries to store the logs go on; what is not stored then the control plane may salvage
+LOG_PAUSE_SECONDS = 2.0  # after the first try; doubled each time
+LOG_LONGEST_PAUSE_SECONDS = 60.0
 T = TypeVar("T")
 
 
@@ -370,44 +373,50 @@ class OutputCollector:
 
 
 def upload_logs(
-    files: dict[str, Path],
-    lines: dict[str, int],
+    files: Mapping[str, Path],
+    lines: Mapping[str, int],
     *,
     transferer: Transferer,
     request_grants: Callable[[list[GrantRequest]], Grants],
     warn: Callable[[str], None],
+    wait: Callable[[float], bool],
+    now: Callable[[], float] = time.monotonic,
 ) -> list[LogStored]:
-    """Stores the complete log files (stdout, stderr, events); a failure is a warning only."""
-    requests = [
-        GrantRequest(id=f"log-{name}", kind="log", name=name, size=_size(path))
-        for name, path in files.items()
-    ]
-    grants = request_grants(requests)
-    stored = []
-    for name, path in files.items():
-        grant = _granted(grants, f"log-{name}")
-        try:
-            if isinstance(grant, str):
-                raise OutputError(grant)
-            moved = transferer.upload(
-                path,
-                grant,
-                name=f"log {name!r}",
-                more=further_parts(request_grants, grant.upload_id),
-            )
-        except (AgentError, OSError) as error:
-            warn(f"The {name} log could not be stored: {error}.")
-            continue
-        stored.append(
-            LogStored.model_validate(
-                {
-                    "stream": name,
-                    "upload_id": grant.upload_id,
-                    "size": moved.size,
-                    "lines": lines.get(name, 0),
-                }
-            )
-        )
+    """Stores the complete log files (stdout, stderr, events); what fails for LOG_SECONDS is a warning only.
+
+    `wait` waits some seconds between two tries; it gives True when there shall be no other.
+    """
+    stored: list[LogStored] = []
+    missing, pause, end = list(files), LOG_PAUSE_SECONDS, now() + LOG_SECONDS
+    while True:
+        problems: dict[str, str] = {}
+        requests = [
+            GrantRequest(id=f"log-{name}", kind="log", name=name, size=_size(files[name]))
+            for name in missing
+        ]
+        grants = request_grants(requests)
+        for name in missing:
+            grant = _granted(grants, f"log-{name}")
+            try:
+                if isinstance(grant, str):
+                    raise OutputError(grant)
+                size = transferer.upload(
+                    files[name],
+                    grant,
+                    name=f"log {name!r}",
+                    more=further_parts(request_grants, grant.upload_id),
+                ).size
+            except (AgentError, OSError) as error:
+                problems[name] = str(error)
+                continue
+            report = {"stream": name, "upload_id": grant.upload_id, "size": size}
+            stored.append(LogStored.model_validate({**report, "lines": lines.get(name, 0)}))
+        missing = list(problems)
+        if not missing or now() + pause > end or wait(pause):
+            break
+        pause = min(pause * 2, LOG_LONGEST_PAUSE_SECONDS)
+    for name, problem in problems.items():
+        warn(f"The {name} log could not be stored: {problem}.")
     return stored
 
 

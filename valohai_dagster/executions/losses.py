@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from valohai_dagster.executions import ledger
 from valohai_dagster.executions.core import ServiceCore, queued_event
@@ -15,17 +13,11 @@ from valohai_dagster.executions.grants import job_of
 from valohai_dagster.executions.lifecycle import Loss, LossStep, judge_loss
 from valohai_dagster.executions.memory import Active, Metrics
 from valohai_dagster.executions.outbox import Outbox
-from valohai_dagster.executions.salvage import from_files, from_live, store_salvaged
+from valohai_dagster.executions.salvage import Supervisor, salvage
 from valohai_dagster.executions.stops import add_final, end
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, FollowEvent
 from valohai_dagster.executions.writing import Writing
 from valohai_dagster.records import tables as t
-
-
-class Supervisor(Protocol):
-    """What a group on this host knows of its agents."""
-
-    def attempt_logs(self, execution_id: str, attempt: int) -> Path: ...
 
 
 class Losses:
@@ -159,20 +151,14 @@ class Losses:
         await self._core.deliver(await self._core.transact(change))
 
     async def _salvage(self, active: Active) -> dict[str, Any]:
-        """The dead agent's own files if it ran on this host, else what arrived of its live log."""
-        core = self._core
-        local = self._groups.get(active.group)
-        left = local.attempt_logs(active.id, active.attempt) if local else None
-        files = await asyncio.to_thread(from_files, left) if left else {}
-        complete = bool(files)
-        if not files:
-            live = core.keys.log(active.group, active.id, active.attempt)
-            entries: Any = await core.dispatch.redis.xrange(live)
-            files = from_live(entries)
-        details = await core.read(lambda conn: ledger.details_of(conn, active.id))
-        prefix = f"logs/{details.project_id}/{active.id}/{active.attempt}"
-        store = core.stores[core.settings.log_store_name]
-        return await asyncio.to_thread(store_salvaged, files, store, prefix, complete=complete)
+        found = await salvage(
+            self._core,
+            self._groups,
+            group=active.group,
+            execution_id=active.id,
+            attempt=active.attempt,
+        )
+        return found or {}
 
 
 def _same_attempt(writing: Writing, active: Active) -> Active | None:

@@ -1,23 +1,32 @@
-"""Keeps the log of an attempt whose worker is lost."""
+"""Keeps the log of an attempt whose agent did not store it: its worker is lost, or its store was away."""
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import logging
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from valohai_agent.protocol import STATUS_PREFIX, LogStream
 from valohai_dagster.errors import StoreError
+from valohai_dagster.executions import ledger
+from valohai_dagster.executions.core import ServiceCore
 from valohai_dagster.stores.base import Store
 
 log = logging.getLogger(__name__)
 
-_STREAMS = ("stdout", "stderr", "events")
+STREAMS = ("stdout", "stderr", "events")
+
+
+class Supervisor(Protocol):
+    """What a group on this host knows of its agents."""
+
+    def attempt_logs(self, execution_id: str, attempt: int) -> Path: ...
 
 
 @dataclass
@@ -50,12 +59,50 @@ class Salvaged:
         self.pieces.append((self._position, len(self.content)))
 
 
+async def salvage(
+    core: ServiceCore,
+    groups: Mapping[str, Supervisor],
+    *,
+    group: str,
+    execution_id: str,
+    attempt: int,
+    streams: Collection[str] = STREAMS,
+) -> dict[str, Any] | None:
+    """Stores the agent's own files if it ran on this host, else what arrived of its live log.
+
+    Gives the entries for the attempt's record, fewer than there could be while the store refuses; None if nothing is
+    left to be stored.
+    """
+    local = groups.get(group)
+    left = local.attempt_logs(execution_id, attempt) if local else None
+    files: Mapping[str, bytes | Salvaged] = {}
+    if left is not None:
+        files = await asyncio.to_thread(from_files, left)
+    complete = bool(files)
+    if not files:
+        live = core.keys.log(group, execution_id, attempt)
+        entries: Any = await core.dispatch.redis.xrange(live)
+        files = from_live(entries)
+    wanted = {stream: files[stream] for stream in streams if stream in files}
+    if not wanted:
+        return None
+    details = await core.read(lambda conn: ledger.details_of(conn, execution_id))
+    prefix = f"logs/{details.project_id}/{execution_id}/{attempt}"
+    try:
+        store = core.stores[core.settings.log_store_name]
+    except StoreError as error:
+        text = "the log of an attempt cannot be stored for now: %s"
+        log.warning(text, error, extra={"action": "salvage", "execution": execution_id})
+        return {}
+    return await asyncio.to_thread(store_salvaged, wanted, store, prefix, complete=complete)
+
+
 def store_salvaged(
     files: Mapping[str, bytes | Salvaged], store: Store, prefix: str, *, complete: bool
 ) -> dict[str, Any]:
-    """Stores what is known of a lost attempt's log and returns the entries for its record.
+    """Stores what is known of an attempt's log and returns the entries for its record.
 
-    A store that refuses leaves the live log as the only copy, for as long as that lives.
+    A store that refuses leaves the live log as the only copy, for as long as that lives; `LateLogs` tries again.
     """
     stored: dict[str, Any] = {}
     for stream, found in files.items():
@@ -64,10 +111,9 @@ def store_salvaged(
         try:
             store.put(key, content)
         except StoreError as error:
-            log.warning(
-                "the log of a lost attempt cannot be stored: %s", error, extra={"action": "salvage"}
-            )
-            return {}
+            text = "the log %s of an attempt cannot be stored for now: %s"
+            log.warning(text, stream, error, extra={"action": "salvage"})
+            return stored
         lines = content.count(b"\n") if stream != "events" else 0
         stored[stream] = {
             "store": store.name,
@@ -82,9 +128,9 @@ def store_salvaged(
 
 
 def from_files(directory: Path) -> dict[str, bytes]:
-    """The complete log that a dead agent left on this host; empty if it left none."""
+    """The complete log that an agent left on this host; empty if it left none."""
     found = {}
-    for stream in _STREAMS:
+    for stream in STREAMS:
         try:
             content = (directory / stream).read_bytes()
         except OSError:

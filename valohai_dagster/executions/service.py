@@ -24,6 +24,7 @@ from valohai_dagster.executions.deaths import Deaths
 from valohai_dagster.executions.grants import GrantPlanner
 from valohai_dagster.executions.identity import Identity
 from valohai_dagster.executions.intake import Intake
+from valohai_dagster.executions.late_logs import LateLogs
 from valohai_dagster.executions.local_groups import LocalGroups
 from valohai_dagster.executions.losses import Losses
 from valohai_dagster.executions.minting import Minting
@@ -95,6 +96,7 @@ class ExecutionService(ServiceCore):
         self.surveys = Surveys(self, self.shards, admission)
         self._intake = Intake(self, self.shards, admission, self._stops, self.surveys)
         self.sweeper = Sweeper(self, self.shards, secret_key)
+        self.late_logs = LateLogs(self, self.shards, self.groups)
         self._serving: asyncio.Future[None] | None = None
         self._leaving: asyncio.Future[None] | None = None
 
@@ -115,6 +117,7 @@ class ExecutionService(ServiceCore):
                 self._forever(self._tick),
                 self._forever(self._supervision.step),
                 self._forever(self.sweeper.step),
+                self._forever(self.late_logs.step),
             )
         )
         try:

@@ -385,20 +385,70 @@ def test_many_outputs_are_asked_for_in_batches_and_summed_up(rig: Rig) -> None:
     assert rig.status[-1] == "uploaded 1201 outputs, 0 B"
 
 
-def test_logs_are_stored_and_a_failure_is_only_a_warning(rig: Rig, tmp_path: Path) -> None:
-    out, err = tmp_path / "stdout", tmp_path / "stderr"
-    out.write_bytes(b"hello\n")
+class LogRig:
+    """Stores the logs `stdout` and `stderr`; `pauses` are the waits between tries, which pass at once."""
+
+    def __init__(self, rig: Rig, directory: Path) -> None:
+        self.rig = rig
+        self.files = {name: directory / name for name in ("stdout", "stderr")}
+        for path in self.files.values():
+            path.write_bytes(b"hello\n")
+        self.pauses: list[float] = []
+        self.end_after = 1000
+
+    def wait(self, seconds: float) -> bool:
+        self.pauses.append(seconds)
+        return len(self.pauses) >= self.end_after
+
+    def upload(self) -> list[str]:
+        stored = upload_logs(
+            self.files,
+            {"stdout": 1, "stderr": 1},
+            transferer=Transferer(attempts=1),
+            request_grants=self.rig.grant,
+            warn=self.rig.warnings.append,
+            wait=self.wait,
+            now=lambda: sum(self.pauses),
+        )
+        assert {(log.size, log.lines) for log in stored} <= {(6, 1)}
+        return [log.stream for log in stored]
+
+
+@pytest.fixture
+def logs(rig: Rig, tmp_path: Path) -> LogRig:
+    return LogRig(rig, tmp_path)
+
+
+def test_logs_that_cannot_be_stored_for_long_are_a_warning_only(rig: Rig, logs: LogRig) -> None:
     rig.refuse["stderr"] = "full"
-    stored = upload_logs(
-        {"stdout": out, "stderr": err},
-        {"stdout": 1},
-        transferer=Transferer(attempts=1),
-        request_grants=rig.grant,
-        warn=rig.warnings.append,
-    )
-    assert [(log.stream, log.size, log.lines) for log in stored] == [("stdout", 6, 1)]
+    assert logs.upload() == ["stdout"]
     assert rig.warnings == ["The stderr log could not be stored: full."]
-    assert [request.kind for request in rig.requests] == ["log", "log"]
+    assert logs.pauses[:3] == [2, 4, 8]
+    assert 200 < sum(logs.pauses) <= 300
+    assert [request.name for request in rig.requests].count("stdout") == 1
+    assert {request.kind for request in rig.requests} == {"log"}
+
+
+def test_logs_are_stored_once_their_store_is_back(rig: Rig, logs: LogRig) -> None:
+    rig.store.write_text("no directory: nothing can be written there")
+
+    def wait(seconds: float) -> bool:
+        if len(logs.pauses) == 2:
+            rig.store.unlink()
+        return LogRig.wait(logs, seconds)
+
+    logs.wait = wait
+    assert logs.upload() == ["stdout", "stderr"]
+    assert logs.pauses == [2, 4, 8]
+    assert rig.warnings == []
+
+
+def test_a_hard_stop_ends_the_tries_to_store_logs(rig: Rig, logs: LogRig) -> None:
+    rig.refuse = {"stdout": "away", "stderr": "away"}
+    logs.end_after = 1
+    assert logs.upload() == []
+    assert logs.pauses == [2]
+    assert len(rig.warnings) == 2
 
 
 def test_checksums_of_a_link_are_those_of_its_content(rig: Rig) -> None:
