@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from valohai_dagster.data.aliases import is_datum_id
-from valohai_dagster.data.placement import public_url
+from valohai_dagster.data.placement import public_uri
 from valohai_dagster.projects.edges import StepEdge
 from valohai_dagster.projects.names import legal_name
 
@@ -44,6 +44,9 @@ class ExternalSource:
     path: KeyPath  # of its asset key
     environment: str | None  # of the first step that uses it: whose machines read it
     uses: tuple[SourceUse, ...]
+    keeps_directories: bool = (
+        False  # whether an input that it feeds does, so that equal names may be several files
+    )
 
     @property
     def is_pattern(self) -> bool:
@@ -71,8 +74,11 @@ def external_sources(
             for uri in _defaults(declared):
                 source = _source(uri, step, declared)
                 known = found.get(source.uri)
-                uses = (*known.uses, *source.uses) if known else source.uses
-                found[source.uri] = replace(known or source, uses=uses)
+                if known is not None:
+                    keeps = known.keeps_directories or source.keeps_directories
+                    uses = (*known.uses, *source.uses)
+                    source = replace(known, uses=uses, keeps_directories=keeps)
+                found[source.uri] = source
     return _with_paths(project_name, list(found.values()))
 
 
@@ -95,7 +101,7 @@ def _is_external(uri: str) -> bool:
 
 
 def _source(uri: str, step: Any, declared: Any) -> ExternalSource:
-    shown = public_url(uri) if _is_web(uri) else uri
+    shown = public_uri(uri)
     descends = declared.keep_directories.value != "none"
     use = SourceUse(step=step.name, input=declared.name, asked=shown)
     return ExternalSource(
@@ -104,6 +110,7 @@ def _source(uri: str, step: Any, declared: Any) -> ExternalSource:
         path=(),
         environment=step.step.environment,
         uses=(use,),
+        keeps_directories=descends,
     )
 
 

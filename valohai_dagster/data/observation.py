@@ -2,7 +2,8 @@
 
 The version is made of the same parts whether somebody looks (`observe`) or an execution has used the source
 (`version_used`), so that both can be compared: of one file what its store calls the content, of several a digest of
-their names and versions, and the sha256 where a server names no version.
+their names and versions, and the sha256 where a server names no version. Files of a dataset or a model count by their
+own names and checksums, whichever datums they are: two versions that hold the same are one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ _WEB = ("http://", "https://")
 
 class UsedFile(Protocol):
     """What the records know of an input file of an execution."""
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def uri(self) -> str: ...
@@ -85,27 +89,30 @@ def observe(
 
     Raises `SourceUnreadable` with the reason: nothing there, denied, the store is down.
     """
-    wanted = InputSpec(name="source", uris=[source.read], optional=source.is_pattern)
+    wanted = InputSpec(
+        name="source",
+        uris=[source.read],
+        optional=source.is_pattern,
+        keep_directories="full" if source.keeps_directories else "none",
+    )
     try:
         resolved = resolve_inputs(
             [wanted], connection=connection, stores=stores, group=group, project_id=project_id
         )
-        found = [
-            _seen(file, resolved.sources[file.id], stores, source)
-            for file in resolved.inputs[0].files
-        ]
+        files = resolved.inputs[0].files
+        found = [_seen(file, resolved.sources[file.id], stores, source) for file in files]
     except ResolutionError as error:
         raise _unreadable(source, "; ".join(error.problems)) from None
     except StoreError as error:
         raise _unreadable(source, str(error)) from None
-    pairs = [(file.uri, file.version) for file in found]
+    pairs = zip(_names(files), [file.version for file in found], strict=True)
     return Seen(version=version_of(pairs, is_pattern=source.is_pattern), files=tuple(found))
 
 
 def version_used(files: Sequence[UsedFile], *, is_pattern: bool) -> str | None:
     """The same of the files that an execution took; None when it took none, or one of them was not read."""
-    pairs = [(file.uri, _version_used(file)) for file in files]
-    known = [(uri, version) for uri, version in pairs if version is not None]
+    pairs = list(zip(_names(files), map(_version_used, files), strict=True))
+    known = [(name, version) for name, version in pairs if version is not None]
     if not pairs or len(known) < len(pairs):
         return None
     return version_of(known, is_pattern=is_pattern)
@@ -117,9 +124,20 @@ def _version_used(file: UsedFile) -> str | None:
     return file.version or file.sha256
 
 
+def _names(files: Sequence[UsedFile] | Sequence[JobFile]) -> list[str]:
+    """What tells the files of a source apart: their URIs.
+
+    A datum's id says nothing about its content, so of datums it is the last part of the name: the directories before
+    it are placed as each input wants. An only one needs none; an input's `filename` may have replaced it.
+    """
+    if len(files) == 1 and files[0].datum_id is not None:
+        return [""]
+    return [file.uri if file.datum_id is None else file.name.rpartition("/")[2] for file in files]
+
+
 def version_of(files: Iterable[tuple[str, str]], *, is_pattern: bool) -> str:
-    """One text for (uri, version) of all files."""
-    pairs = sorted((uri, plain_version(version)) for uri, version in files)
+    """One text for (name, version) of all files."""
+    pairs = sorted((name, plain_version(version)) for name, version in files)
     if len(pairs) == 1 and not is_pattern:
         return pairs[0][1]
     return hashlib.sha256(json.dumps(pairs, separators=(",", ":")).encode()).hexdigest()[:40]
@@ -156,11 +174,14 @@ def ask_server(url: str, shown: str) -> SeenFile:
     """
     import httpx
 
+    from valohai_dagster.stores.remote import certificates  # which keeps addresses out of the log
+
     headers = {"Accept-Encoding": "identity"}
     try:
-        with httpx.stream(
-            "GET", url, headers=headers, follow_redirects=True, timeout=SECONDS
-        ) as answer:
+        with (
+            httpx.Client(verify=certificates(), follow_redirects=True, timeout=SECONDS) as client,
+            client.stream("GET", url, headers=headers) as answer,
+        ):
             if not answer.is_success:
                 what = {401: "denied", 403: "denied", 404: "not there"}.get(answer.status_code)
                 text = f"the server answers {answer.status_code}" + (f", {what}" if what else "")

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable
 from typing import Literal
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from valohai_agent.protocol import JobFile
 
 KeepDirectories = Literal["none", "suffix", "full"]
 UNNAMED = "download"  # a URL without a usable last segment
-_SECRET_QUERY = {
-    "access_token",
-    "api_key",
-    "apikey",
-    "sig",
-    "signature",
-    "token",
-    "x-amz-credential",
-    "x-amz-security-token",
-    "x-amz-signature",
-    "x-goog-credential",
-    "x-goog-signature",
-}
+MARK = 8  # characters of the digest that stands for the values of a query
+_NAME = re.compile(r"[\w.~%\[\]$:-]{1,100}", re.ASCII)
+_PIECE = rf"(?:{_NAME.pattern}=)?\*\*\*"
+_SHOWN_QUERY = re.compile(rf"{_PIECE}(?:&{_PIECE})*&\*\*\*[0-9a-f]{{{MARK}}}", re.ASCII)
 
 
 def place(key: str, *, keep: KeepDirectories, root: str = "") -> str:
@@ -58,18 +51,37 @@ def rename(path: str, filename: str) -> str:
     return folder + slash + filename
 
 
+def public_uri(uri: str) -> str:
+    """An input's URI as it may be shown; only web addresses hold credentials."""
+    return public_url(uri) if uri.lower().startswith(("http://", "https://")) else uri
+
+
 def public_url(url: str) -> str:
-    """The URL as it may be shown: without user and password, signatures and tokens in the query blanked."""
+    """The URL as it may be shown: without user, password and fragment, and without the values of its query, any of
+    which may be a credential.
+
+    A digest keeps apart URLs whose values differ. What may be shown already stays as it is.
+
+    >>> public_url("https://me:pw@host/a.csv?day=1&token=abc")
+    'https://host/a.csv?day=***&token=***&***57f07d58'
+    """
     try:
         parts = urlsplit(url)
+        _ = parts.port  # no number where a password has a character that ends a host
     except ValueError:
         return url.partition("://")[0] + "://(not readable as a URL)"
     location = parts.netloc.rpartition("@")[2]
-    pairs = parse_qsl(parts.query, keep_blank_values=True)
-    if any(name.lower() in _SECRET_QUERY for name, _ in pairs):
-        shown = [(n, "***" if n.lower() in _SECRET_QUERY else v) for n, v in pairs]
-        parts = parts._replace(query=urlencode(shown, safe="*", quote_via=quote))
-    return urlunsplit(parts._replace(netloc=location))
+    return urlunsplit(parts._replace(netloc=location, query=_shown(parts.query), fragment=""))
+
+
+def _shown(query: str) -> str:
+    """The names that look like names, and a digest of all."""
+    if not query or _SHOWN_QUERY.fullmatch(query):
+        return query
+    pairs = [piece.partition("=") for piece in query.split("&")]
+    names = [f"{name}=" if equals and _NAME.fullmatch(name) else "" for name, equals, _ in pairs]
+    digest = hashlib.sha256(query.encode("utf-8", "surrogatepass")).hexdigest()
+    return "&".join(f"{shown}***" for shown in [*names, ""]) + digest[:MARK]
 
 
 def settle(input_name: str, files: Iterable[JobFile]) -> tuple[list[JobFile], list[str], list[str]]:

@@ -75,11 +75,11 @@ class _Resolver:
         found: list[_Found] = []
         for uri in spec.uris:
             try:
-                asked = _shown(uri)
+                asked = placement.public_uri(uri)
                 found.extend(replace(one, asked=asked) for one in self._resolve(spec, uri))
             except (RefusedError, StoreError, ValueError) as error:
                 self.problems.append(
-                    f"input {spec.name!r}: {_shown(uri)}: {_without(str(error), uri)}"
+                    f"input {spec.name!r}: {placement.public_uri(uri)}: {_without(str(error), uri)}"
                 )
         if spec.filename and len(found) == 1:
             found = [_renamed(found[0], spec.filename)]
@@ -246,7 +246,7 @@ def _checked(resolver: _Resolver, spec: InputSpec) -> list[_Found]:
 def _nothing(spec: InputSpec) -> str:
     if not spec.uris:
         return f"input {spec.name!r} is required and has no URI; give it one at launch or a default in valohai.yaml"
-    shown = ", ".join(_shown(uri) for uri in spec.uris)
+    shown = ", ".join(placement.public_uri(uri) for uri in spec.uris)
     return f"input {spec.name!r} is required, but no file matches {shown}; check the path, or make the input optional"
 
 
@@ -269,7 +269,14 @@ def _of_datum(datum: Datum, spec: InputSpec) -> _Found:
 
 def _url(uri: str, spec: InputSpec) -> _Found:
     parts = urlsplit(uri)
-    if not parts.hostname or parts.port == 0:
+    try:
+        has_host = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # whose words may repeat a piece of a password
+        raise RefusedError(
+            "the URL's port is not a number; in a user's name or password, write `/`, `?`, `#` and `@` as %2F, %3F, "
+            "%23 and %40"
+        ) from None
+    if not has_host:
         raise RefusedError("the URL has no host")
     if any(ord(character) < ord(" ") for character in uri):
         raise RefusedError("the URL contains a line break or another control character")
@@ -304,10 +311,6 @@ def _renamed(found: _Found, filename: str) -> _Found:
 
 def _below(path: str, root: str) -> bool:
     return path == root or path.startswith(root.rstrip("/") + "/")
-
-
-def _shown(uri: str) -> str:
-    return placement.public_url(uri) if uri.lower().startswith(("http://", "https://")) else uri
 
 
 def _without(text: str, uri: str) -> str:

@@ -10,7 +10,7 @@ import base64
 from collections.abc import Callable
 
 from valohai_dagster.data.input_spec import InputSpec
-from valohai_dagster.data.placement import public_url
+from valohai_dagster.data.placement import public_uri
 from valohai_dagster.data.secrets import SecretKey
 from valohai_dagster.executions.spec_model import ExecutionSpec
 
@@ -33,7 +33,7 @@ def seal_credentials(spec: ExecutionSpec, key: Callable[[], SecretKey]) -> Execu
 
 def shown_inputs(spec: ExecutionSpec) -> list[InputSpec]:
     """The inputs with URLs that may be shown."""
-    return [_with_uris(item, [_shown(uri) for uri in item.uris]) for item in spec.inputs]
+    return [_with_uris(item, [public_uri(uri) for uri in item.uris]) for item in spec.inputs]
 
 
 def open_credentials(spec: ExecutionSpec, key: SecretKey) -> list[InputSpec]:
@@ -43,10 +43,6 @@ def open_credentials(spec: ExecutionSpec, key: SecretKey) -> list[InputSpec]:
         _with_uris(item, [true.get(f"{item.name}/{i}", uri) for i, uri in enumerate(item.uris)])
         for item in spec.inputs
     ]
-
-
-def _shown(uri: str) -> str:
-    return public_url(uri) if uri.lower().startswith(("http://", "https://")) else uri
 
 
 def _with_uris(item: InputSpec, uris: list[str]) -> InputSpec:

@@ -16,6 +16,7 @@ from dagster import Array, Bool, Enum, EnumValue, Field, Float, Int, Map, Noneab
 from valohai_yaml.objs.input import Input
 from valohai_yaml.objs.parameter import Parameter
 
+from valohai_dagster.data.placement import public_uri
 from valohai_dagster.executions.spec import StepConfig
 from valohai_dagster.projects.step import StepDefinition
 
@@ -229,7 +230,7 @@ def _sentences(parts: list[str]) -> str:
 
 def input_field(item: Input, *, fed: frozenset[tuple[str, str]] = frozenset()) -> Field:
     """One input: a list of URIs, which replaces the default list entirely (Y-41). For fed ones see `parameter_field`."""
-    defaults = default_uris(item)
+    defaults = _shown_uris(item)
     is_fed = ("input", item.name) in fed
     parts = [item.description.strip() if item.description else ""]
     if is_fed:
@@ -271,7 +272,7 @@ def step_config(
         if name in written_parameters or value != _default_of(step, name)
     }
     inputs = {
-        name: value
+        name: _true_uris(step, name, value)
         for name, value in (config.get("inputs") or {}).items()
         if name in written_inputs or value != _default_uris_of(step, name)
     }
@@ -302,7 +303,19 @@ def _default_of(step: StepDefinition, name: str) -> Any:
 
 def _default_uris_of(step: StepDefinition, name: str) -> Any:
     item = step.step.inputs.get(name)
-    return _MISSING if item is None else default_uris(item)
+    return _MISSING if item is None else _shown_uris(item)
+
+
+def _shown_uris(item: Input) -> list[str]:
+    """The defaults without credentials: Dagster keeps schemas, and the Launchpad writes defaults into configs."""
+    return [public_uri(uri) for uri in default_uris(item)]
+
+
+def _true_uris(step: StepDefinition, name: str, uris: Sequence[str]) -> list[str]:
+    """A default that came back as it was shown is the true one again."""
+    item = step.step.inputs.get(name)
+    true = {public_uri(uri): uri for uri in default_uris(item)} if item is not None else {}
+    return [true.get(uri, uri) for uri in uris]
 
 
 def written_config(run_config: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]:

@@ -120,25 +120,25 @@ class _Glob:
         self._start = self._settled(1)
         self._known: dict[tuple[int, str], int] = {}
 
-    def _lay_out(self, tokens: list[str]) -> int:
-        """Places in the order of the tokens; returns the last one."""
+    def _lay_out(self, pieces: list[str]) -> int:
+        """Places in the order of the pieces; returns the last one."""
         place = 0
-        for token in tokens:
+        for piece in pieces:
             bit = 1 << place
-            if token == "**/":  # nothing, or any text and a slash
+            if piece == "**/":  # nothing, or any text and a slash
                 self._skip, self._skip_two = self._skip | bit, self._skip_two | bit
                 self._deep |= bit << 1
                 self._literals["/"] = self._literals.get("/", 0) | bit << 1
                 place += 2
-            elif "*" in token:
+            elif "*" in piece:
                 self._skip |= bit
-                if token == "**":
+                if piece == "**":
                     self._deep |= bit
                 else:
                     self._level |= bit
                 place += 1
             else:
-                for character in token:
+                for character in piece:
                     self._literals[character] = self._literals.get(character, 0) | 1 << place
                     place += 1
         return place

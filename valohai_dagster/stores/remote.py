@@ -35,19 +35,21 @@ CHUNK_BYTES = 1024 * 1024
 READ_TRIES = 4  # connections that one content may take
 
 
-class _WithoutQueries(logging.Filter):
-    """httpx tells the log of every request, address and all; the query of a signed address is a credential."""
+class _WithoutCredentials(logging.Filter):
+    """httpx tells the log of every request, address and all; users, passwords and queries may be credentials."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
             record.args = tuple(
-                value.copy_with(query=None) if isinstance(value, httpx.URL) else value
+                value.copy_with(userinfo=b"", query=None, fragment=None)
+                if isinstance(value, httpx.URL)
+                else value
                 for value in record.args
             )
         return True
 
 
-logging.getLogger("httpx").addFilter(_WithoutQueries())
+logging.getLogger("httpx").addFilter(_WithoutCredentials())
 
 
 class Readable(Protocol):

@@ -274,7 +274,7 @@ def test_i32_changed_content_under_one_url_is_warned_about(
 def test_credentials_in_an_input_url_reach_only_the_agent(
     service: RunningService, redis_server: RedisServer
 ):
-    url = "http://user:hunter22@example.org/data.csv"
+    url = "http://user:hunter22@example.org/data.csv?private_token=hunter22&v=hunter22"
     spec = make_spec(inputs=[InputSpec(name="data", uris=[url])])
     service.client.submit(spec)
     lease = service.agent(redis_server).take()

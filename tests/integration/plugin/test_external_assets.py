@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,11 @@ from tests.support.web import Web, content, serve, status
 from valohai_agent.protocol import utcnow
 from valohai_dagster import build_observe_sensor, load_valohai_project
 from valohai_dagster.data.aliases import set_alias
+from valohai_dagster.data.datasets import create_version
 from valohai_dagster.data.datums import Datum, create_datum
+from valohai_dagster.data.observation import version_used
 from valohai_dagster.executions.ledger import ensure_project
+from valohai_dagster.executions.stream import InputView
 from valohai_dagster.plugin.compat import DATA_VERSION_TAG
 from valohai_dagster.plugin.external import observe_all
 from valohai_dagster.projects.names import legal_name
@@ -87,6 +92,23 @@ def test_a_web_file_is_known_by_its_etag_or_by_its_content(
     assert "mtime" in metadata
     texts = [str(key) for key in observable.keys] + [str(metadata), str(observable.specs_by_key)]
     assert "geheim" not in "".join(texts)
+
+
+def test_the_log_does_not_repeat_the_credentials_of_an_address_that_is_observed(web: Web) -> None:
+    """In a process of its own, which has not met any store."""
+    web.answers["/a.csv"] = [content(b"abc")]
+    url = web.url("/a.csv").replace("//", "//me:geheim@") + "?token=geheim"
+    code = (
+        "import logging, sys; logging.basicConfig(level='INFO')\n"
+        "from valohai_dagster.data.observation import ask_server\n"
+        "print(ask_server(sys.argv[1], 'shown'))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, url], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "HTTP Request: GET" in ran.stderr
+    assert "size=3" in ran.stdout
+    assert "geheim" not in ran.stderr + ran.stdout
 
 
 def test_what_cannot_be_observed_is_named_and_keeps_nothing_else_from_it(
@@ -160,6 +182,57 @@ def test_an_alias_and_a_listing_change_with_what_they_name(
     record = instance.fetch_observations(listing, limit=1).records[0]
     assert record.asset_observation is not None
     assert record.asset_observation.metadata["count"].value == 3
+
+
+def test_a_dataset_is_known_by_the_names_and_checksums_of_its_files(
+    tmp_path: Path, instance: DagsterInstance
+) -> None:
+    """Other datums with the same content are no change, and what an execution took of them is the same version."""
+    defs = defs_of(tmp_path, "dataset://faces/latest")
+    records = open_records(load_settings())
+    contents = [
+        {"a/x.png": "1", "b/y.png": "2"},
+        {"a/x.png": "1", "b/y.png": "2"},
+        {"a/x.png": "1", "b/z.png": "2"},
+        {"a/x.png": "1", "b/z.png": "3"},
+    ]
+    made: list[list[Datum]] = []
+    for number, content in enumerate(contents):
+        files = [
+            Datum(
+                id=f"0000000{number}-0000-4000-8000-{position:012}",
+                name=name,
+                size=1,
+                store="local",
+                key=f"{number}/{position}",
+                ctime=utcnow(),
+                sha256=digit * 64,
+            )
+            for position, (name, digit) in enumerate(content.items())
+        ]
+        made.append(files)
+        with records.write() as connection:
+            project = ensure_project(connection, "digits", utcnow())
+            for datum in files:
+                create_datum(connection, datum)
+            create_version(
+                connection,
+                project_id=project,
+                uri=f"dataset://faces/v{number}",
+                datum_ids=[datum.id for datum in files],
+                now=utcnow(),
+            )
+        assert observe_now(sources(defs), instance=instance).success
+    records.close()
+    key = AssetKey(["digits", "external", "dataset", "faces", "latest"])
+    first, second, renamed, changed = versions(instance, key)
+    assert first == second
+    assert len({first, renamed, changed}) == 3
+    used = [
+        InputView(input="i", name=d.name, uri=d.uri, datum_id=d.id, sha256=d.sha256)
+        for d in made[0]
+    ]
+    assert version_used(used, is_pattern=True) == first
 
 
 def test_the_sensor_tells_changes_only_and_eager_then_requests_the_step(

@@ -69,6 +69,24 @@ def test_defaults_come_typed(step: StepDefinition) -> None:
     ]
 
 
+def test_credentials_in_a_default_are_not_in_the_schema_and_come_back_from_the_launchpad() -> None:
+    url = "https://me:hunter2@example.com/a.csv?temp_url_sig=hunter3"
+    step = project_of(
+        "- step: {name: s, image: i, command: c, inputs: "
+        f"[{{name: data, default: ['{url}', 's3://b/x']}}]}}"
+    ).steps["s"]
+    for fed in (frozenset[tuple[str, str]](), frozenset({("input", "data")})):
+        schema: Any = config_schema(step, fed=fed)
+        field = schema.fields["inputs"].config_type.fields["data"]
+        assert (
+            "hunter" not in f"{field.description} {field.default_provided and field.default_value}"
+        )
+    resolved = resolve(config_schema(step), {}).value
+    assert "hunter" not in str(resolved)
+    assert step_config(step, resolved).inputs == {}, "nobody has chosen anything"
+    assert step_config(step, resolved, resolved).inputs == {"data": [url, "s3://b/x"]}
+
+
 @pytest.mark.parametrize(
     ("parameters", "part"),
     [
