@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "vs-variable-7f3a9c51d2"
 URL_PASSWORD = "vs-url-password-55e1b0"
+URL_TOKEN = "vs-url-token-9b8d21"  # under a name that nobody would take for a credential
 STORE_KEY = "vs-store-key-c2d4e6f8"
 SIGNATURE = "X-Amz-Signature="  # of a signed URL
 PROOF = hashlib.sha256(VARIABLE.encode()).hexdigest()
@@ -225,7 +226,8 @@ def test_a_secret_is_readable_nowhere_but_in_its_commands_environment(
         client.config_set("rdbcompression", "no")
     wire = Wire(own_redis)
     give_secret(deployment)
-    url = files.url.replace("http://", f"http://reader:{URL_PASSWORD}@") + "/data.csv"
+    url = files.url.replace("http://", f"http://reader:{URL_PASSWORD}@")
+    url += f"/data.csv?page={URL_TOKEN}"
     extra = "environment-variable-groups: [tokens]\n"
     extra += f"inputs:\n  - name: data\n    default: {url}\n"
     project = write_project(tmp_path / "project", step_yaml(COMMAND, image=image, extra=extra))
@@ -251,7 +253,7 @@ def test_a_secret_is_readable_nowhere_but_in_its_commands_environment(
         with own_redis.client() as client:
             client.save()
         found: list[str] = []
-        secrets = [VARIABLE, URL_PASSWORD, STORE_KEY, registry.password, SIGNATURE]
+        secrets = [VARIABLE, URL_PASSWORD, URL_TOKEN, STORE_KEY, registry.password, SIGNATURE]
         needles = [(secret, spelling) for secret in secrets for spelling in spellings(secret)]
         places = [
             *values_in(own_redis),

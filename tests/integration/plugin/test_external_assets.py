@@ -197,7 +197,7 @@ def test_a_dataset_is_known_by_the_names_and_checksums_of_its_files(
         {"a/x.png": "1", "b/z.png": "3"},
     ]
     made: list[list[Datum]] = []
-    for number, content in enumerate(contents):
+    for number, names in enumerate(contents):
         files = [
             Datum(
                 id=f"0000000{number}-0000-4000-8000-{position:012}",
@@ -208,7 +208,7 @@ def test_a_dataset_is_known_by_the_names_and_checksums_of_its_files(
                 ctime=utcnow(),
                 sha256=digit * 64,
             )
-            for position, (name, digit) in enumerate(content.items())
+            for position, (name, digit) in enumerate(names.items())
         ]
         made.append(files)
         with records.write() as connection:
