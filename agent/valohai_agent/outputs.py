@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 QUIET_SECONDS = 0.5  # a read-only file that was written this recently may still be copied
 RETRY_SECONDS = 10.0  # between tries of a live file that could not be uploaded
 LOGGED_FILES = 100  # above that, uploads are counted instead of named
-LOG_SECONDS = 300.0  # that tries to store the logs go on; what is not stored then the control plane may salvage
+LOG_SECONDS = 120.0  # that tries to store the logs go on; what is not stored then the control plane may salvage
 LOG_PAUSE_SECONDS = 2.0  # after the first try; doubled each time
 LOG_LONGEST_PAUSE_SECONDS = 60.0
 T = TypeVar("T")
@@ -412,7 +412,12 @@ def upload_logs(
             report = {"stream": name, "upload_id": grant.upload_id, "size": size}
             stored.append(LogStored.model_validate({**report, "lines": lines.get(name, 0)}))
         missing = list(problems)
-        if not missing or now() + pause > end or wait(pause):
+        if not missing or now() + pause > end:
+            break
+        if pause == LOG_PAUSE_SECONDS:
+            said = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+            warn(f"Logs could not be stored, trying for {LOG_SECONDS:g} s more: {said}.")
+        if wait(pause):
             break
         pause = min(pause * 2, LOG_LONGEST_PAUSE_SECONDS)
     for name, problem in problems.items():

@@ -200,12 +200,19 @@ def test_o18_a_refused_output_turns_success_into_an_error(
 def test_a_log_that_cannot_be_stored_is_a_warning_and_stays_on_the_worker(
     conductor: Conductor, agent: AgentProcess
 ) -> None:
-    conductor.refuse = lambda request: "no log store" if request.kind == "log" else None
+    conductor.refuse = lambda request: "no log store" if request.name == "stdout" else None
     execution_id = conductor.submit("echo precious")
-    assert conductor.finished(execution_id).outcome is Outcome.complete
-    assert any(
-        "no log store" in body.message for body in conductor.applied(execution_id).bodies(Warned)
-    )
+
+    def warned(words: str) -> bool:
+        bodies = conductor.applied(execution_id).bodies(Warned)
+        return any(words in body.message for body in bodies)
+
+    wait_for(lambda: warned("s more: stdout: no log store"), what="the first try")
+    conductor.command("w1", kind="stop-hard", execution_id=execution_id)
+    finished = conductor.finished(execution_id)
+    assert finished.outcome is Outcome.complete
+    assert {log.stream for log in finished.logs} == {"stderr", "events"}
+    assert warned("The stdout log could not be stored: no log store.")
     log = agent.work_dir / execution_id / "1" / "logs" / "stdout"
     wait_for(log.exists, what="the kept log")
     assert log.read_text() == "precious\n"
@@ -230,7 +237,7 @@ def test_the_agent_tells_the_queue_what_its_cache_holds(
     conductor: Conductor, agent: AgentProcess
 ) -> None:
     data = conductor.put("data.csv", b"a,b\n")
-    file = JobFile(id="f1", name="data.csv", uri="s3://b/k", cache_key="s3://b/k@v1", size=4)
+    file = JobFile(id="f1", name="data.csv", uri="datum://k", datum_id="k", size=4)
     conductor.input_urls = {"f1": data.as_uri()}
     execution_id = conductor.submit(
         "true", inputs=[JobInput(name="train", input_id="i1", files=[file])]

@@ -422,9 +422,12 @@ def logs(rig: Rig, tmp_path: Path) -> LogRig:
 def test_logs_that_cannot_be_stored_for_long_are_a_warning_only(rig: Rig, logs: LogRig) -> None:
     rig.refuse["stderr"] = "full"
     assert logs.upload() == ["stdout"]
-    assert rig.warnings == ["The stderr log could not be stored: full."]
+    assert rig.warnings == [
+        "Logs could not be stored, trying for 120 s more: stderr: full.",
+        "The stderr log could not be stored: full.",
+    ]
     assert logs.pauses[:3] == [2, 4, 8]
-    assert 200 < sum(logs.pauses) <= 300
+    assert 60 < sum(logs.pauses) <= 120
     assert [request.name for request in rig.requests].count("stdout") == 1
     assert {request.kind for request in rig.requests} == {"log"}
 
@@ -440,7 +443,7 @@ def test_logs_are_stored_once_their_store_is_back(rig: Rig, logs: LogRig) -> Non
     logs.wait = wait
     assert logs.upload() == ["stdout", "stderr"]
     assert logs.pauses == [2, 4, 8]
-    assert rig.warnings == []
+    assert len(rig.warnings) == 1
 
 
 def test_a_hard_stop_ends_the_tries_to_store_logs(rig: Rig, logs: LogRig) -> None:
@@ -448,7 +451,7 @@ def test_a_hard_stop_ends_the_tries_to_store_logs(rig: Rig, logs: LogRig) -> Non
     logs.end_after = 1
     assert logs.upload() == []
     assert logs.pauses == [2]
-    assert len(rig.warnings) == 2
+    assert len(rig.warnings) == 3
 
 
 def test_checksums_of_a_link_are_those_of_its_content(rig: Rig) -> None:

@@ -29,7 +29,7 @@ from tests.support.redis_server import RedisServer
 from tests.support.remote_stores import section_of
 from tests.support.servers.s3_stores import PART_BYTES, s3_client, s3_store
 from tests.support.service import RunningService, running_service, static_settings
-from valohai_dagster.executions import sweeping
+from valohai_dagster.executions import late_logs, sweeping
 from valohai_dagster.executions.service import ExecutionService
 from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
 from valohai_dagster.records import tables as t
@@ -119,6 +119,7 @@ def scene(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Scene]:
     monkeypatch.setattr(sweeping, "SWEEP_SECONDS", 3600.0)
+    monkeypatch.setattr(late_logs, "LOOK_SECONDS", 3600.0)
     direct = s3_store(moto_server)
     with contextlib.ExitStack() as stack:
         proxy = stack.enter_context(faulty_proxy(moto_server))
