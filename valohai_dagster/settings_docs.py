@@ -95,7 +95,7 @@ def _type(annotation: Any) -> str:
         text = text.replace(long, short)
     # names say more than the unions
     text = re.sub(r"Annotated\[Union\[.*(Store|Registry)Settings.*\]\]", r"\1Settings]", text)
-    text = re.sub(r"valohai_dagster\.settings\.|pydantic\.types\.", "", text)
+    text = re.sub(r"valohai_dagster\.settings\w*\.|pydantic\.types\.", "", text)
     text = re.sub(r"Optional\[(.*)\]", r"\1", text)
     return text.replace(" | None", "").replace("SecretStr", "str")
 

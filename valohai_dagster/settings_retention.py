@@ -19,7 +19,7 @@ class ProjectRetention(Section):
 class RetentionSettings(Section):
     """What goes after how many days, counted from the end of an execution, `[retention]`.
 
-    Nothing goes by default, and nothing goes by itself: run `valohai-dagster retention run`, or switch on the schedule.
+    Nothing goes by default, and nothing goes by itself: run `valohai-dagster retention run`, or switch on the sensor `retention`.
     Records and lineage always stay.
     """
 
@@ -72,7 +72,7 @@ class RetentionSettings(Section):
     batch: int = Field(
         default=1000,
         ge=1,
-        description="Most things of each kind that one tick of the schedule removes.",
+        description="Most things of each kind that one tick of the sensor removes.",
     )
 
     def days(self, kind: str, project: str | None) -> float | None:

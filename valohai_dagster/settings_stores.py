@@ -98,7 +98,7 @@ class S3StoreSettings(RemoteStoreSettings):
     )
     role_arn: str | None = Field(
         default=None,
-        description="Role to assume with these credentials (E-43, E-48). The temporary credentials are limited to "
+        description="Role to assume with these credentials. The temporary credentials are limited to "
         "this bucket by a session policy, whatever else the role may do.",
     )
     role_external_id: str | None = Field(

@@ -35,7 +35,8 @@ class Stores:
             return self._stores[name]
         known = ", ".join(sorted(self._stores)) or "none"
         raise StoreUnknown(
-            f"there is no store {name!r} in the settings; known are {known}. Add [stores.{name}] to valohai.toml",
+            f"there is no store {name!r} in the settings; known are {known}. Add [stores.{name}] to valohai.toml. "
+            "A service that runs already reads the file when it starts again: `valohai-dagster down`",
             store=name,
         )
 
@@ -96,7 +97,8 @@ def make_store(name: str, section: StoreSettings) -> Store:
             raise
         raise ConfigurationError(
             f'the store {name!r} has kind = "{section.kind}", which needs a library that is not installed '
-            f"({error.name or error}); install it with `pip install 'valohai-dagster[{extra}]'`"
+            f"({error.name or error}); install it with `pip install 'valohai-dagster[{extra}]'`, "
+            f"in a checkout with `sh deploy/make-venv.sh install .venv -e '.[{extra}]'`"
         ) from error
     store: Store = getattr(loaded, driver)(name, section)
     return store
