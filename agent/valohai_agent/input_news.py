@@ -41,10 +41,12 @@ class InputNews:
         batches: bool,
         progress: Callable[[int, int | None], None] | None,
         total: int | None,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
-        """`files`: how many each input has. `total`: bytes of all of them, if known."""
+        """`files`: how many each input has. `total`: bytes of all of them, if known. `warn`: `status` without it."""
         self._files, self._shown = files, shown
         self._status, self._report, self._batches = status, report, batches
+        self._warn, self._changed = warn or status, 0
         self._progress, self._total = progress, total
         self._lock = threading.Lock()
         self._sums: dict[str, _Sum] = defaultdict(_Sum)
@@ -56,6 +58,7 @@ class InputNews:
 
     def ready(self, item: InputFile, placed: Placed) -> None:
         """The file is in its place."""
+        self._resize(item, placed.size)
         self.moved(item, placed.size)
         report = InputReady(
             input=item.input,
@@ -84,6 +87,14 @@ class InputNews:
             done = self._done_bytes
         self._progress(done, self._total)
 
+    def changed(self, item: InputFile, words: str) -> None:
+        """The file is another than the execution was created with; after the first ones they are only counted."""
+        with self._lock:
+            self._changed += 1
+            if self._changed > SHOWN_FILES:
+                return
+        self._warn(f"{self._shown(item)}: {words}")
+
     def say(self, item: InputFile, text: str) -> None:
         self._status(f"{self._shown(item)}: {text}")
 
@@ -98,9 +109,17 @@ class InputNews:
                         f"input {name!r}: {one.files:,} files, {decimal_size(one.size)}; "
                         f"{fresh:,} downloaded, {one.cached:,} from cache"
                     )
-            done = self._done_bytes
+            done, more = self._done_bytes, self._changed - SHOWN_FILES
+        if more > 0:
+            self._warn(f"{more:,} more input files have changed since the execution was created")
         if self._progress is not None and self._done:
             self._progress(done, self._total)
+
+    def _resize(self, item: InputFile, size: int) -> None:
+        """The file may be larger or smaller than it was when somebody looked."""
+        if self._total is not None and item.file.size is not None:
+            with self._lock:
+                self._total += size - item.file.size
 
     # -- inside, with the lock held -------------------------------------------------------------------------------
     def _tell(self, item: InputFile, placed: Placed) -> None:

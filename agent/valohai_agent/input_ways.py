@@ -19,6 +19,8 @@ from valohai_agent.errors import Denied, DiskFull, InputError, Refused, Unreacha
 from valohai_agent.input_grants import InputGrants
 from valohai_agent.input_news import InputNews
 from valohai_agent.input_plan import InputFile, Placed
+from valohai_agent.input_versions import change, looked_up, names_met, version_met
+from valohai_agent.local_files import disk_errors, require_space
 from valohai_agent.protocol import Checksums, Transfer
 from valohai_agent.transfer import Transferer, Transferred
 
@@ -29,22 +31,17 @@ TRIES = 3  # to place a content that somebody else evicts at the very same momen
 
 @dataclass(frozen=True, kw_only=True)
 class Arrived:
-    """A file that was just downloaded. `seconds`: how long that took."""
+    """A file that was just downloaded. `names`: what may stand for it; `seconds`: how long that took."""
 
     size: int
     checksums: Checksums
     version: str | None
+    names: tuple[str, ...]
     seconds: float
 
-
-def _version_met(known: str | None, etag: str | None) -> str | None:
-    """What the answer called the content counts for more than what was known before: it may have changed since.
-
-    Not where a store counts generations, which is another word than the ETag of its answers.
-    """
-    if known is None or etag is None or known.isdecimal():
-        return known or etag
-    return etag if known.startswith('"') else etag.strip('"')
+    @property
+    def kept_as(self) -> Wanted:
+        return Wanted(names=self.names, checksums=self.checksums)
 
 
 class Source:
@@ -78,28 +75,35 @@ class Source:
         return Wanted(names=names, checksums=item.file.checksums)
 
     def version(self, item: InputFile, wanted: Wanted) -> str | None:
-        """What the source calls the content, as far as its names tell."""
-        for name in wanted.names:
-            for mark in "#@":
-                if name.startswith(item.file.uri + mark):
-                    return name[len(item.file.uri) + 1 :]
-        return None
+        """What the source called the content, as far as its names tell."""
+        return looked_up(item.file, wanted.names)
 
     def fetch(self, item: InputFile, wanted: Wanted, target: Path) -> Arrived:
-        """Downloads the file. Raises TransferError, InputError."""
+        """Downloads the file as it is now, which may be another version than the wanted one. Raises TransferError,
+        InputError."""
         began = time.monotonic()
         moved = self._download(item, target)
         readable(target)
+        if changed := change(item.file, wanted.names, moved):
+            self._news.changed(item, changed)
         return Arrived(
             size=moved.size,
             checksums=moved.checksums,
-            version=_version_met(self.version(item, wanted), moved.etag),
+            version=version_met(item.file, wanted.names, moved),
+            names=names_met(item.file, wanted.names, moved),
             seconds=time.monotonic() - began,
         )
 
     def _download(self, item: InputFile, target: Path) -> Transferred:
-        """A signed URL may run out while the file waits for its turn, or on the way."""
-        current = self._grant(item)
+        """A signed URL may run out while the file waits for its turn, or on the way.
+
+        The size of a datum is a demand, that of any other file what it was when somebody looked (I-32).
+        """
+        current, size = self._grant(item), item.file.size
+        demanded = size if item.file.datum_id is not None else None
+        if demanded is None:
+            with disk_errors(item.label, target.parent):
+                require_space(target.parent, size, item.label)
 
         def renew() -> Transfer:
             nonlocal current
@@ -111,7 +115,7 @@ class Source:
             target,
             name=item.label,
             expected=item.file.checksums,
-            size=item.file.size,
+            size=demanded,
             progress=lambda done, total: self._news.moved(item, done),
             renew=None if current.expires_at is None else renew,
         )
@@ -231,7 +235,7 @@ class LocalWay:
         fresh, cached = self._fetch(item, wanted, arrived)
         entry = Cached(path=arrived, size=fresh.size, checksums=fresh.checksums)
         place(entry, target, link=self._link)
-        cache.add(wanted, arrived, fresh.size, fresh.checksums, seconds=fresh.seconds)
+        cache.add(fresh.kept_as, arrived, fresh.size, fresh.checksums, seconds=fresh.seconds)
         return Placed(
             size=fresh.size, checksums=fresh.checksums, cached=cached, version=fresh.version
         )
@@ -248,7 +252,7 @@ class LocalWay:
                 if found is not None:
                     return found, True
                 fresh = source.fetch(item, wanted, arrived)
-                _publish(share, wanted, arrived, fresh)
+                _publish(share, arrived, fresh)
         except OSError as error:
             self._switch.turn_off(error)
         return fresh or source.fetch(item, wanted, arrived), False
@@ -270,6 +274,7 @@ class LocalWay:
             size=cached.size,
             checksums=cached.checksums,
             version=self._source.version(item, wanted),
+            names=wanted.names,
             seconds=time.monotonic() - began,
         )
 
@@ -299,7 +304,9 @@ class ShareWay:
             with share.arrival() as arrived:
                 fresh = source.fetch(item, wanted, arrived)
                 os.link(arrived, self._tree.place_of(item.path))
-                share.publish(wanted, arrived, fresh.size, fresh.checksums, seconds=fresh.seconds)
+                share.publish(
+                    fresh.kept_as, arrived, fresh.size, fresh.checksums, seconds=fresh.seconds
+                )
         return Placed(size=fresh.size, checksums=fresh.checksums, version=fresh.version)
 
     def _found(self, item: InputFile, wanted: Wanted) -> Placed | None:
@@ -327,9 +334,9 @@ def blames_share(error: Exception) -> bool:
     return isinstance(error, (OSError, DiskFull))
 
 
-def _publish(share: Share, wanted: Wanted, arrived: Path, fresh: Arrived) -> None:
+def _publish(share: Share, arrived: Path, fresh: Arrived) -> None:
     share.make_room(fresh.size)
     with share.arrival() as copy:
         with arrived.open("rb") as content:
             copy_file(content, copy)
-        share.publish(wanted, copy, fresh.size, fresh.checksums, seconds=fresh.seconds)
+        share.publish(fresh.kept_as, copy, fresh.size, fresh.checksums, seconds=fresh.seconds)

@@ -124,6 +124,7 @@ class InputFetcher:
             batches=self._options.batches,
             progress=self._progress,
             total=_total(files),
+            warn=self._warn,
         )
 
     def _shown(self, path: PurePosixPath) -> str:

@@ -20,11 +20,15 @@ from urllib.parse import parse_qs, quote, urlsplit
 from valohai_agent.errors import AgentError
 from valohai_agent.local_files import file_path
 from valohai_agent.protocol import Grants, JobFile, JobInput, Transfer, utcnow
+from valohai_agent.transfers.pool import Pool
+from valohai_agent.transfers.retries import Temporary
+from valohai_agent.transfers.wire import Answer, Patience
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_DETAIL_CHARACTERS = 1000
+PIECE_BYTES = 256 * 1024  # of a file that is passed on
 MARGIN = timedelta(seconds=30)  # a permission that runs out within it is renewed first
 NO_CATALOG = "This platform has no trigger catalogue yet: call the webhook's URL directly."
 
@@ -50,6 +54,7 @@ class LocalApi:
         self._inputs = {item.input_id: item for item in inputs}
         self._on_status_detail = on_status_detail
         self._input_grants = input_grants
+        self.pool = Pool(Patience(bytes_per_second=0.0))  # the pace is the command's
         self._served: dict[str, tuple[str, Transfer]] = {}  # by token: the file's id, its grant
         self._server = _Server((bind_host, 0), _Handler)
         self._server.api = self
@@ -71,6 +76,7 @@ class LocalApi:
         self._end.close()
         self._thread.join()
         self._server.server_close()
+        self.pool.close()
 
     def __enter__(self) -> LocalApi:
         return self
@@ -244,27 +250,34 @@ class _Handler(BaseHTTPRequestHandler):
         shutil.copyfileobj(file, self.wfile, 1024 * 1024)
 
     def _relay(self, grant: Transfer) -> None:
-        """Fetches on the command's behalf where the request needs headers it must not know."""
-        import requests
-
-        headers = {"Accept-Encoding": "identity", **grant.headers}
+        """Fetches on the command's behalf where the request needs headers it must not know, nor another server."""
+        host = urlsplit(grant.url).hostname
+        begun = False
         try:
-            response = requests.get(grant.url, headers=headers, stream=True, timeout=(10, 60))
-        except requests.RequestException as error:
-            host = urlsplit(grant.url).hostname
-            reason = f"{host} cannot be reached from the worker: {type(error).__name__}"
-            self._answer(502, {"detail": f"The file cannot be had: {reason}."})
-            return
-        with response:
-            length = response.headers.get("Content-Length")
-            self.send_response(response.status_code)
-            self.send_header("Connection", "close")
-            if length is not None:  # so that the command sees when the rest is missing
-                self.send_header("Content-Length", length)
-            self.end_headers()
+            with self.api.pool.request(
+                "GET", grant, follow=True, name=f"the file on {host}"
+            ) as answer:
+                begun = True
+                self._pass_on(answer)
+        except (Temporary, AgentError) as error:
             self.close_connection = True
-            for chunk in response.raw.stream(1024 * 1024, decode_content=False):
-                self.wfile.write(chunk)
+            if begun:  # the command sees that the rest is missing
+                text = "local API: a file from %s broke off: %s"
+                log.warning(text, host, error, extra={"action": "local-api"})
+                return
+            reason = f"{host} cannot be reached from the worker: {error}"
+            self._answer(502, {"detail": f"The file cannot be had: {reason}."})
+
+    def _pass_on(self, answer: Answer) -> None:
+        self.close_connection = True
+        self.send_response(answer.status)
+        self.send_header("Connection", "close")
+        if answer.length is not None:  # so that the command sees when the rest is missing
+            self.send_header("Content-Length", str(answer.length))
+        self.end_headers()
+        view = memoryview(bytearray(PIECE_BYTES))
+        while count := answer.read_into(view):
+            self.wfile.write(view[:count])
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         """Keeps tokens in paths out of the log."""

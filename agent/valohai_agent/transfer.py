@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 import uuid
@@ -180,7 +181,7 @@ class Transferer:
         with source_errors(name), self._source(path, name, progress) as file:
             with disk_errors(name, path.parent):
                 self._copy(file, fd)
-            return file.finish(None)
+            return dataclasses.replace(file.finish(None), version=file.version)
 
     def _copy(self, file: Source, fd: int) -> None:
         """Within the kernel where the file systems can do it."""

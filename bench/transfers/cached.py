@@ -31,9 +31,7 @@ def main() -> None:
             on_ready=lambda report: None,
         )
         (name,), (size,) = task["names"], task["sizes"]
-        file = JobFile(
-            id="f", name="big", uri=f"s3://{name}", size=size, cache_key=f"s3://{name}@1"
-        )
+        file = JobFile(id="f", name="big", uri=f"datum://{name}", size=size, datum_id=name)
         started = time.perf_counter()
         fetcher.fetch(
             [JobInput(name="data", input_id="i", files=[file])],

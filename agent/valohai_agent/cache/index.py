@@ -65,13 +65,23 @@ class Content:
         return self.checksums.sha256 or ""
 
 
+@dataclass(eq=False)
+class _Entry:
+    """What one thread adds. `done`: somebody has tried to write it; `error`: why that failed."""
+
+    row: tuple[Any, ...]
+    names: list[tuple[str, str]]
+    done: bool = False
+    error: BaseException | None = None
+
+
 class Index:
     """Safe to use from several threads and processes. Raises sqlite3.Error where the disk does."""
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
         self._pending_lock = threading.Lock()
-        self._pending: list[tuple[tuple[Any, ...], list[tuple[str, str]]]] = []
+        self._pending: list[_Entry] = []
         self._db = _opened(path)
         self.close = weakref.finalize(self, self._db.close)
 
@@ -126,24 +136,23 @@ class Index:
     def put(self, content: Content, names: Iterable[str]) -> None:
         """Adds the content, or what is new about it, and lets the names stand for it.
 
-        What several threads add at once goes to the disk together, by whoever is first.
+        What several threads add at once goes to the disk together, by whoever is first. When that fails, it fails
+        for all of them.
         """
         c, digests = content, [(name_digest(name), content.sha256) for name in names]
         value = worth(clock=0.0, seconds=c.seconds, size=c.size, uses=c.uses)
         sums = (c.sha256, c.checksums.md5, c.checksums.sha1)
         times = (c.seconds, c.uses, c.used_at, c.verified_at, value)
-        row = (*sums, c.size, c.mtime_ns, c.inode, *times), digests
+        mine = _Entry((*sums, c.size, c.mtime_ns, c.inode, *times), digests)
         with self._pending_lock:
-            self._pending.append(row)
+            self._pending.append(mine)
         with self._lock:
-            with self._pending_lock:
-                rows, self._pending = self._pending, []
-            if not rows:
-                return  # somebody else has written ours
-            with self._writing() as db:
-                db.executemany(_PUT, [content for content, _ in rows])
-                every = [pair for _, pairs in rows for pair in pairs]
-                db.executemany("INSERT OR REPLACE INTO names VALUES (?, ?)", every)
+            if not mine.done:
+                with self._pending_lock:
+                    entries, self._pending = self._pending, []
+                self._write(entries)
+            elif mine.error is not None:
+                raise sqlite3.OperationalError(str(mine.error)) from mine.error
 
     def used(self, contents: Sequence[Content], now: float) -> None:
         """They were wanted again."""
@@ -187,6 +196,20 @@ class Index:
             db.execute("DELETE FROM names WHERE digest = ?", [name_digest(name)])
 
     # -- inside ---------------------------------------------------------------------------------------------------
+    def _write(self, entries: Sequence[_Entry]) -> None:
+        try:
+            with self._writing() as db:
+                db.executemany(_PUT, [entry.row for entry in entries])
+                pairs = [pair for entry in entries for pair in entry.names]
+                db.executemany("INSERT OR REPLACE INTO names VALUES (?, ?)", pairs)
+        except BaseException as error:
+            for entry in entries:
+                entry.error = error
+            raise
+        finally:
+            for entry in entries:
+                entry.done = True
+
     def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._lock:
             return self._db.execute(query, values).fetchall()
@@ -200,10 +223,11 @@ class Index:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
 
 def _opened(path: Path) -> sqlite3.Connection:

@@ -14,12 +14,13 @@ from valohai_agent.cache.shared import Share
 log = logging.getLogger(__name__)
 
 ROUND_SECONDS = 30.0
+SWEEP_SHARE_SECONDS = 3600.0
 VERIFY_AFTER_SECONDS = 7 * 86400.0
 BYTES_PER_SECOND = 20_000_000  # of reading for verification: a small part of what any disk can do
 
 
 class Caretaker:
-    """A thread: sweeps at its start, keeps to the limits, and reads old contents again while `idle()`.
+    """A thread: sweeps at its start, the share now and then too, keeps to the limits, and reads old contents again while `idle()`.
 
     A content that is verified is read at `BYTES_PER_SECOND`, and left as soon as the agent has something to do.
     """
@@ -48,8 +49,11 @@ class Caretaker:
 
     def _run(self) -> None:
         self._cache.sweep()
-        self._sweep_share()
+        share_due = time.monotonic()
         while not self._closed.is_set():
+            if time.monotonic() >= share_due:
+                self._sweep_share()
+                share_due = time.monotonic() + SWEEP_SHARE_SECONDS
             self._cache.make_room()
             while self._may_go_on() and self._verify_one():
                 pass

@@ -98,6 +98,19 @@ class _Watch:
             self._seen = None
 
 
+def sweep(directory: Path, before: float) -> None:
+    """Removes the locks whose time has not moved since then, by the server's clock, and half-made ones as old."""
+    for path in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError), path.open() as file:
+            token = file.read()
+            if os.fstat(file.fileno()).st_mtime >= before:
+                continue
+            if "." in path.name:
+                path.unlink()
+            else:
+                _break(path, token)
+
+
 def _break(path: Path, token: str) -> None:
     """Removes the lock of that holder; another's, which came in between, is put back."""
     aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from valohai_agent.cache import leases as lock_files
 from valohai_agent.cache.leases import Leases
 from valohai_agent.cache.local import (
     CHUNK_BYTES,
@@ -39,6 +40,7 @@ from valohai_agent.cache.local import (
     readable,
 )
 from valohai_agent.cache.locks import Waiting
+from valohai_agent.cache.sweeping import FACTS, sweep_names, sweep_objects
 from valohai_agent.cache.worth import Kept, Room, aged_worth, choose
 from valohai_agent.checksums import Hasher
 from valohai_agent.protocol import Checksums, name_digest
@@ -50,6 +52,7 @@ UNUSED_SECONDS = 900.0  # what was used later than so long ago stays, whatever i
 TREE_SECONDS = 3600.0  # what a lease belongs to that did not move for so long is a dead agent's
 IN_VAIN_SECONDS = 60.0  # until eviction is tried again after it freed too little
 SAMPLE_DIRECTORIES = 8  # of 256: what eviction looks at together
+SWEPT_DIRECTORIES = 8  # of 256 of each kind: what one sweep looks through
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +210,8 @@ class Share:
         return freed
 
     def sweep(self) -> None:
-        """Removes what dead agents left: their jobs' links and their half files."""
+        """Removes what dead agents left: their jobs' links, their half files and locks; and, in a part of the
+        directories at a time, contents that were never published and names of contents that are gone."""
         now = self._server_now()
         for part in ("jobs", "coming"):
             for directory in {path.with_suffix("") for path in (self._root / part).iterdir()}:
@@ -216,6 +220,12 @@ class Share:
                 if moved is not None and now - moved > TREE_SECONDS:
                     shutil.rmtree(directory, ignore_errors=True)
                     lease.unlink(missing_ok=True)
+        before = now - TREE_SECONDS
+        lock_files.sweep(self._root / "locks", before)
+        for part in _some(self._root / "objects"):
+            sweep_objects(part, before)
+        for part in _some(self._root / "names"):
+            sweep_names(part, before, is_kept=lambda sha256: self._object(sha256).exists())
 
     # -- inside ---------------------------------------------------------------------------------------------------
     def _new_directory(self, part: str) -> Path:
@@ -281,7 +291,7 @@ class Share:
 
     def _kept(self, part: Path, now: float) -> Iterator[Kept]:
         for entry in os.scandir(part):
-            facts = None if entry.name.endswith(".json") else self._facts(entry.name)
+            facts = None if entry.name.endswith(FACTS) else self._facts(entry.name)
             used_at = _mtime(_facts_path(Path(entry.path))) if facts else None
             if facts is None or used_at is None:
                 continue
@@ -327,7 +337,12 @@ class ShareTree:
 
 
 def _facts_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
+    return path.with_name(f"{path.name}{FACTS}")
+
+
+def _some(directory: Path) -> list[Path]:
+    parts = list(directory.iterdir())
+    return random.sample(parts, min(SWEPT_DIRECTORIES, len(parts)))
 
 
 def _write(path: Path, text: str) -> None:

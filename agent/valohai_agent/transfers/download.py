@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 from valohai_agent.errors import Refused
@@ -24,6 +24,7 @@ from valohai_agent.transfers.ranges import (
     wants_company,
 )
 from valohai_agent.transfers.retries import Changed, Renewal, Temporary, status_error
+from valohai_agent.transfers.versions import version_of_answer
 from valohai_agent.transfers.wire import Answer
 
 BUFFER_BYTES = (
@@ -55,6 +56,7 @@ class Download:
         self._count = Count(progress, size)
         self._total: int | None = None
         self._etag: str | None = None
+        self._headers: Mapping[str, str] = {}
         self._position = 0
         self._digests = Digests(shared.algorithms)
         self._checksums: Checksums | None = None
@@ -77,7 +79,12 @@ class Download:
             )
         found = self._checksums or self._digests.checksums()
         verify(self._name, self._position, found, self._size, self._expected)
-        return Transferred(size=self._position, checksums=found, etag=self._etag)
+        return Transferred(
+            size=self._position,
+            checksums=found,
+            etag=self._etag,
+            version=version_of_answer(self._headers, self._position),
+        )
 
     # -- one connection ------------------------------------------------------------------------------
     def _attempt(self) -> None:
@@ -122,7 +129,7 @@ class Download:
             raise Changed
         if not partial:
             self._restart()
-            self._etag = etag
+            self._etag, self._headers = etag, answer.headers
         span = content_range(answer.headers) if partial else None
         if span is not None and span[0] != self._position:
             raise Temporary("the server sent another range than was asked for")

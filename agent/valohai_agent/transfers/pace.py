@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from valohai_agent.errors import Unreachable
@@ -14,6 +14,7 @@ from valohai_agent.protocol import Checksums
 from valohai_agent.transfers.hashing import ALGORITHMS
 from valohai_agent.transfers.pool import Pool
 from valohai_agent.transfers.retries import Retries
+from valohai_agent.transfers.versions import Version
 
 PROGRESS_SECONDS = 0.25
 MAX_CONNECTIONS = 16  # of one transferer, beyond one per file
@@ -24,11 +25,12 @@ Progress = Callable[[int, "int | None"], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Transferred:
-    """What went over the wire."""
+    """What went over the wire. `version`: what the source of a download calls the content that it sent."""
 
     size: int
     checksums: Checksums
     etag: str | None = None
+    version: Version = field(default_factory=Version)
 
 
 class Shared:

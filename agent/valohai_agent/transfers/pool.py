@@ -32,7 +32,6 @@ from valohai_agent.transfers.wire import (
 KEPT_CONNECTIONS = 32  # per server; more than that are closed after use
 REDIRECTS = 5
 REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
-DROPPED_ON_ANOTHER_HOST = frozenset({"authorization", "cookie", "proxy-authorization"})
 
 
 class Place(NamedTuple):
@@ -73,12 +72,15 @@ class Pool:
         follow: bool = False,
         name: str = "",
     ) -> Iterator[Answer]:
-        """The answer, its body unread; with `follow` that of the last redirect. The connection is kept if it can be."""
-        url, sent = transfer.url, {**transfer.headers, **(headers or {})}
+        """The answer, its body unread; with `follow` that of the last redirect. The connection is kept if it can be.
+
+        Headers of the transfer may be secrets, whatever they are called: no other server gets them. `headers` are ours.
+        """
+        url, granted, ours = transfer.url, transfer.headers, headers or {}
         for _ in range(REDIRECTS):
             parts = _split(url, name)
             place = self._place(parts)
-            answer = self._ask(place, method, parts, sent, body, check, name)
+            answer = self._ask(place, method, parts, {**granted, **ours}, body, check, name)
             finished = False
             try:
                 target = answer.headers.get("location")
@@ -91,8 +93,8 @@ class Pool:
             finally:
                 self._give_back(place, answer.wire, usable=finished)
             url = urljoin(url, target)
-            if _split(url, name)[:2] != parts[:2]:
-                sent = {k: v for k, v in sent.items() if k.lower() not in DROPPED_ON_ANOTHER_HOST}
+            if self._place(_split(url, name))[:3] != place[:3]:
+                granted = {}
         raise Refused(f"{name}: more than {REDIRECTS} redirects, now to {urlsplit(url).hostname}")
 
     def _place(self, parts: SplitResult) -> Place:

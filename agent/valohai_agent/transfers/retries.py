@@ -20,6 +20,7 @@ from valohai_agent.errors import (
     Unreachable,
 )
 
+PROGRESS_BYTES = 64 * 1024  # fewer bytes than that since the last failures are no progress
 BACK_OFF_SECONDS = 0.5  # first pause; doubles, times a random factor of 0.5..1.5
 MAX_BACK_OFF_SECONDS = 30.0
 TEMPORARY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -125,7 +126,7 @@ class Retries:
         progress: Callable[[], int] = lambda: 0,
         renew: Callable[[], bool] = lambda: False,
     ) -> T:
-        """`progress` tells how far the action is: a try that moved on starts the count anew.
+        """`progress` tells how far the action is, in bytes: tries that moved it on by PROGRESS_BYTES start the count anew.
 
         `renew` gets a fresh signature and says whether there is one; asked once per run without progress.
         """
@@ -135,7 +136,7 @@ class Retries:
             try:
                 return action()
             except Temporary as error:
-                if progress() > before:
+                if progress() - before >= PROGRESS_BYTES:
                     failures, renewed, before = 0, False, progress()
                 failures += 1
                 if failures >= self._attempts:
@@ -145,8 +146,8 @@ class Retries:
                     ) from error
                 pause = back_off(failures) if error.pause_seconds is None else error.pause_seconds
             except Expired as error:
-                if progress() > before:
-                    renewed, before = False, progress()
+                if progress() - before >= PROGRESS_BYTES:
+                    failures, renewed, before = 0, False, progress()
                 if renewed or not renew():
                     raise error.error from error
                 renewed, pause = True, 0.0

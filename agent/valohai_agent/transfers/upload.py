@@ -14,6 +14,7 @@ from valohai_agent.transfers.hashing import Digests, Following
 from valohai_agent.transfers.pace import Count, Progress, Shared, Transferred
 from valohai_agent.transfers.ranges import SPLIT_BYTES
 from valohai_agent.transfers.retries import status_error
+from valohai_agent.transfers.versions import version_of_file
 from valohai_agent.transfers.wire import Answer, FileBody
 
 SMALL_BYTES = 1024 * 1024  # read once, hashed and sent from memory
@@ -26,7 +27,7 @@ class Source:
     def __init__(self, shared: Shared, fd: int, *, name: str, progress: Progress | None) -> None:
         self.shared, self.fd, self.name = shared, fd, name
         self._before = os.fstat(fd)
-        self.size = self._before.st_size
+        self.size, self.version = self._before.st_size, version_of_file(self._before)
         self.count = Count(progress, self.size)
         self._digests = Digests(shared.algorithms)
         self._lock = threading.Lock()

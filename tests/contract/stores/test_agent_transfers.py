@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract.stores.conftest import Put
 from valohai_agent.errors import Conflict, Denied, NotFound
 from valohai_agent.protocol import Checksums, Parts, UploadGrant
 from valohai_agent.transfer import Transferer
@@ -96,4 +97,24 @@ def test_a_missing_input_is_not_found(remote: Store, tmp_path: Path) -> None:
             remote.sign_get("no/such", expires=HOUR), tmp_path / "target", name="no/such"
         )
     assert list(tmp_path.iterdir()) == []
+    engine.close()
+
+
+def test_i33_what_the_agent_downloads_tells_its_version_as_the_store_does(
+    source: tuple[Store, Put], tmp_path: Path
+) -> None:
+    """So that a cache knows which version it holds, whatever was looked up before."""
+    engine, (store, put) = Transferer(), source
+    found = []
+    for key in ("first", "second one"):
+        put(key, key.encode())
+        stat = store.stat(key)
+        assert stat is not None
+        moved = engine.download(store.sign_get(key, expires=HOUR), tmp_path / key, name=key)
+        found.append((stat.version, moved.version))
+    for known, met in found:
+        assert [met.confirms(version) for version, _ in found] == [
+            version == known for version, _ in found
+        ]
+        assert {met.like(version) for version, _ in found} == {known}
     engine.close()

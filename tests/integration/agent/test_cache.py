@@ -122,6 +122,37 @@ def test_the_queue_is_told_the_largest_contents_by_all_their_names(
     assert sorted(cache.marks()) == sorted(content_mark(name) for name in names)
 
 
+def test_what_was_not_written_is_told_to_everybody_who_added_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several threads that add at once one writes for all."""
+    index, failed = Index(tmp_path / "index.db"), list[str]()
+
+    def add(number: int) -> None:
+        content = Content(checksums=Checksums(sha256=f"{number:064d}"), size=1, mtime_ns=1, inode=1)
+        try:
+            index.put(content, [f"k{number}"])
+        except sqlite3.OperationalError as error:
+            failed.append(str(error))
+
+    def full(self: Index) -> None:
+        raise sqlite3.OperationalError("disk full")
+
+    monkeypatch.setattr(Index, "_writing", full)
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(4)]
+    with index._lock:
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: len(index._pending) == 4, what="the others")
+    for thread in threads:
+        thread.join()
+    assert failed == ["disk full"] * 4
+    monkeypatch.undo()
+    add(5)
+    assert list(index.find(["k1", "k5"])) == ["k5"]
+    index.close()
+
+
 # -- damage ---------------------------------------------------------------------------------------------------------
 
 

@@ -201,11 +201,11 @@ def test_an_http_file_without_identity_is_never_cached(rig: Rig, web: Web) -> No
 
 
 def test_a_cached_file_that_contradicts_the_expected_checksum_is_fetched_again(rig: Rig) -> None:
-    rig.fetch([_input("d", _file("1", "a", cache_key="k"))], {"1": rig.source("a", b"old")})
+    rig.fetch([_input("d", _file("1", "a", datum_id="k"))], {"1": rig.source("a", b"old")})
     rig.new_workspace()
     expected = Checksums(sha256=hashlib.sha256(b"new").hexdigest())
     rig.fetch(
-        [_input("d", _file("1", "a", cache_key="k", checksums=expected))],
+        [_input("d", _file("1", "a", datum_id="k", checksums=expected))],
         {"1": rig.source("a", b"new")},
     )
     assert (rig.workspace.inputs / "d/a").read_bytes() == b"new"
@@ -287,14 +287,91 @@ def test_progress_counts_the_bytes_of_the_whole_job(rig: Rig) -> None:
     assert max(seen) == (10, 10)
 
 
-def test_the_version_of_an_object_that_changed_since_it_was_looked_up_is_what_its_answer_said(
-    rig: Rig, web: Web
-) -> None:
-    """Of a store that counts generations, whose answers have ETags of another kind, it is the generation."""
-    web.answers["/a"] = [answers.content(b"new", ETag='"new"')]
-    for known in ("old", "17"):
+# -- versions -------------------------------------------------------------------------------------------------------
+
+
+def _bring(rig: Rig, web: Web, known: str, content: bytes, **headers: str) -> tuple[bytes, bool]:
+    """The content that a job gets for which version `known` was looked up, while the server has this; is it cached?"""
+    web.answers["/a"] = [answers.content(content, **headers)]
+    rig.new_workspace()
+    uri = "store://x/k"
+    rig.fetch(
+        [_input("d", _file("1", "a", uri=uri, cache_key=f"{uri}@{known}"))],
+        {"1": Transfer(url=web.url("/a"))},
+    )
+    return (rig.workspace.inputs / "d/a").read_bytes(), rig.ready[-1].cached
+
+
+def test_i33_bytes_are_kept_under_the_version_that_their_answer_named(rig: Rig, web: Web) -> None:
+    """And lineage has that version, not the one that was looked up before."""
+    assert _bring(rig, web, "A", b"BBBB", ETag='"B"') == (b"BBBB", False)
+    assert _bring(rig, web, "A", b"AAAA", ETag='"A"') == (b"AAAA", False)
+    assert _bring(rig, web, "A", b"CCCC", ETag='"C"') == (b"AAAA", True)
+    assert _bring(rig, web, "B", b"CCCC", ETag='"C"') == (b"BBBB", True)
+    assert [ready.version for ready in rig.ready] == ["B", "A", "A", "B"]
+    changed = [line for line in rig.status if "has changed since" in line]
+    words = "has changed since the execution was created: its version is B, was A"
+    assert changed == [f"/valohai/inputs/d/a: {words}. The job gets it as it is now."]
+
+
+def test_i33_a_generation_counts_only_when_the_answer_names_it(rig: Rig, web: Web) -> None:
+    assert _bring(rig, web, "17", b"18", ETag='"x"', x_goog_generation="18") == (b"18", False)
+    assert _bring(rig, web, "17", b"y", ETag='"y"') == (b"y", False)
+    assert _bring(rig, web, "17", b"z") == (b"z", False)
+    assert _bring(rig, web, "17", b"17", ETag='"z"', x_goog_generation="17") == (b"17", False)
+    assert _bring(rig, web, "17", b"19", ETag='"v"', x_goog_generation="19") == (b"17", True)
+    assert [ready.version for ready in rig.ready] == ["18", "y", None, "17", "17"]
+
+
+def test_i35_without_an_etag_size_and_time_name_the_content(rig: Rig, web: Web) -> None:
+    first = {"Last_Modified": "Thu, 01 Jan 1970 00:00:10 GMT"}
+    assert _bring(rig, web, "3-10", b"old", **first) == (b"old", False)
+    later = {"Last_Modified": "Thu, 01 Jan 1970 00:00:11 GMT"}
+    assert _bring(rig, web, "3-10", b"new", **later) == (b"old", True)
+    assert _bring(rig, web, "3-12", b"new", **later) == (b"new", False)
+    assert [ready.version for ready in rig.ready] == ["3-10", "3-10", "3-11"]
+
+
+def test_i33_a_file_that_changes_between_the_question_and_the_download(rig: Rig, web: Web) -> None:
+    inputs, grants = [_input("d", _file("1", "a"))], {"1": Transfer(url=web.url("/a"))}
+    one, two = (answers.content(b"%d" % n, ETag=f'"{n}"') for n in (1, 2))
+    web.answers["/a"] = [one, two, one, one]  # asked and fetched, twice
+    for _ in range(2):
+        rig.fetch(inputs, grants)
         rig.new_workspace()
-        uri = f"store://x/{known}"
-        file = _file("1", "a", uri=uri).model_copy(update={"cache_key": f"{uri}@{known}"})
-        rig.fetch([_input("d", file)], {"1": Transfer(url=web.url("/a"))})
-    assert [ready.version for ready in rig.ready] == ["new", "17"]
+    assert [(one.cached, one.version) for one in rig.ready] == [(False, '"2"'), (False, '"1"')]
+
+
+def test_i33_a_file_of_a_directory_is_kept_under_the_size_and_time_that_it_had(rig: Rig) -> None:
+    uri = "store://local/k"
+    grants = {"1": rig.source("k", b"now")}
+    now = (rig.path / "store/k").stat()
+    found = f"3-{now.st_mtime_ns}"
+    for known in ("3-17", "3-17", found, found):
+        rig.new_workspace()
+        rig.fetch([_input("d", _file("1", "a", uri=uri, cache_key=f"{uri}@{known}"))], grants)
+    assert [ready.cached for ready in rig.ready] == [False, False, True, True]
+    assert [ready.version for ready in rig.ready] == [found] * 4
+
+
+@pytest.mark.parametrize("size", [3, 9])
+def test_i32_an_outside_file_that_grew_or_shrank_is_taken_with_a_warning(
+    rig: Rig, web: Web, size: int
+) -> None:
+    web.answers["/a"] = [answers.content(b"123456", ETag='"2"')]
+    uri, seen = "store://x/k", list[tuple[int, "int | None"]]()
+    content = rig.fetch(
+        [_input("d", _file("1", "a", uri=uri, cache_key=f"{uri}@1", size=size))],
+        {"1": Transfer(url=web.url("/a"))},
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert content["d"]["files"][0]["size"] == 6
+    assert (rig.workspace.inputs / "d/a").read_bytes() == b"123456"
+    assert any(f"its version is 2, was 1, it has 6 bytes, had {size}" in s for s in rig.status)
+    assert seen[-1] == (6, 6)
+
+
+def test_a_datum_of_another_size_is_refused(rig: Rig) -> None:
+    file = _file("1", "a", datum_id="1", size=3)
+    with pytest.raises(InputError, match="3"):
+        rig.fetch([_input("d", file)], {"1": rig.source("a", b"1234")})

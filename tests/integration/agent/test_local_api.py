@@ -95,6 +95,26 @@ def test_i36_headers_that_a_store_needs_are_sent_for_the_command_and_never_shown
         assert web.requests[0][2]["X-Key"] == "hidden"
 
 
+def test_headers_that_a_store_needs_are_sent_to_no_other_server(rig: Rig) -> None:
+    with serve() as web, serve() as other:
+        web.answers["/x"] = [answers.status(302, Location=other.url("/y"))]
+        other.answers["/y"] = [answers.content(b"content")]
+        rig.grants = Grants(inputs={"1": Transfer(url=web.url("/x"), headers={"X-Key": "hidden"})})
+        [item] = rig.call("input_request", params={"inputs": "i1"}).json()
+        assert requests.get(item["files"][0]["url"], timeout=5).content == b"content"
+        assert web.requests[0][2]["X-Key"] == "hidden"
+        assert "X-Key" not in other.requests[0][2]
+
+
+def test_a_file_that_breaks_off_is_not_taken_for_whole(rig: Rig) -> None:
+    with serve() as web:
+        web.answers["/x"] = [answers.broken(b"content", 3)]
+        rig.grants = Grants(inputs={"1": Transfer(url=web.url("/x"), headers={"X-Key": "1"})})
+        [item] = rig.call("input_request", params={"inputs": "i1"}).json()
+        with pytest.raises(requests.exceptions.ChunkedEncodingError):
+            requests.get(item["files"][0]["url"], timeout=5)
+
+
 def test_i36_a_permission_that_has_run_out_is_renewed_when_the_file_is_opened(rig: Rig) -> None:
     past = datetime.now(timezone.utc) - timedelta(minutes=1)
     old = Transfer(url="http://127.0.0.1:1/gone", headers={"X-Key": "1"}, expires_at=past)

@@ -120,9 +120,7 @@ def store(tmp_path: Path, name: str, data: bytes) -> Transfer:
 
 def input_of(*ids: str, name: str = "d", **fields: Any) -> JobInput:
     files = [
-        JobFile(
-            id=i, name=f"sub/{i}", uri=f"s3://b/{i}", **{"cache_key": f"s3://b/{i}@1", **fields}
-        )
+        JobFile(**{"id": i, "name": f"sub/{i}", "uri": f"datum://{i}", "datum_id": i, **fields})
         for i in ids
     ]
     return JobInput(name=name, input_id=name, files=files)
@@ -201,9 +199,24 @@ def test_files_that_nobody_can_name_lie_on_the_share_for_their_job_alone(
     source = store(tmp_path, "1", b"data")
     one = machine()
     grants = {"1": source, "2": store(tmp_path, "2", b"more")}
-    workspace = one.fetch(grants, input_of("1", cache_key=None), input_of("2", name="e"))
+    workspace = one.fetch(grants, input_of("1", datum_id=None), input_of("2", name="e"))
     assert (workspace.in_place["d"] / "sub/1").read_bytes() == b"data"
     assert (workspace.in_place["e"] / "sub/2").read_bytes() == b"more"
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_i34_bytes_are_published_under_the_version_that_they_have(
+    machine: Any, tmp_path: Path, copy: bool
+) -> None:
+    """Another machine that looks for the version which was looked up before the file changed gets other bytes."""
+    now, uri = store(tmp_path, "1", b"data"), "store://x/1"
+    changed = (tmp_path / "store/1").stat()
+    versions = ["4-17", f"4-{changed.st_mtime_ns}", "4-17"]
+    machines = [machine(copy=copy) for _ in versions]
+    for one, version in zip(machines, versions, strict=True):
+        one.fetch({"1": now}, input_of("1", uri=uri, datum_id=None, cache_key=f"{uri}@{version}"))
+    assert [one.cached for one in machines] == [[False], [True], [False]]
+    assert {ready.version for one in machines for ready in one.ready} == {versions[1]}
 
 
 def test_k20_no_data_cache_fetches_again_and_publishes(machine: Any, tmp_path: Path) -> None:
@@ -272,7 +285,7 @@ def test_i34_a_share_that_is_full_is_told_and_the_job_goes_the_local_way(
 
 def test_a_damaged_content_of_the_share_is_fetched_again(machine: Any, tmp_path: Path) -> None:
     first, second = machine(), machine()
-    path = publish(first.share, b"data", "s3://b/1@1")
+    path = publish(first.share, b"data", "datum:1")
     path.write_bytes(b"dama")
     workspace = second.fetch({"1": store(tmp_path, "1", b"data")}, input_of("1"))
     assert second.cached == [False]
@@ -392,6 +405,38 @@ def test_i35_of_the_share_goes_what_is_cheap_and_old_but_nothing_in_use(
     share.close()
 
 
+def test_what_dead_machines_left_on_a_share_is_swept_once_it_is_old(
+    share_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = Share(share_dir)
+    whole, lost = publish(share, b"whole", "1"), publish(share, b"lost", "2")
+    half, bare = publish(share, b"half", "3"), publish(share, b"bare", "4")
+    lost.unlink()  # its facts stay
+    for path in (half, bare):  # a machine died before it wrote the facts
+        path.with_name(f"{path.name}.json").unlink()
+    root = share_dir / "valohai-cache-1"
+    names = {name: share._name(name) for name in "1234"}
+    for path in (whole.with_name(".12ab"), names["1"].with_name(".34cd")):
+        path.write_text("hal")
+    locks = root / "locks"
+    for stray in ("dead", "dead.1234", "dead.aside"):
+        (locks / stray).write_text("token")
+        os.utime(locks / stray, (1, 1))
+    monkeypatch.setattr(shared, "SWEPT_DIRECTORIES", 256)
+    share.sweep()
+    assert half.exists()  # it may be on its way still
+    with share.fetching("5"):
+        (held,) = locks.iterdir()
+        monkeypatch.setattr(shared, "TREE_SECONDS", -60.0)
+        os.utime(held, (2**33, 2**33))  # as its holder moves it
+        share.sweep()
+        assert list(locks.iterdir()) == [held]
+    left = sorted(path.name for path in root.rglob("*") if path.is_file())
+    assert left == sorted([whole.name, f"{whole.name}.json", names["1"].name])
+    assert share.find(Wanted(names=("1",))) is not None
+    share.close()
+
+
 def test_links_of_a_dead_agents_job_are_swept(
     share_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,7 +463,7 @@ def _run_in_place(
     source = tmp_path / "data.csv"
     source.write_text("1,2\n")
     conductor.input_urls = {"f1": source.as_uri(), "f2": source.as_uri()}
-    file = JobFile(id="f1", name="sub/data.csv", uri="s3://b/x", cache_key="s3://b/x@1")
+    file = JobFile(id="f1", name="sub/data.csv", uri="datum://x", datum_id="x")
     lazy = JobFile(id="f2", name="later.csv", uri="s3://b/x")
     execution_id = conductor.submit(
         "cat /valohai/inputs/train/sub/data.csv",

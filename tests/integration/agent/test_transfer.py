@@ -313,3 +313,22 @@ def test_a_full_store_disk_while_uploading_says_so_and_leaves_nothing(
     with pytest.raises(DiskFull, match=r"output 'o'.*is full"):
         transferer.upload(tmp_path / "o", _put((small_disk / "o").as_uri()), name="output 'o'")
     assert _only(small_disk) == []
+
+
+def test_a_redirect_takes_no_header_of_the_transfer_to_another_server(
+    web: Web, transferer: Transferer, tmp_path: Path
+) -> None:
+    secrets = {"X-JFrog-Art-Api": "s1", "PRIVATE-TOKEN": "s2", "Authorization": "Basic s3"}
+    with serve() as other:
+        web.answers["/near"] = [answers.status(302, Location="/far")]
+        web.answers["/far"] = [answers.status(307, Location=other.url("/f"))]
+        other.answers["/f"] = [
+            answers.broken(DATA, 100_000, ETag='"1"'),
+            answers.content(DATA, ETag='"1"'),
+        ]
+        transferer.download(_get(web.url("/near"), **secrets), tmp_path / "f", name="f")
+        seen = [headers for _, _, headers in other.requests]
+    assert (tmp_path / "f").read_bytes() == DATA
+    assert all(secrets.items() <= headers.items() for _, _, headers in web.requests)
+    assert not [name for headers in seen for name in secrets if name in headers]
+    assert (seen[-1]["Range"], seen[-1]["If-Range"]) == ("bytes=100000-", '"1"')

@@ -129,6 +129,17 @@ def test_a_server_that_drips_is_given_up(transferer: Transferer, tmp_path: Path)
     assert os.listdir(tmp_path) == []
 
 
+def test_a_server_that_breaks_off_after_each_byte_is_given_up(
+    transferer: Transferer, tmp_path: Path, pauses: list[float]
+) -> None:
+    with (
+        unruly(data=DATA, reset_every=1) as server,
+        pytest.raises(Unreachable, match="tried 3 times"),
+    ):
+        fetch(transferer, server, tmp_path)
+    assert (len(server.requests), len(pauses)) == (3, 2)
+
+
 @pytest.mark.usefixtures("split")
 def test_a_signature_that_runs_out_on_the_way_is_renewed(
     transferer: Transferer, tmp_path: Path

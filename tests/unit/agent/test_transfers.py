@@ -18,6 +18,7 @@ from valohai_agent.transfers.ranges import (
 )
 from valohai_agent.transfers.retries import (
     MAX_BACK_OFF_SECONDS,
+    PROGRESS_BYTES,
     Expired,
     Renewal,
     Retries,
@@ -147,12 +148,27 @@ def test_a_failure_after_progress_counts_anew() -> None:
     def action() -> str:
         nonlocal position, tries
         tries += 1
-        position += 1
+        position += PROGRESS_BYTES // 2
         if tries < 20:
             raise Temporary("broke off")
         return "done"
 
     assert retries([]).run(action, progress=lambda: position) == "done"
+
+
+@pytest.mark.parametrize("expired", [False, True])
+def test_a_few_bytes_are_no_progress(expired: bool) -> None:
+    position, tries = 0, 0
+
+    def action() -> None:
+        nonlocal position, tries
+        tries += 1
+        position += 1
+        raise Expired(Denied("no")) if expired else Temporary("broke off")
+
+    with pytest.raises((Denied, Unreachable)):
+        retries([]).run(action, progress=lambda: position, renew=lambda: tries < 100)
+    assert tries == (2 if expired else 3)
 
 
 def test_failures_without_progress_are_bounded() -> None:
