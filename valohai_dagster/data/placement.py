@@ -13,6 +13,7 @@ from valohai_agent.protocol import JobFile
 KeepDirectories = Literal["none", "suffix", "full"]
 UNNAMED = "download"  # a URL without a usable last segment
 MARK = 8  # characters of the digest that stands for the values of a query
+_WEB = ("http://", "https://")
 _NAME = re.compile(r"[\w.~%\[\]$:-]{1,100}", re.ASCII)
 _PIECE = rf"(?:{_NAME.pattern}=)?\*\*\*"
 _SHOWN_QUERY = re.compile(rf"{_PIECE}(?:&{_PIECE})*&\*\*\*[0-9a-f]{{{MARK}}}", re.ASCII)
@@ -53,7 +54,7 @@ def rename(path: str, filename: str) -> str:
 
 def public_uri(uri: str) -> str:
     """An input's URI as it may be shown; only web addresses hold credentials."""
-    return public_url(uri) if uri.lower().startswith(("http://", "https://")) else uri
+    return public_url(uri) if uri.lower().startswith(_WEB) else uri
 
 
 def public_url(url: str) -> str:
@@ -72,6 +73,13 @@ def public_url(url: str) -> str:
         return url.partition("://")[0] + "://(not readable as a URL)"
     location = parts.netloc.rpartition("@")[2]
     return urlunsplit(parts._replace(netloc=location, query=_shown(parts.query), fragment=""))
+
+
+def hides_values(uri: str) -> bool:
+    """Whether it is a web address that `public_url` has taken the values of the query from."""
+    if not uri.lower().startswith(_WEB) or public_url(uri) != uri:
+        return False
+    return _SHOWN_QUERY.fullmatch(uri.partition("?")[2]) is not None
 
 
 def _shown(query: str) -> str:

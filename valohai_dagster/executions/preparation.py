@@ -27,6 +27,7 @@ from valohai_dagster.errors import RefusedError, SpecError
 from valohai_dagster.executions.credentials import open_credentials
 from valohai_dagster.executions.ledger import Created
 from valohai_dagster.executions.reach import unreachable
+from valohai_dagster.executions.recall import recall_addresses
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.trace_context import traceparent_of
 from valohai_dagster.settings import Settings
@@ -79,8 +80,15 @@ def prepare(
     variables, secret_names = _variables(spec, variables_of)
     groups = spec.environment_variable_groups
     unknown = unknown_groups(conn, groups) if groups else []
-    resolved = resolve_inputs(
+    inputs = recall_addresses(
+        conn,
         open_credentials(spec, secret_key),
+        secret_key,
+        project_id=created.project_id,
+        run_id=spec.run_id,
+    )
+    resolved = resolve_inputs(
+        inputs,
         connection=conn,
         stores=stores,
         group=settings.groups[group],

@@ -13,8 +13,9 @@ import sqlalchemy as sa
 from tests.support.redis_server import RedisServer
 from tests.support.service import RunningService, make_spec, running_service, static_settings
 from valohai_agent import protocol as p
+from valohai_dagster.data.placement import public_url
 from valohai_dagster.data.secrets import load_secret_key, set_variable
-from valohai_dagster.executions.spec_model import InputSpec
+from valohai_dagster.executions.spec_model import InputSpec, ProjectRef
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, ExecutionView
 from valohai_dagster.records import tables as t
 from valohai_dagster.settings import GroupSettings, Settings
@@ -287,6 +288,47 @@ def test_credentials_in_an_input_url_reach_only_the_agent(
     with service.records.read() as conn:
         assert "hunter22" not in repr(conn.execute(sa.select(t.executions)).all())
         assert "hunter22" not in repr(conn.execute(sa.select(t.execution_inputs)).all())
+
+
+def test_an_address_that_is_handed_on_as_it_is_shown_reaches_the_agent_whole(
+    service: RunningService, redis_server: RedisServer
+):
+    """As by an edge from an input to an input: in the same run, and in a later one."""
+    url = "http://user:hunter22@example.org/data.csv?page=hunter22"
+    agent, shown = service.agent(redis_server), url
+
+    def used(run_id: str) -> str:
+        spec = make_spec(inputs=[InputSpec(name="data", uris=[shown])], run_id=run_id)
+        service.client.submit(spec)
+        lease = agent.take()
+        lease.leased()
+        assert [transfer.url for transfer in lease.wait_grants().inputs.values()] == [url]
+        file = lease.job.inputs[0].files[0]
+        sums = p.Checksums(sha256="a" * 64)
+        lease.report(
+            p.InputReady(input="data", file_id=file.id, name=file.name, size=3, checksums=sums)
+        )
+        lease.finish()
+        return final_view(service, spec.execution_id).inputs[0].uri
+
+    shown = used("one")
+    assert "hunter22" not in shown
+    assert used("one") == used("two") == shown
+
+
+def test_an_address_that_this_project_knows_as_it_is_shown_only_is_refused(
+    service: RunningService, redis_server: RedisServer
+):
+    url = "http://example.org/data.csv?page=1"
+    first = make_spec(inputs=[InputSpec(name="data", uris=[url])], run_id="one")
+    service.client.submit(first)
+    service.agent(redis_server).take().leased()
+    inputs = [InputSpec(name="data", uris=[public_url(url)])]
+    spec = make_spec(inputs=inputs, project=ProjectRef(name="another"), run_id="one")
+    service.client.submit(spec)
+    view = final_view(service, spec.execution_id)
+    assert view.status is ExecutionStatus.error
+    assert "give the whole address" in str(view.reason)
 
 
 def test_m40_a_metadata_event_that_meets_the_stop_condition_stops_the_execution(

@@ -7,6 +7,7 @@ import pytest
 from valohai_agent.protocol import JobFile
 from valohai_dagster.data.placement import (
     KeepDirectories,
+    hides_values,
     place,
     place_datum,
     place_url,
@@ -108,6 +109,12 @@ def test_i32_a_url_is_always_shown_alike_and_another_query_differently() -> None
     assert [public_url(url) for url in urls] == [public_url(url) for url in urls]
     assert len({public_url(url) for url in urls}) == 50
     assert public_url("https://u:p@h/p?v=1") == public_url("https://h/p?v=1")
+
+
+def test_an_address_without_its_values_is_recognised() -> None:
+    assert hides_values(public_url("https://h/p?v=1&token=abc"))
+    assert not any(map(hides_values, ["https://h/p", "https://h/p?v=1", "https://h/p?v=***"]))
+    assert not hides_values("s3://b/x?v=***&***01234567")
 
 
 def test_other_uris_are_shown_as_they_are() -> None:
