@@ -87,11 +87,13 @@ class Place:
             found = os.stat(new, dir_fd=there, follow_symlinks=False)
             if stat.S_ISREG(found.st_mode) and _same(found, seen):
                 return True
-            if stat.S_ISDIR(found.st_mode):
+            try:
+                os.link(new, name, src_dir_fd=there, dst_dir_fd=parent, follow_symlinks=False)
+            except FileExistsError:
+                pass
+            except OSError:  # a directory, or another user's file: no second name is allowed for it
                 os.rename(new, name, src_dir_fd=there, dst_dir_fd=parent)
                 return False
-            with contextlib.suppress(FileExistsError):
-                os.link(new, name, src_dir_fd=there, dst_dir_fd=parent, follow_symlinks=False)
             os.unlink(new, dir_fd=there)
             return False
 

@@ -144,6 +144,24 @@ def test_what_takes_a_live_files_place_is_put_back_and_not_uploaded(
     assert list((rig.workspace.run / "spool").iterdir()) == []
 
 
+def test_another_users_file_is_put_back_though_it_may_not_be_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system refuses the link (protected_hardlinks), but not to the root user that tests may be."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    place, target = (Place(root=tmp_path, relative=name) for name in ("x", "taken"))
+    (tmp_path / "x").write_text("as it was seen")
+    seen = place.status()
+    (tmp_path / "x").write_text("as it is now")
+    monkeypatch.setattr(os, "link", refuse)
+    assert not place.move(target, seen)
+    assert (tmp_path / "x").read_text() == "as it is now"
+    assert os.listdir(tmp_path) == ["x"]
+
+
 @pytest.mark.parametrize("output", ["d/x", "link"])
 def test_a_directory_exchanged_before_the_upload_is_a_problem(
     rig: Rig, trap: Trap, output: str
