@@ -11,9 +11,12 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import sqlalchemy as sa
 
 from tests.support.ports import free_port
 
@@ -120,3 +123,15 @@ class PostgresServer:
         finally:
             connection.close()
         return self.url(name)
+
+
+def wait_for_blocked(engine: sa.Engine) -> None:
+    """Returns once some transaction of the engine's database waits for another one to end."""
+    query = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as watcher:
+        deadline = time.monotonic() + 10
+        while not watcher.execute(query).scalar_one():
+            assert time.monotonic() < deadline, "nobody waits for a lock"
+            time.sleep(0.01)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
 
 from tests.integration.data.conftest import NOW, Place
+from tests.support.postgres_server import wait_for_blocked
 from valohai_dagster.data import aliases, datums
 from valohai_dagster.data.sidecar_effects import apply_sidecar_effects
 from valohai_dagster.errors import NotFoundError, RefusedError
@@ -123,23 +123,11 @@ def test_t15_writers_that_meet_lose_none_of_their_moves(place: Place) -> None:
         wrote.set()
         assert begun.wait(10)
         if place.records.engine.dialect.name == "postgresql":
-            waits_for_a_lock(place)
+            wait_for_blocked(place.records.engine)
     thread.join(10)
     with place.records.read() as connection:
         history = aliases.alias_history(connection, "p1", "best")
     assert [move["datum_id"] for move in history] == [first.id, second.id]
-
-
-def waits_for_a_lock(place: Place) -> None:
-    """Until another connection of the database waits for a transaction to end."""
-    query = sa.text(
-        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-    )
-    with place.records.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as watcher:
-        deadline = time.monotonic() + 10
-        while not watcher.execute(query).scalar_one():
-            assert time.monotonic() < deadline, "the other writer waits for nothing"
-            time.sleep(0.01)
 
 
 def test_content_is_found_by_its_place_however_long_the_key_is(place: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,12 +12,17 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from tests.support.postgres_server import wait_for_blocked
+from tests.support.redis_server import RedisServer
+from tests.support.service import make_spec, running_service, static_settings
 from valohai_dagster.data import datums
 from valohai_dagster.data.adoption import adopt, find_candidates
 from valohai_dagster.data.aliases import set_alias
 from valohai_dagster.errors import RefusedError, StoreUnavailable
 from valohai_dagster.executions.retention import Done, carry_out, plan_records
 from valohai_dagster.executions.retention_rules import Plan
+from valohai_dagster.executions.spec_model import InputSpec
+from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import Records, open_records
 from valohai_dagster.settings import Settings
@@ -352,3 +358,26 @@ def test_i40_what_the_product_keeps_itself_is_not_adopted(site: Site) -> None:
     }
     site.retain()
     assert all(map(site.is_there, (datum.id for datum in adopted.created.values())))
+
+
+def test_an_execution_waits_for_retention_and_is_refused_what_went(
+    settings: Settings, redis_server: RedisServer, postgres_url: str
+) -> None:
+    """Retention has decided and not committed yet when the execution is submitted."""
+    with running_service(static_settings(settings, database_url=postgres_url)) as service:
+        place = {"store": "local", "key": "data/x", "ctime": NOW}
+        ident = str(uuid.uuid4())
+        with service.records.write() as conn:
+            conn.execute(t.datums.insert().values(id=ident, name="w.bin", size=5, **place))
+        uris = [f"datum://{ident}"]
+        spec = make_spec(inputs=[InputSpec(name="data", uris=uris)])
+        with service.records.write() as conn:
+            datums.lock(conn, [ident])
+            submitting = threading.Thread(target=service.client.submit, args=(spec,))
+            submitting.start()
+            wait_for_blocked(service.records.engine)
+            datums.mark_purged(conn, [ident])
+        submitting.join(30)
+        view = ExecutionView.model_validate(service.final(spec.execution_id, timeout=30).data)
+    assert view.status is ExecutionStatus.error
+    assert "the content was purged" in (view.reason or "")

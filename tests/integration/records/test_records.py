@@ -85,6 +85,47 @@ def test_dagsters_own_tables_in_the_same_database_are_left_alone(database: Setti
     engine.dispose()
 
 
+def test_files_of_lost_attempts_get_their_maker_back(database: Settings) -> None:
+    """Releases up to schema 0002 forgot which execution had made them; uploads never had one."""
+    from alembic import command
+
+    engine = make_engine(database.records_url)
+    row = {
+        "project_id": "p",
+        "counter": 1,
+        "step": "s",
+        "commit": "c",
+        "group_name": "g",
+        "image": "i",
+    }
+    filled = {"tags": [], "spec": {}, "retry_number": 0, "cumulative_metadata": {}, "phases": []}
+    states = {"status": "complete", "attempt": 2, "stop_requested": 0, "priority": 0, "ctime": NOW}
+    file = {"name": "f", "size": 1, "store": "local", "key": "k", "tags": [], "metadata": {}}
+    grant = {"attempt": 1, "kind": "output", "name": "f", "store": "local", "key": "k"}
+    with engine.begin() as connection:
+        command.upgrade(schema.alembic_config(connection), "0002")
+        old = sa.MetaData()
+        old.reflect(connection, only=lambda name, _: name.startswith("vh_"))
+        add = lambda table, /, **values: connection.execute(  # noqa: E731
+            old.tables[f"vh_{table}"].insert().values(**values)
+        )
+        add("projects", id="p", name="p", counter=1, ctime=NOW)
+        add("executions", id="e", **row, **filled, **states)
+        for ident, maker in (("lost", None), ("kept", "e"), ("upload", None)):
+            add("datums", id=ident, execution_id=maker, **file, live=False, ctime=NOW, purged=False)
+            if ident != "upload":
+                known = {"upload_id": ident, "execution_id": "e", "granted_at": NOW}
+                add("grants", **known, **grant, accepted=True)
+    engine.dispose()
+    opened = open_records(database)
+    with opened.read() as connection:
+        d = tables.datums.c
+        query = sa.select(d.id, d.execution_id, d.withdrawn).order_by(d.id)
+        found = [tuple(one) for one in connection.execute(query)]
+    opened.close()
+    assert found == [("kept", "e", False), ("lost", "e", True), ("upload", None, False)]
+
+
 def test_a_schema_of_a_newer_release_is_refused(database: Settings) -> None:
     opened = open_records(database)
     with opened.write() as connection:
