@@ -24,10 +24,9 @@ from valohai_dagster.data.secrets import (
 )
 from valohai_dagster.data.survey import Survey
 from valohai_dagster.errors import RefusedError, SpecError
-from valohai_dagster.executions.credentials import open_credentials
 from valohai_dagster.executions.ledger import Created
 from valohai_dagster.executions.reach import unreachable
-from valohai_dagster.executions.recall import recall_addresses
+from valohai_dagster.executions.recall import true_inputs
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.trace_context import traceparent_of
 from valohai_dagster.settings import Settings
@@ -80,15 +79,8 @@ def prepare(
     variables, secret_names = _variables(spec, variables_of)
     groups = spec.environment_variable_groups
     unknown = unknown_groups(conn, groups) if groups else []
-    inputs = recall_addresses(
-        conn,
-        open_credentials(spec, secret_key),
-        secret_key,
-        project_id=created.project_id,
-        run_id=spec.run_id,
-    )
     resolved = resolve_inputs(
-        inputs,
+        true_inputs(conn, spec, secret_key, project_id=created.project_id),
         connection=conn,
         stores=stores,
         group=settings.groups[group],

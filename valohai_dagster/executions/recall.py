@@ -6,8 +6,6 @@ true one, with its query, is sealed in the records of the execution that used it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import sqlalchemy as sa
 
 from valohai_dagster.data import outside
@@ -15,26 +13,24 @@ from valohai_dagster.data.input_spec import InputSpec
 from valohai_dagster.data.placement import hides_values
 from valohai_dagster.data.secrets import SecretKey
 from valohai_dagster.errors import ResolutionError
+from valohai_dagster.executions.credentials import open_credentials
+from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.records import tables as t
 
 
-def recall_addresses(
-    conn: sa.Connection,
-    inputs: Sequence[InputSpec],
-    key: SecretKey,
-    *,
-    project_id: str,
-    run_id: str | None,
+def true_inputs(
+    conn: sa.Connection, spec: ExecutionSpec, key: SecretKey, *, project_id: str
 ) -> list[InputSpec]:
-    """The inputs with addresses that a worker can open; never store or log them.
+    """The inputs with addresses that a worker can open. Never store or log what this returns.
 
     Only executions of the same project are asked: those of the run, and the one that last found new content there.
     Raises `ResolutionError` for an address that none of them has used.
     """
+    inputs = open_credentials(spec, key)
     hidden = {uri for item in inputs for uri in item.uris if hides_values(uri)}
     if not hidden:
-        return list(inputs)
-    true = {uri: _recall(conn, uri, key, project_id, run_id) for uri in sorted(hidden)}
+        return inputs
+    true = {uri: _recall(conn, uri, key, project_id, spec.run_id) for uri in sorted(hidden)}
     unknown = [
         f"{uri}: the values of its query are hidden and not known any more; give the whole address"
         for uri, found in true.items()
