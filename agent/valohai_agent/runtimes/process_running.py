@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -162,9 +163,10 @@ class ProcessRunning:
             self._reaped = True
         code = os.waitstatus_to_exitcode(status)
         self._process.returncode = code
-        self._meter.stop(
-            Sample(memory_bytes=used.ru_maxrss * 1024, cpu_seconds=used.ru_utime + used.ru_stime)
-        )
+        # A process begins with the peak of the one that started it: up to that the figure is the agent's own.
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = used.ru_maxrss * 1024 if used.ru_maxrss > own else None
+        self._meter.stop(Sample(memory_bytes=memory, cpu_seconds=used.ru_utime + used.ru_stime))
         return 128 - code if code < 0 else code
 
     def _explain(self, code: int) -> ExitStatus:

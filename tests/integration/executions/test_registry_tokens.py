@@ -106,8 +106,9 @@ def test_an_ecr_token_is_got_with_the_control_planes_own_credentials(
     assert login(entry, ECR) is not None
 
 
-def test_a_refusal_of_aws_is_told_with_its_words(moto_server: str):
+def test_a_refusal_of_aws_is_told_with_its_words(moto_server: str, monkeypatch: pytest.MonkeyPatch):
     """moto refuses nothing of ECR, but an account that is none."""
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # whatever ran before
     entry = EcrRoleRegistrySettings(
         kind="aws-ecr-role", match="*", profile="no-such-profile", endpoint_url=moto_server
     )

@@ -71,7 +71,9 @@ def lease_of(service: RunningService, redis_server: RedisServer, store: str = "s
 
 def granted(lease: SimLease, name: str, size: int = 5) -> p.UploadGrant:
     request = p.GrantRequest(id=f"want-{name}", kind="output", name=name, size=size)
-    return lease.want(request).uploads[request.id]
+    answer = lease.want(request)
+    assert request.id in answer.uploads, answer.refused
+    return answer.uploads[request.id]
 
 
 def send(grant: p.UploadGrant, content: bytes) -> None:
