@@ -126,11 +126,12 @@ def test_i01_i08_a_model_version_gives_its_files(place: Place) -> None:
 
 
 def test_i38_a_purged_file_of_a_dataset_is_named(place: Place) -> None:
-    gone = place.datum("gone.csv", purged=True)
+    gone = place.datum("gone.csv")
     with place.records.write() as connection:
         datasets.create_version(
             connection, project_id="p1", uri="dataset://d/v", datum_ids=[gone.id], now=NOW
         )
+        mark_purged(connection, [gone.id])
     (found,) = problems(place, wanted("dataset://d/v"))
     assert found.startswith("input 'data': dataset://d/v: ")
     assert f"{gone.uri} (gone.csv): the content was purged" in found
