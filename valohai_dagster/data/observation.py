@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -30,6 +31,7 @@ CHUNK_BYTES = 1024 * 1024
 SECONDS = 30.0  # without an answer of a web server
 LONGEST = 200  # characters of a version; longer ones become a digest
 _WEB = ("http://", "https://")
+_DATED = re.compile(r"\w{3}, .* GMT\|\d*")  # what a worker calls web content without a strong ETag
 
 
 class UsedFile(Protocol):
@@ -121,6 +123,8 @@ def version_used(files: Sequence[UsedFile], *, is_pattern: bool) -> str | None:
 def _version_used(file: UsedFile) -> str | None:
     if file.datum_id is not None:
         return file.sha256 or file.uri
+    if file.version is not None and _DATED.fullmatch(file.version):
+        return file.sha256 or file.version
     return file.version or file.sha256
 
 
