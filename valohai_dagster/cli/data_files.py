@@ -27,7 +27,7 @@ from valohai_dagster.cli.data_place import (
 from valohai_dagster.cli.download import download_all
 from valohai_dagster.cli.transfer_batch import run_batch
 from valohai_dagster.data import adoption, aliases, datasets, datums, transfers
-from valohai_dagster.data.references import find_datums
+from valohai_dagster.data.references import find_datums, names_one
 from valohai_dagster.data.version_wishes import check_version_name, split_dataset_uri
 from valohai_dagster.errors import RefusedError
 from valohai_dagster.stores.base import Store
@@ -96,7 +96,12 @@ def put(
 def get(
     references: References,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Directory, or file name for a single datum.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory; for a single datum, by id or alias, also a file name.",
+        ),
     ] = Path(),
     project: Project = None,
     overwrite: Annotated[bool, typer.Option(help="Replace files that exist and differ.")] = False,
@@ -114,7 +119,7 @@ def get(
         found = list({datum.id: datum for some in named for datum in some}.values())
         for datum in found:
             datums.require_content(datum)
-        targets = _targets(found, output)
+        targets = _targets(found, output, single=all(map(names_one, references)))
 
         items = list(zip(found, targets, strict=True))
         download_all(items, here.stores, overwrite=overwrite)
@@ -308,8 +313,9 @@ def _files(paths: list[Path], name: str | None) -> Iterator[tuple[Path, str]]:
 # -- get and adopt -----------------------------------------------------------------------------------------------
 
 
-def _targets(found: list[datums.Datum], output: Path) -> list[Path]:
-    if len(found) == 1 and str(output) != "." and not output.is_dir():
+def _targets(found: list[datums.Datum], output: Path, *, single: bool) -> list[Path]:
+    """`single`: what was asked for can only be one file, so `output` may be its name."""
+    if single and len(found) == 1 and str(output) != "." and not output.is_dir():
         return [output]
     targets = [transfers.local_path(output, datum) for datum in found]
     if len(set(targets)) < len(targets):

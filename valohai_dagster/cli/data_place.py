@@ -51,10 +51,11 @@ class Deployment:
         """Of the project of that name; None without a name."""
         if name is None:
             return None
-        if create:
+        known = self.projects()
+        if create and name not in known:
+            typer.echo(f"the project {name!r} is new", err=True)
             with self.records.write() as connection:
                 return ensure_project(connection, name, now())
-        known = self.projects()
         if name not in known:
             raise NotFoundError(
                 f"there is no project {name!r}; known are {', '.join(known) or 'none'}"

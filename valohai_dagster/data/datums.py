@@ -88,7 +88,8 @@ def get_datum(connection: sa.Connection, reference: str, *, project_id: str | No
     if datum is None:
         raise NotFoundError(
             f"{SCHEME}{name}: this project has no datum alias {name!r}; an output gets one by `valohai.alias` "
-            "in its metadata, an upload by `valohai-dagster data put --alias`"
+            "in its metadata, an upload by `valohai-dagster data put --alias`. Files are found by their name with a "
+            f"wildcard, such as {name + '*'!r}, or by their id (`valohai-dagster data ls`)"
         )
     return datum
 

@@ -11,6 +11,11 @@ from valohai_dagster.data.version_wishes import DATASET_SCHEME, MODEL_SCHEME
 from valohai_dagster.errors import NotFoundError
 
 
+def names_one(reference: str) -> bool:
+    """Whether it means one datum by its form, and not as many as there happen to be."""
+    return "*" not in reference and not reference.startswith((DATASET_SCHEME, MODEL_SCHEME))
+
+
 def find_datums(
     connection: sa.Connection, reference: str, *, project_id: str | None
 ) -> list[Datum]:
