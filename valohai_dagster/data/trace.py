@@ -408,17 +408,17 @@ def _by_name(conn: sa.Connection, name: str, project_id: str | None) -> Sequence
 
 
 def _by_uri(conn: sa.Connection, uri: str, stores: Stores) -> list[str]:
-    """A datum by the place of its content, else something outside that executions have read."""
+    """The datum whose content lies there, and executions that read it as something outside, before it was adopted."""
+    found: Sequence[str] = ()
     served = stores.serving(uri)
     if served is not None:
         c, (store, key) = t.datums.c, served
         query = sa.select(c.id).where(c.store == store.name, c.key == key)
-        if found := conn.execute(query).scalars().all():
-            return [f"file:{ident}" for ident in found]
+        found = conn.execute(query).scalars().all()
         uri = store.uri(key)
     c = t.execution_inputs.c
     query = sa.select(c.execution_id).where(c.uri == uri, c.datum_id.is_(None)).distinct()
     readers = conn.execute(query.limit(MAX_NODES // 4)).scalars().all()
-    if not readers:
+    if not found and not readers:
         raise NotFoundError(f"{uri}: no datum lies there, and no execution has read it")
-    return [f"execution:{ident}" for ident in readers]
+    return [*(f"file:{ident}" for ident in found), *(f"execution:{ident}" for ident in readers)]

@@ -190,6 +190,17 @@ def test_a_file_is_found_by_all_its_names(story: Story, stores: Stores, what: st
         assert roots_of(conn, what, stores=stores) == [f"file:{ident('model.pkl')}"]
 
 
+def test_what_read_an_object_before_it_was_adopted_is_found_too(
+    story: Story, stores: Stores
+) -> None:
+    uri = "store://local/in/a.csv"
+    with story.records.write() as conn:
+        story.reads(conn, "e2", "extra", uri=uri, version="v1")
+        story.datum(conn, "a.csv", None, key="in/a.csv", adopted=True)
+    with story.records.read() as conn:
+        assert roots_of(conn, uri, stores=stores) == [f"file:{ident('a.csv')}", "execution:e2"]
+
+
 def test_other_things_are_found_too_and_what_is_not_is_said(story: Story, stores: Stores) -> None:
     with story.records.read() as conn:
         assert roots_of(conn, "digits#2", stores=stores) == ["execution:e2"]
