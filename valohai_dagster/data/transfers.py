@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
@@ -24,6 +25,8 @@ from valohai_dagster.errors import (
 from valohai_dagster.stores.base import JoiningStore, PartedUpload, Store
 from valohai_dagster.stores.keys import check_key
 from valohai_dagster.stores.registry import Stores
+
+log = logging.getLogger(__name__)
 
 LIFE = timedelta(hours=1)  # of a signed request; further ones are signed when it is not enough
 CHUNK_BYTES = 1024 * 1024
@@ -94,9 +97,9 @@ class Mover:
             )
         except BaseException as error:
             if upload is not None:
-                store.abort_parts(key, upload)
+                _quietly(store.abort_parts, key, upload)
             if not isinstance(error, Conflict):  # what is there is not ours
-                store.delete(key)
+                _quietly(store.delete, key)
             if isinstance(error, TransferError):
                 raise _explained(error, store) from error
             raise
@@ -131,6 +134,14 @@ class Mover:
             )
         except TransferError as error:
             raise _explained(error, store) from error
+
+
+def _quietly(undo: Callable[..., None], key: str, *arguments: Any) -> None:
+    """A failure to clean up must not hide why there is something to clean up."""
+    try:
+        undo(key, *arguments)
+    except StoreError as error:
+        log.warning("%r may be left over: %s", key, error, extra={"action": "undo-upload"})
 
 
 def store_file(

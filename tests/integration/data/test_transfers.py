@@ -15,7 +15,7 @@ from tests.support.servers.s3_stores import s3_client, s3_store
 from tests.support.servers.stores import swift_store
 from valohai_dagster.data.datums import Datum
 from valohai_dagster.data.transfers import Mover, fetch_datum, local_path, safe_name, store_file
-from valohai_dagster.errors import RefusedError, StoreBadKey, StoreError
+from valohai_dagster.errors import RefusedError, StoreBadKey, StoreError, StoreMissing
 from valohai_dagster.stores.base import Store
 from valohai_dagster.stores.registry import Stores
 
@@ -162,3 +162,13 @@ def test_nothing_is_left_of_an_upload_that_was_stopped(moto_server: str, tmp_pat
     assert list(store.list()) == []
     with closing(s3_client(moto_server)) as client:
         assert "Uploads" not in client.list_multipart_uploads(Bucket=store.place)
+
+
+def test_a_missing_bucket_is_the_reason_and_not_what_cannot_be_cleaned_up(
+    moto_server: str, tmp_path: Path, mover: Mover
+) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    store: Store = s3_store(moto_server, bucket="there-is-none")
+    with pytest.raises(StoreMissing, match="NoSuchBucket") as caught:
+        mover.send(tmp_path / "a", store, "data/a", name="a")
+    assert "delete" not in str(caught.value)
