@@ -37,7 +37,7 @@ def explain(error: ValidationError, source: object, model: type[BaseModel]) -> s
         where = ".".join(str(part) for part in location)
         lines.append(f"  - {where}: {text}" if where else f"  - {text}")
     lines.append(
-        "See docs/settings.md for every setting; `valohai-dagster doctor` shows what is in force."
+        "docs/settings.md describes every setting."
     )
     return "\n".join(lines)
 
