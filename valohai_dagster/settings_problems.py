@@ -36,9 +36,7 @@ def explain(error: ValidationError, source: object, model: type[BaseModel]) -> s
                 text += _other_kinds(str(location[-1]))
         where = ".".join(str(part) for part in location)
         lines.append(f"  - {where}: {text}" if where else f"  - {text}")
-    lines.append(
-        "docs/settings.md describes every setting."
-    )
+    lines.append("docs/settings.md describes every setting.")
     return "\n".join(lines)
 
 
