@@ -26,6 +26,17 @@ def is_settled(file: JobFile) -> bool:
     return file.datum_id is not None or any(file.checksums.model_dump().values())
 
 
+def cut_short(file: JobFile, names: Sequence[str], moved: Transferred) -> str | None:
+    """What is wrong when the very version that was looked up came with another size; None when nothing is."""
+    known = looked_up(file, names)
+    if known is None or file.size in (None, moved.size) or not moved.version.confirms(known):
+        return None
+    return (
+        f"{moved.size} bytes came, but this version of it has {file.size}. Something on the way to the store "
+        "changes its answers; look at proxies between the worker and the store."
+    )
+
+
 def version_met(file: JobFile, names: Sequence[str], moved: Transferred) -> str | None:
     """What the source called the content that it sent; None when it did not say."""
     known = looked_up(file, names)

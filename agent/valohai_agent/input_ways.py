@@ -15,11 +15,24 @@ from valohai_agent.cache.local import Cached, InputCache, Wanted, place, readabl
 from valohai_agent.cache.locks import Waiting
 from valohai_agent.cache.placing import copy_file
 from valohai_agent.cache.shared import Share, ShareTree
-from valohai_agent.errors import Denied, DiskFull, InputError, Refused, Unreachable
+from valohai_agent.errors import (
+    ChecksumMismatch,
+    Denied,
+    DiskFull,
+    InputError,
+    Refused,
+    Unreachable,
+)
 from valohai_agent.input_grants import InputGrants
 from valohai_agent.input_news import InputNews
 from valohai_agent.input_plan import InputFile, Placed
-from valohai_agent.input_versions import change, looked_up, names_met, version_met
+from valohai_agent.input_versions import (
+    change,
+    cut_short,
+    looked_up,
+    names_met,
+    version_met,
+)
 from valohai_agent.local_files import disk_errors, require_space
 from valohai_agent.protocol import Checksums, Transfer
 from valohai_agent.transfer import Transferer, Transferred
@@ -84,6 +97,9 @@ class Source:
         began = time.monotonic()
         moved = self._download(item, target)
         readable(target)
+        if damaged := cut_short(item.file, wanted.names, moved):
+            target.unlink()
+            raise ChecksumMismatch(f"{item.label}: {damaged}")
         if changed := change(item.file, wanted.names, moved):
             self._news.changed(item, changed)
         return Arrived(
