@@ -104,7 +104,7 @@ $(OLDEST_VENV)/bin/python:
 	@sh deploy/make-venv.sh create "$(PYTHON)" "$(OLDEST_VENV)"
 
 $(OLDEST_STAMP): $(MANIFESTS) $(OLDEST_PINS) | $(OLDEST_VENV)/bin/python
-	@sh deploy/make-venv.sh install "$(OLDEST_VENV)" -c $(OLDEST_PINS) -e ./agent -e '.[embedded,postgres]' --group test-runner
+	@sh deploy/make-venv.sh install "$(OLDEST_VENV)" -c $(OLDEST_PINS) -e ./agent -e '.[embedded,postgres,aws]' --group test-runner
 	@touch $@
 
 $(BENCH_VENV)/bin/python:
