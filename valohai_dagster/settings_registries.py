@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Literal, Union
 
-from pydantic import Discriminator, Field, SecretStr, Tag, model_validator
+from pydantic import Field, SecretStr, Tag, model_validator
 
-from valohai_dagster.settings_base import Section
+from valohai_dagster.settings_base import Section, by_kind
 
 _SECRET = "Better from the environment: `VALOHAI_REGISTRIES__<NAME>__{}`."  # noqa: S105 - advice, not a secret
 
@@ -127,11 +127,6 @@ REGISTRY_KINDS: Mapping[str, type[AnyRegistrySettings]] = {
 }
 
 
-def _kind_of(value: Any) -> str:
-    kind = value.get("kind", "docker") if isinstance(value, dict) else getattr(value, "kind", None)
-    return str(kind)
-
-
 RegistrySettings = Annotated[
     Union[
         Annotated[DockerRegistrySettings, Tag("docker")],
@@ -140,9 +135,5 @@ RegistrySettings = Annotated[
         Annotated[GoogleRegistrySettings, Tag("gcp-ar")],
         Annotated[AzureRegistrySettings, Tag("azure-acr")],
     ],
-    Discriminator(
-        _kind_of,
-        custom_error_type="registry_kind",
-        custom_error_message="kind must be one of " + ", ".join(REGISTRY_KINDS),
-    ),
+    by_kind("registry", REGISTRY_KINDS, default="docker"),
 ]

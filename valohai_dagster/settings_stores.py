@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, SecretStr, Tag, field_validator, model_validator
+from pydantic import Field, SecretStr, Tag, field_validator, model_validator
 
-from valohai_dagster.settings_base import Section
+from valohai_dagster.settings_base import Section, by_kind
 
 MIB = 1024 * 1024
 _PARTS = "Larger files are uploaded in parts of at least this many bytes, each sent and repeated on its own."
@@ -310,11 +310,6 @@ STORE_KINDS: Mapping[str, type[Section]] = {
 }
 
 
-def _kind_of(value: Any) -> str:
-    kind = value.get("kind", "local") if isinstance(value, dict) else getattr(value, "kind", None)
-    return str(kind)
-
-
 StoreSettings = Annotated[
     Union[
         Annotated[LocalStoreSettings, Tag("local")],
@@ -324,9 +319,5 @@ StoreSettings = Annotated[
         Annotated[SwiftStoreSettings, Tag("swift")],
         Annotated[HttpStoreSettings, Tag("http")],
     ],
-    Discriminator(
-        _kind_of,
-        custom_error_type="store_kind",
-        custom_error_message="kind must be one of " + ", ".join(STORE_KINDS),
-    ),
+    by_kind("store", STORE_KINDS, default="local"),
 ]

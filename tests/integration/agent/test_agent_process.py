@@ -117,6 +117,7 @@ def test_a_job_from_lease_to_finished(conductor: Conductor, agent: AgentProcess)
         'echo "token is $TOKEN"; echo oops >&2',
         "echo '{\"loss\": 0.5}'",
         "mkdir -p /valohai/outputs/sub; echo out > /valohai/outputs/sub/o.txt; printf 'no newline'",
+        "sleep 1",  # long enough for its memory to be looked at
         secret_names=["TOKEN"],
         notices=["unsupported key: resources"],
     )
@@ -129,6 +130,7 @@ def test_a_job_from_lease_to_finished(conductor: Conductor, agent: AgentProcess)
     stderr = conductor.stored_log(execution_id, "stderr").decode()
     assert "oops\n" in stderr
     assert "[valohai] resources: cpu " in stderr
+    assert "memory" in stderr.partition("resources: ")[2].splitlines()[0]
     status = [line for line in stderr.splitlines() if line.startswith("[valohai] ")]
     order = [
         "Starting job on",
