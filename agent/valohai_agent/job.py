@@ -25,7 +25,7 @@ from valohai_agent.job_inputs import JobInputs
 from valohai_agent.lease import Lease
 from valohai_agent.local_api import LocalApi
 from valohai_agent.outputs import OutputCollector, OutputSummary, upload_logs
-from valohai_agent.phases import PhaseClock
+from valohai_agent.phases import PhaseClock, source_words
 from valohai_agent.protocol import (
     PROTOCOL_VERSION,
     Finished,
@@ -222,7 +222,7 @@ class JobRun:
         environment = build_environment(
             self.job, secrets=self._grants.secrets, valohai_dir=valohai_dir, facts=facts
         )
-        transferer = Transferer(cancelled=self._cancel_preparing)
+        transferer = Transferer(cancelled=self._cancel_preparing, waiting=self._phases.waits)
         self._clean(environment)
         stack.callback(self._clean, environment)
         self._unpack_code(transferer)
@@ -282,7 +282,7 @@ class JobRun:
     def _download_inputs(
         self, transferer: Transferer, environment: dict[str, str], valohai_dir: str
     ) -> dict[str, object]:
-        self._phases.enter(Phase.downloading)
+        self._phases.enter(Phase.downloading, source_words(self._grants.inputs.values()))
         inputs = self._inputs.fetch(
             self._workspace,
             self._grants,
@@ -365,7 +365,7 @@ class JobRun:
     def _new_collector(self, valohai_dir: str) -> OutputCollector:
         return OutputCollector(
             self._workspace,
-            transferer=Transferer(cancelled=self._cancel_uploading),
+            transferer=Transferer(cancelled=self._cancel_uploading, waiting=self._phases.waits),
             request_grants=self.lease.request_grants,
             report=self.lease.report,
             status=self._console.status,

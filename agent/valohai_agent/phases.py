@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
+from urllib.parse import urlsplit
 
 from valohai_agent.checksums import decimal_size
 from valohai_agent.clock import Clock
-from valohai_agent.protocol import Phase, PhaseChanged, PhaseSpan
+from valohai_agent.protocol import Phase, PhaseChanged, PhaseSpan, Transfer
 
 RATE_WINDOW = timedelta(seconds=10)  # the rate is that of the last so many seconds
 RATE_STEP = timedelta(seconds=0.5)  # between two remembered points
 LOG_EVERY = timedelta(seconds=15)  # lines about progress in the log
+SAY_EVERY = timedelta(seconds=5)  # lines about what is tried again
+SHOWN_SERVERS = 3
 MOVING = frozenset({Phase.downloading, Phase.uploading})
 
 
@@ -37,6 +40,8 @@ class PhaseClock:
         self._current: tuple[Phase, datetime] | None = None
         self._rate = Rate()
         self._logged_at: datetime | None = None
+        self._said_at: datetime | None = None
+        self._moved: tuple[int | None, int | None] = (None, None)
 
     @property
     def current(self) -> Phase | None:
@@ -47,7 +52,7 @@ class PhaseClock:
         now = self._clock.now()
         self._end(now)
         self._current = (phase, now)
-        self._rate, self._logged_at = Rate(), now
+        self._rate, self._logged_at, self._moved = Rate(), now, (None, None)
         self._changed(PhaseChanged(phase=phase, message=message))
 
     def pause(self) -> None:
@@ -64,11 +69,28 @@ class PhaseClock:
             if text is None:
                 rate = self._rate.at(now, done or 0)
                 text = progress_words(phase, done or 0, total, rate)
+            self._moved = (done or 0, total)
             due = self._logged_at is not None and now - self._logged_at >= LOG_EVERY
             said = due and phase in MOVING
             if said:
                 self._logged_at = now
         self._progress(PhaseChanged(phase=phase, message=text, done=done or 0, total=total))
+        if said:
+            self._log(text)
+
+    def waits(self, text: str) -> None:
+        """What is about to be tried again, from any thread; the log gets the first of it and then some now and then."""
+        if self._current is None:
+            return
+        phase, now = self._current[0], self._clock.now()
+        with self._lock:
+            said = self._said_at is None or now - self._said_at >= SAY_EVERY
+            if said:
+                self._said_at = now
+            done, total = self._moved
+        if phase is not Phase.running:  # the command goes on, whatever its live outputs wait for
+            words = f"{phase.value}, {text}"
+            self._progress(PhaseChanged(phase=phase, message=words, done=done, total=total))
         if said:
             self._log(text)
 
@@ -100,6 +122,16 @@ class Rate:
         then, before = points[0]
         seconds = (now - then).total_seconds()
         return max(0, done - before) / seconds if seconds > 0 else None
+
+
+def source_words(transfers: Iterable[Transfer]) -> str | None:
+    """`downloading from data.example.org and 2 more`; None when nothing comes from a server."""
+    servers = sorted({host for one in transfers if (host := urlsplit(one.url).hostname)})
+    if not servers:
+        return None
+    rest = len(servers) - SHOWN_SERVERS
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"downloading from {', '.join(servers[:SHOWN_SERVERS])}{more}"
 
 
 def progress_words(phase: Phase, done: int, total: int | None, rate: float | None = None) -> str:

@@ -48,7 +48,7 @@ class Transferer:
     and a download goes on where it broke off if the server can do that. Everything else fails at once with
     the subclass of TransferError that says what it was. `cancelled` ends waiting and moving early with
     Unreachable. Large files go by several connections, `max_connections` of all files together.
-    `algorithms` are the checksums to compute.
+    `algorithms` are the checksums to compute. `waiting` hears, from any thread, what is tried again and when.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Transferer:
         algorithms: tuple[str, ...] = ALGORITHMS,
         max_connections: int = MAX_CONNECTIONS,
         patience: Patience | None = None,
+        waiting: Callable[[str], None] = lambda text: None,
     ) -> None:
         cancelled = cancelled or threading.Event()
         pool = Pool(patience or Patience(connect_seconds=timeout[0], read_seconds=timeout[1]))
@@ -71,6 +72,7 @@ class Transferer:
             cancelled=cancelled,
             algorithms=algorithms,
             max_connections=max_connections,
+            waiting=waiting,
         )
         self._close = weakref.finalize(self, pool.close)
 
@@ -160,7 +162,8 @@ class Transferer:
                 "HEAD", transfer, check=self._shared.check, follow=True, name=name
             ) as answer:
                 return identity(answer.headers) if answer.ok else None
-        except Temporary:
+        except Temporary as error:
+            self._shared.waiting(f"{name}: {error} (when asked for its version)")
             return None
 
     @contextlib.contextmanager

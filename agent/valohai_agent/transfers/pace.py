@@ -45,8 +45,10 @@ class Shared:
         cancelled: threading.Event,
         algorithms: tuple[str, ...] = ALGORITHMS,
         max_connections: int = MAX_CONNECTIONS,
+        waiting: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.pool = pool
+        self.waiting = waiting
         self.algorithms = algorithms
         self._attempts, self._sleep, self._cancelled = attempts, sleep, cancelled
         self._max_connections = max_connections
@@ -60,7 +62,11 @@ class Shared:
 
     def retries(self, name: str, check: Callable[[], None] | None = None) -> Retries:
         return Retries(
-            attempts=self._attempts, sleep=self._sleep, check=check or self.check, name=name
+            attempts=self._attempts,
+            sleep=self._sleep,
+            check=check or self.check,
+            name=name,
+            waiting=self.waiting,
         )
 
     # -- places for connections ----------------------------------------------------------------------

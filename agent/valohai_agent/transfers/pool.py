@@ -226,9 +226,11 @@ def _connect(place: Place, patience: Patience, name: str) -> socket.socket:
     try:
         sock = socket.create_connection(address, patience.connect_seconds)
     except TimeoutError as error:
-        raise Temporary(NO_ANSWER) from error
+        seconds = f"{patience.connect_seconds:g} s"
+        raise Temporary(f"no connection to {_whom(place)} within {seconds}") from error
     except (OSError, UnicodeError) as error:
-        raise Temporary("the proxy cannot be reached" if place.proxy else BROKE_OFF) from error
+        reason = getattr(error, "strerror", None) or "no such name"
+        raise Temporary(f"no connection to {_whom(place)}: {reason}") from error
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if place.scheme == "https":
@@ -249,6 +251,10 @@ def _connect(place: Place, patience: Patience, name: str) -> socket.socket:
     except BaseException:
         sock.close()
         raise
+
+
+def _whom(place: Place) -> str:
+    return "the proxy" if place.proxy else f"{place.host}:{place.port}"
 
 
 def _tunnel(sock: socket.socket, place: Place, patience: Patience) -> None:

@@ -107,7 +107,10 @@ def back_off(failures: int) -> float:
 
 
 class Retries:
-    """Repeats one action until it succeeds, fails for good, or fails `attempts` times in a row without progress."""
+    """Repeats one action until it succeeds, fails for good, or fails `attempts` times in a row without progress.
+
+    `waiting` hears before each pause what failed, which try it was, and when the next one is.
+    """
 
     def __init__(
         self,
@@ -116,8 +119,10 @@ class Retries:
         sleep: Callable[[float], Any],
         check: Callable[[], None],
         name: str,
+        waiting: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._attempts, self._sleep, self._check, self._name = attempts, sleep, check, name
+        self._waiting = waiting
 
     def run(
         self,
@@ -145,6 +150,8 @@ class Retries:
                         "Check that the address can be reached from the worker, then launch again."
                     ) from error
                 pause = back_off(failures) if error.pause_seconds is None else error.pause_seconds
+                tries = f"try {failures} of {self._attempts}"
+                self._waiting(f"{self._name}: {error} ({tries}), next in {pause:.1f} s")
             except Expired as error:
                 if progress() - before >= PROGRESS_BYTES:
                     failures, renewed, before = 0, False, progress()

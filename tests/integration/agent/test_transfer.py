@@ -126,9 +126,18 @@ def test_a_time_out_says_so_after_its_tries(
     assert _only(tmp_path) == []
 
 
-def test_no_connection_says_so(transferer: Transferer, tmp_path: Path) -> None:
-    with pytest.raises(Unreachable, match="connection cannot be made"):
-        transferer.download(_get("http://127.0.0.1:1/f"), tmp_path / "f", name="f")
+def test_no_connection_says_so_before_each_further_try(tmp_path: Path) -> None:
+    said: list[str] = []
+    transferer = Transferer(attempts=3, sleep=lambda seconds: None, waiting=said.append)
+    reason = "f: no connection to 127.0.0.1:1: Connection refused"
+    with pytest.raises(Unreachable, match=reason):
+        transferer.download(_get("http://127.0.0.1:1/f?sig=x"), tmp_path / "f", name="f")
+    assert [text.partition(", next in")[0] for text in said] == [
+        f"{reason} (try 1 of 3)",
+        f"{reason} (try 2 of 3)",
+    ]
+    assert transferer.etag(_get("http://127.0.0.1:1/f"), name="f") is None
+    assert said[2:] == [f"{reason} (when asked for its version)"]
 
 
 def test_a_broken_download_goes_on_where_it_stopped(

@@ -16,8 +16,8 @@ from valohai_agent import sealing
 from valohai_agent.cli import app, default_name
 from valohai_agent.json_logging import JsonFormatter
 from valohai_agent.live_log import Window
-from valohai_agent.phases import PhaseClock
-from valohai_agent.protocol import Grants, LogLine, LogStream, Phase, PhaseChanged
+from valohai_agent.phases import PhaseClock, source_words
+from valohai_agent.protocol import Grants, LogLine, LogStream, Phase, PhaseChanged, Transfer
 from valohai_agent.redis_link import Backoff, is_refusal, is_transient
 
 
@@ -81,6 +81,36 @@ def test_phases_follow_each_other_without_gaps(clock: FakeClock) -> None:
     assert spans[0].ended_at == spans[1].started_at
     assert spans[1].ended_at - spans[1].started_at == timedelta(seconds=3)
     assert [change.message for change in changes] == [None, "pulling image", "pulling 63 %"]
+
+
+def test_what_is_tried_again_is_the_phases_message_and_the_log_has_some_of_it(
+    clock: FakeClock,
+) -> None:
+    changes: list[PhaseChanged] = []
+    said: list[str] = []
+    phases = PhaseClock(clock, changed=changes.append, progress=changes.append, log=said.append)
+    phases.waits("nobody hears it")
+    phases.enter(
+        Phase.downloading, source_words([Transfer(url="https://data.example.org/a?sig=x")])
+    )
+    phases.move(5, 10)
+    for _ in range(3):
+        phases.waits("f: no connection (try 1 of 8)")
+        clock.advance(3)
+    assert changes[0].message == "downloading from data.example.org"
+    assert changes[-1].message == "downloading, f: no connection (try 1 of 8)"
+    assert (changes[-1].done, changes[-1].total) == (5, 10)
+    assert said == ["f: no connection (try 1 of 8)"] * 2  # at 0 s and at 6 s
+    phases.enter(Phase.running)
+    phases.waits("live output waits")
+    assert changes[-1].phase is Phase.running
+    assert changes[-1].message is None
+
+
+def test_sources_are_servers_and_not_too_many() -> None:
+    assert source_words([Transfer(url="file:///a")]) is None
+    many = [Transfer(url=f"http://h{number}/x") for number in range(5)]
+    assert source_words(many) == "downloading from h0, h1, h2 and 2 more"
 
 
 def test_m03_the_live_window_is_bounded_in_lines_and_in_bytes() -> None:
