@@ -23,11 +23,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings.sources import PydanticBaseSettingsSource
 
 from valohai_dagster.errors import ConfigurationError, RefusedError
 from valohai_dagster.settings_base import Section
+from valohai_dagster.settings_environment import read_environment
 from valohai_dagster.settings_file import anchor_paths, merge_tables, read_toml
 from valohai_dagster.settings_problems import explain
 from valohai_dagster.settings_registries import RegistrySettings
@@ -420,7 +421,7 @@ def _load(
     config: Path | None, cwd: Path, stamp: int, environ: tuple[tuple[str, str], ...]
 ) -> Settings:
     base = config.parent if config is not None else cwd
-    data = merge_tables(read_toml(config), _read_environment())
+    data = merge_tables(read_toml(config), read_environment(Settings, dict(environ)))
     state = dict(environ).get("VALOHAI_STATE")
     data["state_dir"] = base / Path(state or data.get("state_dir") or STATE_NAME).expanduser()
     data = anchor_paths(data, base)
@@ -430,16 +431,6 @@ def _load(
         raise ConfigurationError(
             explain(error, config or f"no {CONFIG_NAME} found", Settings)
         ) from None
-
-
-def _read_environment() -> dict[str, Any]:
-    try:
-        return EnvSettingsSource(Settings)()
-    except Exception as error:  # pydantic-settings raises its own kinds for undecodable JSON
-        cause = f" ({error.__cause__})" if error.__cause__ else ""
-        raise ConfigurationError(
-            f"an environment variable VALOHAI_* cannot be read: {error}{cause}"
-        ) from error
 
 
 def _names(names: Any) -> str:

@@ -17,13 +17,17 @@ from valohai_dagster.settings_stores import STORE_KINDS
 
 _INTRODUCTION = """# Settings
 
-This page is generated from the models in `valohai_dagster/settings.py`, `settings_stores.py` and `settings_registries.py` (`python -m valohai_dagster.settings_docs`).
+This page is generated from the models in `valohai_dagster/settings.py`, `settings_stores.py` and `settings_registries.py`
+(`python -m valohai_dagster.settings_docs`).
 
 Every setting has a default. Settings come from, later ones winning:
 
 1. `valohai.toml`: the file named by `VALOHAI_CONFIG`, else the first one found from the current directory upwards.
 2. Environment variables: `VALOHAI_` and the name in capitals. Values inside a table are reached with `__` between
    the names (names of stores, groups and registries in small letters then), and lists and tables may be given as JSON.
+
+Keys that do not exist are refused, so that a slip cannot pass unnoticed; so are variables whose names look like a slip.
+Of other unknown `VALOHAI_` variables a warning says that nothing reads them.
 
 Relative paths count from the directory of `valohai.toml`, without one from the current directory.
 

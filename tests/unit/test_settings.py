@@ -138,6 +138,46 @@ def test_undecodable_environment_variable_is_named(
         load_settings()
 
 
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("VALOHAI_REDIS_URI", "VALOHAI_REDIS_URL"),
+        ("valohai_redisurl", "VALOHAI_REDIS_URL"),
+        ("VALOHAI_GROUP__local__SLOTS", "VALOHAI_GROUPS__local__SLOTS"),
+        ("VALOHAI_CONFIG_FILE", "VALOHAI_CONFIG"),
+        ("VALOHAI_STAT", "VALOHAI_STATE"),
+    ],
+)
+def test_a_variable_that_looks_like_a_slip_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, variable: str, meant: str
+) -> None:
+    monkeypatch.setenv(variable, "s3cret")
+    with pytest.raises(ConfigurationError, match=rf"{variable}: .*mean {meant}\?") as caught:
+        load_settings()
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_slip_below_a_known_table_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VALOHAI_GROUPS__local__SLOT", "1")
+    with pytest.raises(ConfigurationError, match=r"groups\.local\.slot: there is no such setting"):
+        load_settings()
+
+
+def test_variables_of_others_pass_and_unknown_ones_are_named(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("AGENT_REDIS", "GIT_TOKEN", "TEST_DEATH", "ATTEMPT", "TOKEN", "CONFIG_DIR"):
+        monkeypatch.setenv(f"VALOHAI_{name}", "s3cret")
+    load_settings()
+    assert not caplog.records
+    monkeypatch.setenv("VALOHAI_COLOUR", "s3cret")
+    load_settings()
+    load_settings()
+    assert [record.message for record in caplog.records] == [
+        "the environment variable VALOHAI_COLOUR is no setting; nothing reads it"
+    ]
+
+
 def test_passwords_are_neither_in_the_repr_nor_in_validation_errors(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
