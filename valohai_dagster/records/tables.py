@@ -67,6 +67,7 @@ commits = sa.Table(
     sa.Column("archive_sha256", sa.String(64), nullable=False),
     sa.Column("archive_size", sa.BigInteger),
     sa.Column("ctime", UtcDateTime, nullable=False),
+    sa.Column("used_at", UtcDateTime),  # when a launch chose it last, before its first execution
     sa.UniqueConstraint("project_id", "identifier"),
 )
 
@@ -186,6 +187,24 @@ grants = sa.Table(
         "expires_at",
         sqlite_where=sa.text("accepted = 0 AND swept_at IS NULL"),
         postgresql_where=sa.text("NOT accepted AND swept_at IS NULL"),
+    ),
+)
+
+uploads = sa.Table(
+    "vh_uploads",  # objects that the control plane writes or removes itself, until that is done
+    metadata,
+    sa.Column("upload_id", sa.String(36), primary_key=True),
+    sa.Column("kind", sa.String(16), nullable=False),  # datum, log, code
+    sa.Column("name", sa.String(4096), nullable=False),
+    sa.Column("execution_id", sa.String(36)),  # whose log it is
+    sa.Column("attempt", sa.Integer),
+    sa.Column("store", sa.String(64), nullable=False),
+    sa.Column("key", sa.String(4096), nullable=False),
+    sa.Column("begun_at", UtcDateTime, nullable=False),
+    sa.Column("expires_at", UtcDateTime, nullable=False, index=True),  # put off while it goes on
+    sa.Column("parts", sa.LargeBinary),  # upload in parts as its store knows it, encrypted
+    sa.Column(  # it is being removed: nobody may record it any more
+        "given_up", sa.Boolean, nullable=False, default=False, server_default=sa.false()
     ),
 )
 
