@@ -237,6 +237,12 @@ class Settings(BaseSettings):
         description="How long after the end of its last URL an upload that nobody reported is removed from its store. "
         "A request that began in time may take that long to end.",
     )
+    package_bytes: int = Field(
+        default=1024**3,
+        ge=64 * 1024,
+        le=4 * 1024**3,
+        description="Most bytes of one package of a dataset version; a file that does not fit stays a single file.",
+    )
     shards: int = Field(
         default=8,
         ge=1,

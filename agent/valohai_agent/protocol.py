@@ -222,6 +222,19 @@ class JobInput(Message):
     download: Literal["always", "on-demand"] = "always"
 
 
+class JobPackage(Message):
+    """An uncompressed tar with files of a dataset version (O-23); a member has its datum's id as its name.
+
+    The files are inputs of their own all the same: an agent may fetch each of them singly.
+    """
+
+    id: str = Field(description="Names the package in grants: unique within the job.")
+    uri: str = Field(description="What messages call it.")
+    size: int
+    checksums: Checksums
+    files: list[str] = Field(description="JobFile.id of the job's files that are in it.")
+
+
 class JobMount(Message):
     source: str
     destination: str
@@ -262,6 +275,9 @@ class Job(Message):
         default_factory=dict, description="Typed values, nulls left out (K-32)."
     )
     inputs: list[JobInput] = Field(default_factory=list)
+    packages: list[JobPackage] = Field(
+        default_factory=list, description="Quicker ways to some of the inputs' files (I-09)."
+    )
     environment_variables: dict[str, str] = Field(default_factory=dict)
     secret_names: list[str] = Field(
         default_factory=list, description="Variables whose values come with the grants."

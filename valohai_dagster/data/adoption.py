@@ -32,8 +32,8 @@ OURS = "adoptable_file_is_ours"
 
 _ID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _OUR_KEYS = (
-    re.compile(  # of every upload that is granted, of logs that are saved, of archives of commits
-        rf"(data|logs)/([^/]+/)?{_ID}/.+|commits/[^/]+/[0-9a-f]{{64}}\.tar\.gz"
+    re.compile(  # of granted uploads, of logs that are saved, of packages, of archives of commits
+        rf"(data|logs|packages)/([^/]+/)?{_ID}/.+|commits/[^/]+/[0-9a-f]{{64}}\.tar\.gz"
     )
 )
 

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import redis.asyncio as aioredis
@@ -251,7 +252,8 @@ def input_marks(job: Job) -> str:
         for file in item.files
         if file.size and (name := file.content_name)
     )
-    largest = heapq.nlargest(MAX_INPUT_MARKS, sizes)
+    packages = ((one.size, f"sha256:{one.checksums.sha256}") for one in job.packages)
+    largest = heapq.nlargest(MAX_INPUT_MARKS, chain(packages, sizes))
     return ",".join(f"{content_mark(name)} {size}" for size, name in largest)
 
 

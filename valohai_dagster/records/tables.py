@@ -296,6 +296,9 @@ datasets = sa.Table(
     sa.Column("project_id", sa.String(36), nullable=False),
     sa.Column("name", sa.String(255), nullable=False),
     sa.Column("properties", sa.JSON, nullable=False, default=dict),
+    sa.Column(  # new versions are packed (O-23)
+        "packaging", sa.Boolean, nullable=False, default=False, server_default=sa.false()
+    ),
     sa.Column("ctime", UtcDateTime, nullable=False),
     sa.UniqueConstraint("project_id", "name"),
 )
@@ -326,7 +329,44 @@ dataset_files = sa.Table(
         "version_id", sa.String(36), sa.ForeignKey("vh_dataset_versions.id"), primary_key=True
     ),
     sa.Column("datum_id", sa.String(36), sa.ForeignKey("vh_datums.id"), primary_key=True),
+    sa.Column("package_id", sa.String(36)),  # stored package of this version that has it too
     sa.Index(None, "datum_id"),
+)
+
+packagings = sa.Table(
+    "vh_packagings",  # versions of datasets that are, or are to be, in packages (O-23)
+    metadata,
+    sa.Column(
+        "version_id", sa.String(36), sa.ForeignKey("vh_dataset_versions.id"), primary_key=True
+    ),
+    sa.Column("state", sa.String(16), nullable=False, index=True),  # wanted, made, failed, dropped
+    sa.Column("problem", sa.Text),  # why it is not made, for people
+    sa.Column("holder", sa.String(36)),  # who is at it, until `due`
+    sa.Column("due", UtcDateTime, nullable=False),  # not to be taken before
+    sa.Column("tries", sa.Integer, nullable=False, default=0),
+    sa.Column("ctime", UtcDateTime, nullable=False),
+)
+
+packages = sa.Table(
+    "vh_packages",  # every package that was ever begun, until nothing of it is left in its store
+    metadata,
+    _id(),
+    sa.Column(
+        "version_id",
+        sa.String(36),
+        sa.ForeignKey("vh_dataset_versions.id"),
+        nullable=False,
+        index=True,
+    ),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False, index=True),  # writing, stored, leaving
+    sa.Column("due", UtcDateTime),  # leaving: not to be removed before
+    sa.Column("store", sa.String(64), nullable=False),
+    sa.Column("key", sa.String(1024), nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("files", sa.Integer, nullable=False),
+    sa.Column("sha256", sa.String(64)),  # once it is stored
+    sa.Column("ctime", UtcDateTime, nullable=False),
 )
 
 dataset_aliases = sa.Table(
