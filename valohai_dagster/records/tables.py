@@ -329,7 +329,7 @@ dataset_files = sa.Table(
         "version_id", sa.String(36), sa.ForeignKey("vh_dataset_versions.id"), primary_key=True
     ),
     sa.Column("datum_id", sa.String(36), sa.ForeignKey("vh_datums.id"), primary_key=True),
-    sa.Column("package_id", sa.String(36)),  # stored package of this version that has it too
+    sa.Column("package_id", sa.String(36)),  # of this version, which has it too
     sa.Index(None, "datum_id"),
 )
 
@@ -348,7 +348,7 @@ packagings = sa.Table(
 )
 
 packages = sa.Table(
-    "vh_packages",  # every package that was ever begun, until nothing of it is left in its store
+    "vh_packages",  # stored ones; those that are being written or removed are in `uploads`
     metadata,
     _id(),
     sa.Column(
@@ -359,13 +359,11 @@ packages = sa.Table(
         index=True,
     ),
     sa.Column("number", sa.Integer, nullable=False),
-    sa.Column("state", sa.String(16), nullable=False, index=True),  # writing, stored, leaving
-    sa.Column("due", UtcDateTime),  # leaving: not to be removed before
     sa.Column("store", sa.String(64), nullable=False),
     sa.Column("key", sa.String(1024), nullable=False),
     sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("files", sa.Integer, nullable=False),
-    sa.Column("sha256", sa.String(64)),  # once it is stored
+    sa.Column("sha256", sa.String(64), nullable=False),
     sa.Column("ctime", UtcDateTime, nullable=False),
 )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0004"
-down_revision = "0003"
+revision = "0005"
+down_revision = "0004"
 
 
 def upgrade() -> None:
@@ -14,9 +14,7 @@ def upgrade() -> None:
         "vh_datasets",
         sa.Column("packaging", sa.Boolean(), server_default=sa.false(), nullable=False),
     )
-    op.add_column(
-        "vh_dataset_files", sa.Column("package_id", sa.String(length=36), nullable=True)
-    )
+    op.add_column("vh_dataset_files", sa.Column("package_id", sa.String(length=36), nullable=True))
     _packagings()
     _packages()
 
@@ -43,16 +41,13 @@ def _packages() -> None:
         sa.Column("id", sa.String(length=36), nullable=False),
         sa.Column("version_id", sa.String(length=36), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
-        sa.Column("state", sa.String(length=16), nullable=False),
-        sa.Column("due", sa.DateTime(timezone=True), nullable=True),
         sa.Column("store", sa.String(length=64), nullable=False),
         sa.Column("key", sa.String(length=1024), nullable=False),
         sa.Column("size", sa.BigInteger(), nullable=False),
         sa.Column("files", sa.Integer(), nullable=False),
-        sa.Column("sha256", sa.String(length=64), nullable=True),
+        sa.Column("sha256", sa.String(length=64), nullable=False),
         sa.Column("ctime", sa.DateTime(timezone=True), nullable=False),
         sa.ForeignKeyConstraint(["version_id"], ["vh_dataset_versions.id"]),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_vh_packages")),
     )
-    for column in ("state", "version_id"):
-        op.create_index(op.f(f"ix_vh_packages_{column}"), "vh_packages", [column], unique=False)
+    op.create_index(op.f("ix_vh_packages_version_id"), "vh_packages", ["version_id"], unique=False)
