@@ -71,16 +71,29 @@ class _Resolver:
     problems: list[str] = field(default_factory=list)
 
     def files(self, spec: InputSpec) -> list[_Found]:
-        """All files of one input in URI order; a URI that cannot be resolved becomes a problem."""
+        """All files of one input in URI order; a URI that cannot be resolved becomes a problem.
+
+        Patterns that match nothing are named beside those; where the others have files they are worth a warning.
+        """
         found: list[_Found] = []
+        empty: list[str] = []
+        known = len(self.problems)
         for uri in spec.uris:
             try:
                 asked = placement.public_uri(uri)
-                found.extend(replace(one, asked=asked) for one in self._resolve(spec, uri))
+                here = [replace(one, asked=asked) for one in self._resolve(spec, uri)]
+                found.extend(here)
+                if not here:
+                    empty.append(asked)
             except (RefusedError, StoreError, ValueError) as error:
                 self.problems.append(
                     f"input {spec.name!r}: {placement.public_uri(uri)}: {_without(str(error), uri)}"
                 )
+        told = [f"input {spec.name!r}: {asked}: no file matches" for asked in empty]
+        if len(self.problems) > known:
+            self.problems += told
+        elif found:
+            self.warnings += told
         if spec.filename and len(found) == 1:
             found = [_renamed(found[0], spec.filename)]
         elif spec.filename and found:

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from http import HTTPStatus
 from typing import Literal
 
 import httpx
@@ -88,9 +89,13 @@ def _send(store: Store, transfer: Transfer, what: str, content: bytes | None = N
             store=store.name,
         ) from None  # its text may hold the URL
     if not answer.is_success:
+        if answer.status_code == HTTPStatus.NOT_FOUND:
+            next(iter(store.list()), None)  # raises with the store's own words for a missing bucket
+            advice = f"check the bucket or container and the address in [stores.{store.name}]"
+        else:
+            advice = f"check the credentials in [stores.{store.name}], what they may do, and the clock of this machine"
         raise StoreError(
-            f"the store {store.name!r} ({store.uri('')}) refuses {what}: HTTP {answer.status_code}; check the "
-            f"credentials in [stores.{store.name}], what they may do, and the clock of this machine",
+            f"the store {store.name!r} ({store.uri('')}) refuses {what}: HTTP {answer.status_code}; {advice}",
             store=store.name,
         )
     return answer.content

@@ -225,7 +225,10 @@ def _meaning(status: int | None, *, writing: bool) -> tuple[type[StoreError], st
     if status in (409, 412) and writing:
         return StoreConflict, "stores never overwrite"
     if status == 404:
-        return StoreUnavailable, "check that the bucket or container in {section} exists"
+        return (
+            StoreUnavailable,
+            "there is no such bucket or container: make it, or correct its name in {section}",
+        )
     if status in (413, 507):
         return StoreFull, "free space, raise its quota, or choose another store"
     if status is not None and status < 500 and status not in (408, 429):

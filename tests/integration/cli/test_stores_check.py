@@ -62,6 +62,8 @@ def test_a_broken_store_hides_no_other_and_shows_no_secret(
         "local": "ok",
     }
     assert "write failed" in findings["denied"].text
+    assert "there is no bucket 'nobody-made-this'" in findings["missing"].text
+    assert "credentials" not in findings["missing"].text
     texts = "".join(finding.text for finding in findings.values())
     assert "hunter2" not in texts
     assert "X-Amz" not in texts

@@ -304,6 +304,18 @@ def test_i38_every_problem_is_told_at_once_with_its_uri(place: Place) -> None:
     assert "input 'required' is required and has no URI" in found[4]
 
 
+def test_i38_a_pattern_without_files_is_told_beside_what_else_is_wrong(place: Place) -> None:
+    place.put("sets/one.csv")
+    missing, empty = "store://local/no/file", "store://local/no/*.jpg"
+    found = problems(place, wanted(missing, empty, "store://local/sets/*"))
+    assert len(found) == 2
+    assert missing in found[0]
+    assert found[1] == f"input 'data': {empty}: no file matches"
+    resolved = place.resolve(wanted(empty, "store://local/sets/*"))
+    assert len(resolved.inputs[0].files) == 1
+    assert resolved.warnings == [f"input 'data': {empty}: no file matches"]
+
+
 @pytest.mark.parametrize(
     ("uri", "expected"),
     [
