@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,12 +25,15 @@ from valohai_dagster.cli.data_place import (
     pairs,
     print_json,
 )
+from valohai_dagster.cli.render import counted
 from valohai_dagster.cli.download import download_all
 from valohai_dagster.cli.transfer_batch import run_batch
-from valohai_dagster.data import adoption, aliases, datasets, datums, transfers
+from valohai_dagster.data import adoption, aliases, datasets, datums, own_uploads, transfers
 from valohai_dagster.data.references import find_datums, names_one
+from valohai_dagster.data.secrets import load_secret_key
 from valohai_dagster.data.version_wishes import check_version_name, split_dataset_uri
 from valohai_dagster.errors import RefusedError
+from valohai_dagster.executions.parted import Begun, seal_parts
 from valohai_dagster.stores.base import Store
 
 
@@ -200,6 +204,18 @@ def _upload(
 ) -> None:
     """Fills `made`; a file that was stored but cannot be recorded is deleted again."""
     stop = threading.Event()
+    secret_key = load_secret_key(here.settings)
+
+    def note(name: str, upload_id: str, key: str) -> own_uploads.Noted:
+        return own_uploads.Noted(
+            here.records,
+            upload_id=upload_id,
+            name=name,
+            store=store.name,
+            key=key,
+            clock=now,
+            seal=lambda parts, size: seal_parts(secret_key, Begun(upload=parts, size=size)),
+        )
 
     def upload(item: tuple[Path, str], progress: transfers.Progress) -> tuple[Path, datums.Datum]:
         path, datum_name = item
@@ -211,10 +227,12 @@ def _upload(
             now=now(),
             mover=mover,
             progress=progress,
+            note=partial(note, datum_name),
             **values,
         )
         try:
             with here.records.write() as connection:
+                own_uploads.settle_datum(connection, datum)
                 datums.create_datum(connection, datum)
         except BaseException:
             store.delete(datum.key)
@@ -236,7 +254,7 @@ def _interruptible(what: str) -> Iterator[dict[Path, datums.Datum]]:
         yield made
     except BaseException:
         if made:
-            typer.echo(f"{what} ended early; {len(made)} files are stored as datums:", err=True)
+            typer.echo(f"{what} ended early; stored as datums: {counted(len(made), 'file')}", err=True)
             for path, datum in made.items():
                 typer.echo(f"{datum.uri}  {path}", err=True)
         raise
@@ -248,6 +266,10 @@ def _new_version(here: Deployment, dataset: str | None, project: str | None) -> 
         return None
     uri = dataset if dataset.startswith("dataset://") else f"dataset://{dataset}"
     name, version = split_dataset_uri(uri)
+    if not version:
+        raise RefusedError(
+            f"--dataset {dataset}: name the new version too, such as --dataset {name}/first; versions never change"
+        )
     check_version_name(version)
     project_id = here.only_project(project) if project in {None, *here.projects()} else None
     if project_id is not None:

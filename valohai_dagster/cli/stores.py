@@ -13,10 +13,11 @@ from typing import Annotated, Any
 import typer
 
 from valohai_dagster.cli.checks import store_finding, store_uses
-from valohai_dagster.cli.render import in_columns
+from valohai_dagster.cli.render import cell_text, counted, in_columns
+from valohai_dagster.data import own_uploads
 from valohai_dagster.data.secrets import load_secret_key
-from valohai_dagster.executions.sweeping import remove_leftovers
-from valohai_dagster.executions.uploads import Leftover, leftovers, mark_swept
+from valohai_dagster.executions.sweeping import mark_removed, remove_leftovers
+from valohai_dagster.executions.uploads import Leftover, leftover_of, leftovers
 from valohai_dagster.records.engine import Records, open_records
 from valohai_dagster.settings import Settings, load_settings
 from valohai_dagster.stores.keys import Wildcard
@@ -99,15 +100,11 @@ def _print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: b
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    cells = [[_cell(row[column]) for column in columns] for row in rows]
+    cells = [[cell_text(row[column]) for column in columns] for row in rows]
     for line in in_columns(
         cells, right=frozenset({columns.index("size")} if "size" in columns else ())
     ):
         typer.echo(line)
-
-
-def _cell(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 @app.command()
@@ -117,15 +114,15 @@ def sweep(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Removes uploads that were granted to executions and never reported, such as those of killed workers.
+    """Removes uploads that nobody has brought to an end, such as those of killed workers and of a killed `data put`.
 
     Conductors do so by themselves; this does it now. Uploads are left alone while their attempt may go on, and until
-    `sweep_after_seconds` after the end of their last URL. What belongs to an output or a log is never touched.
+    `sweep_after_seconds` after the end of their last URL. What belongs to a datum or a log is never touched.
     """
     settings = load_settings()
     records = open_records(settings)
     try:
-        found = _find(records, settings)
+        found = _find(records, settings, dry_run)
         failures = {} if dry_run else _remove(records, settings, found)
     finally:
         records.close()
@@ -137,8 +134,22 @@ def sweep(
         sys.exit(1)
 
 
-def _find(records: Records, settings: Settings) -> list[Leftover]:
+def _find(records: Records, settings: Settings, dry_run: bool) -> list[Leftover]:
     before = datetime.now(timezone.utc) - timedelta(seconds=settings.sweep_after_seconds)
+    return [*_granted(records, before), *_own(records, before, dry_run)]
+
+
+def _own(records: Records, before: datetime, dry_run: bool) -> list[Leftover]:
+    if dry_run:
+        with records.read() as conn:
+            own = own_uploads.overdue(conn, before=before)
+    else:
+        with records.write() as conn:
+            own = own_uploads.give_up(conn, before=before)
+    return [leftover_of(upload) for upload in own]
+
+
+def _granted(records: Records, before: datetime) -> list[Leftover]:
     found: list[Leftover] = []
     with records.read() as conn:
         while True:
@@ -154,7 +165,7 @@ def _remove(records: Records, settings: Settings, found: list[Leftover]) -> dict
     swept = remove_leftovers(found, open_stores(settings), load_secret_key(settings))
     for start in range(0, len(swept.removed), AT_ONCE):
         with records.write() as conn:
-            mark_swept(conn, swept.removed[start : start + AT_ONCE], datetime.now(timezone.utc))
+            mark_removed(conn, swept.removed[start : start + AT_ONCE], datetime.now(timezone.utc))
     return swept.failures
 
 
@@ -185,4 +196,4 @@ def _print(found: list[Leftover], failures: dict[str, str], dry_run: bool) -> No
     for problem, number in Counter(failures.values()).items():
         typer.echo(f"error: {number} could not be removed: {problem}", err=True)
     verb = "would be removed" if dry_run else "removed"
-    typer.echo(f"{len(found) - len(failures)} unreported uploads {verb}", err=True)
+    typer.echo(f"{counted(len(found) - len(failures), 'unreported upload')} {verb}", err=True)

@@ -14,6 +14,7 @@ from valohai_agent.errors import Conflict, DiskFull, NotFound, TransferError, Un
 from valohai_agent.protocol import GRANTED_PARTS, Checksums, Parts, UploadGrant
 from valohai_agent.transfer import Transferer, Transferred
 from valohai_dagster.data.datums import Datum, new_id, require_content
+from valohai_dagster.data.own_uploads import Noted
 from valohai_dagster.errors import (
     RefusedError,
     StoreConflict,
@@ -76,11 +77,23 @@ class Mover:
         self.close()
 
     def send(
-        self, path: Path, store: Store, key: str, *, name: str, progress: Progress | None = None
+        self,
+        path: Path,
+        store: Store,
+        key: str,
+        *,
+        name: str,
+        progress: Progress | None = None,
+        noted: Noted | None = None,
     ) -> Transferred:
-        """Writes a fresh object, in parts if the store takes large ones so; nothing is left of a failure."""
+        """Writes a fresh object, in parts if the store takes large ones so; nothing is left of a failure.
+
+        `noted`: the upload in the records, for what is left when this process dies.
+        """
         size = path.stat().st_size
         upload = store.begin_parts(key, size=size)
+        if upload is not None and noted is not None:
+            noted.begun(upload, size)
         grant = UploadGrant(upload_id=key, transfer=store.sign_put(key, expires=LIFE))
         if upload is not None:
             grant = grant.model_copy(update={"parts": self._first_parts(store, key, upload, size)})
@@ -93,13 +106,15 @@ class Mover:
 
         try:
             return self._engine.upload(
-                path, grant, name=name, progress=_by_difference(progress), more=more
+                path, grant, name=name, progress=_told(progress, noted), more=more
             )
         except BaseException as error:
             if upload is not None:
                 _quietly(store.abort_parts, key, upload)
             if not isinstance(error, Conflict):  # what is there is not ours
                 _quietly(store.delete, key)
+            elif noted is not None:
+                noted.disown()
             if isinstance(error, TransferError):
                 raise _explained(error, store) from error
             raise
@@ -156,14 +171,20 @@ def store_file(
     metadata: Mapping[str, Any] | None = None,
     properties: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    note: Callable[[str, str], Noted] | None = None,
 ) -> Datum:
-    """Uploads one file under a fresh key; the datum is not recorded yet. Content first, so no record ever lies."""
+    """Uploads one file under a fresh key; the datum is not recorded yet. Content first, so no record ever lies.
+
+    `note` puts its id and key into the records, see `own_uploads`; whoever records the datum settles that. Without it
+    nothing removes what is left when this process dies.
+    """
     check_key(name)
     datum_id = new_id()
     key = f"data/{project_id or 'uploads'}/{datum_id}/{safe_name(name)}"
     try:
         found = path.stat()
-        moved = mover.send(path, store, key, name=name, progress=progress)
+        noted = note(datum_id, key) if note else None
+        moved = mover.send(path, store, key, name=name, progress=progress, noted=noted)
     except OSError as error:
         raise RefusedError(f"cannot read {path}: {error.strerror}") from error
     return Datum(
@@ -241,6 +262,22 @@ def _is_same(path: Path, datum: Datum) -> bool:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest() == datum.sha256
+
+
+def _told(
+    progress: Progress | None, noted: Noted | None
+) -> Callable[[int, int | None], None] | None:
+    """Both hear of the bytes that move."""
+    tell = _by_difference(progress)
+    if noted is None:
+        return tell
+
+    def both(done: int, total: int | None) -> None:
+        noted.goes_on()
+        if tell is not None:
+            tell(done, total)
+
+    return both
 
 
 def _by_difference(progress: Progress | None) -> Callable[[int, int | None], None] | None:

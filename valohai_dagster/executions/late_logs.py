@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from valohai_dagster.executions.core import ServiceCore
 from valohai_dagster.executions.dispatch import LIVE_LOG_SECONDS
 from valohai_dagster.executions.outbox import Outbox
-from valohai_dagster.executions.salvage import STREAMS, Supervisor, salvage
+from valohai_dagster.executions.salvage import STREAMS, Supervisor, recorded, salvage
 from valohai_dagster.executions.shards import Shards
 from valohai_dagster.executions.writing import Writing
 from valohai_dagster.records import tables as t
@@ -131,5 +131,7 @@ def _keep(writing: Writing, item: Unstored, logs: Mapping[str, Any]) -> None:
     if active is None:
         return
     mine = sa.and_(_A.execution_id == item.execution_id, _A.number == item.attempt)
-    known = writing.touch(active).execute(sa.select(_A.logs).where(mine)).scalar_one()
-    writing.update_attempt(active, item.attempt, logs={**logs, **known})
+    conn = writing.touch(active)
+    known = conn.execute(sa.select(_A.logs).where(mine)).scalar_one()
+    new = recorded(conn, {stream: log for stream, log in logs.items() if stream not in known})
+    writing.update_attempt(active, item.attempt, logs={**new, **known})

@@ -13,7 +13,7 @@ from valohai_dagster.executions.grants import job_of
 from valohai_dagster.executions.lifecycle import Loss, LossStep, judge_loss
 from valohai_dagster.executions.memory import Active, Metrics
 from valohai_dagster.executions.outbox import Outbox
-from valohai_dagster.executions.salvage import Supervisor, salvage
+from valohai_dagster.executions.salvage import Supervisor, recorded, salvage
 from valohai_dagster.executions.stops import add_final, end
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, FollowEvent
 from valohai_dagster.executions.writing import Writing
@@ -182,7 +182,8 @@ def _withdraw_effects(writing: Writing, active: Active) -> None:
 
 def _end_attempt(writing: Writing, active: Active, why: str, logs: dict[str, Any]) -> None:
     """Closes the lost attempt; what its log says is kept."""
-    values = {"ended_at": writing.now, "end": "lost", "reason": why, "logs": logs}
+    kept = recorded(writing.touch(active), logs) if logs else {}
+    values = {"ended_at": writing.now, "end": "lost", "reason": why, "logs": kept}
     writing.update_attempt(active, active.attempt, **values)
 
 

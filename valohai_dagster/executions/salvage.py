@@ -1,4 +1,7 @@
-"""Keeps the log of an attempt whose agent did not store it: its worker is lost, or its store was away."""
+"""Keeps the log of an attempt whose agent did not store it: its worker is lost, or its store was away.
+
+Keys are in the records before the first byte goes out, so that the sweep removes what nobody came to record.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,16 @@ import asyncio
 import gzip
 import json
 import logging
-import uuid
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import sqlalchemy as sa
+
 from valohai_agent.protocol import STATUS_PREFIX, LogStream
-from valohai_dagster.errors import StoreError
+from valohai_dagster.data import own_uploads
+from valohai_dagster.errors import StoreConflict, StoreError
 from valohai_dagster.executions import ledger
 from valohai_dagster.executions.core import ServiceCore
 from valohai_dagster.stores.base import Store
@@ -71,7 +76,7 @@ async def salvage(
     """Stores the agent's own files if it ran on this host, else what arrived of its live log.
 
     Gives the entries for the attempt's record, fewer than there could be while the store refuses; None if nothing is
-    left to be stored.
+    left to be stored. Who records them says so by `recorded`, in the same transaction.
     """
     local = groups.get(group)
     left = local.attempt_logs(execution_id, attempt) if local else None
@@ -94,11 +99,28 @@ async def salvage(
         text = "the log of an attempt cannot be stored for now: %s"
         log.warning(text, error, extra={"action": "salvage", "execution": execution_id})
         return {}
-    return await asyncio.to_thread(store_salvaged, wanted, store, prefix, complete=complete)
+    keys = await core.write(
+        lambda conn: own_uploads.log_keys(
+            conn,
+            execution_id=execution_id,
+            attempt=attempt,
+            prefix=prefix,
+            streams=list(wanted),
+            store=store.name,
+            now=core.clock(),
+        )
+    )
+    return await asyncio.to_thread(_store, wanted, store, keys, complete=complete)
 
 
-def store_salvaged(
-    files: Mapping[str, bytes | Salvaged], store: Store, prefix: str, *, complete: bool
+def recorded(conn: sa.Connection, logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that the caller's transaction may record; an object that is being removed already is none of them."""
+    good = own_uploads.settle(conn, [log["key"] for log in logs.values()])
+    return {stream: log for stream, log in logs.items() if log["key"] in good}
+
+
+def _store(
+    files: Mapping[str, bytes | Salvaged], store: Store, keys: Mapping[str, str], *, complete: bool
 ) -> dict[str, Any]:
     """Stores what is known of an attempt's log and returns the entries for its record.
 
@@ -107,9 +129,9 @@ def store_salvaged(
     stored: dict[str, Any] = {}
     for stream, found in files.items():
         content = bytes(found.content) if isinstance(found, Salvaged) else found
-        key = f"{prefix}/{uuid.uuid4()}/{stream}"
+        key = keys[stream]
         try:
-            store.put(key, content)
+            _put(store, key, content)
         except StoreError as error:
             text = "the log %s of an attempt cannot be stored for now: %s"
             log.warning(text, stream, error, extra={"action": "salvage"})
@@ -125,6 +147,15 @@ def store_salvaged(
         if isinstance(found, Salvaged) and found.pieces:
             stored[stream]["pieces"] = found.pieces
     return stored
+
+
+def _put(store: Store, key: str, content: bytes) -> None:
+    """An earlier try may have stored it and not have heard so, or its process died then; nobody knows of that object."""
+    try:
+        store.put(key, content)
+    except StoreConflict:
+        store.delete(key)
+        store.put(key, content)
 
 
 def from_files(directory: Path) -> dict[str, bytes]:

@@ -1,8 +1,10 @@
 """Removes what uploads have left in stores that nobody reported in time.
 
-Only keys of attempts that are over, whose URLs have run out: such an upload cannot become a datum or a log any more
-(`uploads.leftovers`), so nothing here races with an acceptance. Removing is repeated until the store says that nothing
-is there, then the records say so too; a crash in between repeats it. Any number of conductors sweep, each its shards.
+Of agents: only keys of attempts that are over, whose URLs have run out: such an upload cannot become a datum or a log
+any more (`uploads.leftovers`), so nothing here races with an acceptance. Of the control plane itself: those that nobody
+puts off any more, marked first (`own_uploads.give_up`). Removing is repeated until the store says that nothing is
+there, then the records say so too; a crash in between repeats it. Any number of conductors sweep, each its shards; the
+control plane's own uploads are with the first shard.
 """
 
 from __future__ import annotations
@@ -14,8 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
 
 from valohai_dagster import telemetry
+from valohai_dagster.data import own_uploads
 from valohai_dagster.data.secrets import SecretKey
 from valohai_dagster.errors import StoreError, StoreUnavailable
 from valohai_dagster.executions import uploads
@@ -24,7 +30,6 @@ from valohai_dagster.executions.parted import open_parts
 from valohai_dagster.executions.shards import Shards
 from valohai_dagster.executions.uploads import Leftover, Mark
 from valohai_dagster.stores.base import Store
-from valohai_dagster.stores.local import LocalStore
 from valohai_dagster.stores.registry import Stores
 from valohai_dagster.telemetry import Count
 
@@ -33,6 +38,7 @@ log = logging.getLogger(__name__)
 SWEEP_SECONDS = 30.0  # between two looks when there was little to do
 BUSY_SECONDS = 1.0  # likewise when there was much
 AT_ONCE = 200  # uploads of one look
+OWN_SHARD = 0  # whoever looks after it sweeps the control plane's own uploads
 STORE_SECONDS = 30.0  # that one look waits for a store; it goes on in the background
 FIRST_REST = timedelta(seconds=30)  # of a store that failed; doubled each time
 LONGEST_REST = timedelta(hours=1)
@@ -66,12 +72,18 @@ def remove_leftovers(leftovers: Iterable[Leftover], stores: Stores, key: SecretK
 
 
 def _remove(leftover: Leftover, store: Store, key: SecretKey) -> None:
-    """The parts first: aborted ones can no longer be joined to an object behind our back."""
+    """The parts first: aborted ones can no longer be joined to an object behind our back.
+
+    A conductor may have died between the beginning of an upload in parts and its note, so the store is asked too.
+    """
     if leftover.parts is not None:
         store.abort_parts(leftover.key, open_parts(key, leftover.parts).upload)
-    store.delete(leftover.key)
-    if isinstance(store, LocalStore):
-        store.remove_unfinished(leftover.key)
+    store.wipe(leftover.key)
+
+
+def mark_removed(conn: sa.Connection, upload_ids: Sequence[str], now: datetime) -> int:
+    """Nothing is left of them in their stores; how many of them were not known to be removed."""
+    return uploads.mark_swept(conn, upload_ids, now) + own_uploads.forget(conn, upload_ids)
 
 
 @dataclass(kw_only=True)
@@ -124,8 +136,18 @@ class Sweeper:
         )
         full = len(found) == AT_ONCE
         self._mark = (found[-1].expires_at, found[-1].upload_id) if full else None
-        await self._remove_all(found)
-        return full
+        own = await self._own(before, [*resting, *self._working]) if OWN_SHARD in shards else []
+        await self._remove_all([*found, *own])
+        return full or len(own) == AT_ONCE
+
+    async def _own(self, before: datetime, without_stores: Sequence[str]) -> list[Leftover]:
+        which: dict[str, Any] = {"before": before, "limit": AT_ONCE}
+        which["without_stores"] = without_stores
+        core = self._core
+        if not await core.read(lambda conn: own_uploads.overdue(conn, **which)):
+            return []
+        given_up = await core.write(lambda conn: own_uploads.give_up(conn, **which))
+        return [uploads.leftover_of(upload) for upload in given_up]
 
     async def _remove_all(self, found: Sequence[Leftover]) -> None:
         by_store: Mapping[str, list[Leftover]] = defaultdict(list)
@@ -148,7 +170,7 @@ class Sweeper:
 
     async def _note(self, store: str, removed: list[str]) -> None:
         now = self._core.clock()
-        number = await self._core.write(lambda conn: uploads.mark_swept(conn, removed, now))
+        number = await self._core.write(lambda conn: mark_removed(conn, removed, now))
         telemetry.count(Count.swept, number, store=store)
         text = "removed %d unreported uploads from the store %r"
         log.info(text, number, store, extra={"action": "sweep", "store": store})

@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from valohai_dagster.data.own_uploads import OwnUpload
 from valohai_dagster.executions.memory import Active
 from valohai_dagster.executions.stream import ExecutionStatus as Status
 from valohai_dagster.records import tables as t
@@ -47,14 +48,19 @@ class Leftover:
     """An upload that nobody can finish any more; something of it may lie in its store."""
 
     upload_id: str
-    execution_id: str
-    attempt: int
+    execution_id: str | None  # none of what people upload themselves
+    attempt: int | None
     kind: str
     name: str
     store: str
     key: str
     expires_at: datetime
     parts: bytes | None = field(repr=False)
+
+
+def leftover_of(upload: OwnUpload) -> Leftover:
+    """One of the control plane itself that has been given up."""
+    return Leftover(**{name: getattr(upload, name) for name in Leftover.__dataclass_fields__})
 
 
 Mark = tuple[datetime, str]  # the last one of the previous look, in the order of `leftovers`

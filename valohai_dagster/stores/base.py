@@ -84,6 +84,13 @@ class Store(Protocol):
         """Silent when the object does not exist."""
         ...
 
+    def wipe(self, key: str) -> None:
+        """`delete`, and nothing stays of uploads of this key that were begun, also of those that nobody remembers.
+
+        Uploads that go on are cut off. What a store forgets by itself in time may stay until then.
+        """
+        ...
+
     def uri(self, key: str) -> str:
         """How people name the object, such as s3://bucket/key."""
         ...

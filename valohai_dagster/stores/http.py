@@ -132,6 +132,9 @@ class HttpStore(RemoteStore):
     def delete(self, key: str) -> None:
         self._refuse(key)
 
+    def wipe(self, key: str) -> None:
+        self._refuse(key)
+
     def _refuse(self, key: str) -> NoReturn:
         self.check(key)
         raise StoreNotWritable(

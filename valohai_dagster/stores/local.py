@@ -140,8 +140,9 @@ class LocalStore:
                 with suppress(OSError):
                     path.parent.rmdir()  # only the object's own directory: others may be writing in those above
 
-    def remove_unfinished(self, key: str) -> None:
-        """Removes what a writer that died has left beside the key. Only for keys with a directory of their own."""
+    def wipe(self, key: str) -> None:
+        """With what a writer that died has left beside the key, so only for keys with a directory of their own."""
+        self.delete(key)
         directory = self._path(key).parent
         with self._explained(f"tidy up beside {key!r}"):
             self._refuse_readonly()

@@ -112,6 +112,13 @@ class RemoteStore:
     def list(self, prefix: str = "") -> Iterator[ObjectStat]:
         raise NotImplementedError
 
+    def delete(self, key: str) -> None:
+        raise NotImplementedError
+
+    def wipe(self, key: str) -> None:
+        """For services that forget unfinished uploads by themselves."""
+        self.delete(key)
+
     # -- errors -------------------------------------------------------------------------------------------------
 
     def status_of(self, error: Exception) -> int | None:

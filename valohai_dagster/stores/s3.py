@@ -175,6 +175,26 @@ class S3Store(RemoteStore):
         with self.explained(f"delete {key!r}", writing=True):
             self._client.delete_object(Bucket=self.place, Key=key)
 
+    def wipe(self, key: str) -> None:
+        """The uploads first: what is aborted can no longer be joined to an object."""
+        self.check(key)
+        with self.explained(f"look for unfinished uploads of {key!r}"):
+            tokens = list(self._begun(key))
+        for token in tokens:
+            self.abort_parts(key, PartedUpload(style="s3", part_bytes=0, token=token))
+        self.delete(key)
+
+    def _begun(self, key: str) -> Iterator[str]:
+        """Ids of the uploads in parts of just this key."""
+        pages = self._client.get_paginator("list_multipart_uploads")
+        try:
+            for page in pages.paginate(Bucket=self.place, Prefix=key):
+                found = page.get("Uploads", ())
+                yield from (upload["UploadId"] for upload in found if upload["Key"] == key)
+        except ClientError as error:
+            if self.status_of(error) not in (405, 501):  # a server that cannot list them
+                raise
+
     def check(self, key: str) -> str:
         if len(super().check(key).encode()) > MAX_KEY_BYTES:
             raise StoreBadKey(

@@ -10,6 +10,7 @@ same moment both may succeed, and the later one's content stays. Keys of uploads
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,8 @@ class SwiftStore(RemoteStore):
         with self.explained(f"begin an upload of {key!r}", writing=True):
             self._segments_in()
         part_bytes = part_size(size, wanted=wanted, most_parts=MAX_SEGMENTS)
-        return PartedUpload(style="swift", part_bytes=part_bytes, token=uuid.uuid4().hex)
+        token = f"{_mark(key)}-{uuid.uuid4().hex}"
+        return PartedUpload(style="swift", part_bytes=part_bytes, token=token)
 
     def sign_parts(
         self, key: str, upload: PartedUpload, numbers: Sequence[int], *, expires: timedelta
@@ -157,6 +159,14 @@ class SwiftStore(RemoteStore):
             status = str(answer.json().get("Response Status", "")) if answer.content else ""
             if status and not status.startswith(("200", "404")):
                 raise self.failure(f"delete {key!r}", int(status[:3]), writing=True)
+
+    def wipe(self, key: str) -> None:
+        """Segments that a manifest names go with it; what is left then belongs to nothing."""
+        self.delete(key)
+        with self.explained(f"look for unfinished uploads of {key!r}", writing=True):
+            container = self._segments_in()
+            for found in list(self._listing(container, f"{SEGMENTS}{_mark(key)}-")):
+                self._call("DELETE", container, found["name"], allowed=(404,))
 
     # -- large objects ------------------------------------------------------------------------------------------
 
@@ -313,6 +323,11 @@ class _Limited:
 def _segment(upload: PartedUpload, number: int | None = None) -> str:
     prefix = f"{SEGMENTS}{upload.token}/"
     return prefix if number is None else f"{prefix}{number:08d}"
+
+
+def _mark(key: str) -> str:
+    """What the names of all segments of uploads of the key begin with."""
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 def _lengths(size: int, part_bytes: int) -> list[int]:
