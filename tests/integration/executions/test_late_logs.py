@@ -5,16 +5,21 @@ from __future__ import annotations
 import gzip
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from tests.support.mortal_salvage import salvage_and_die
+from tests.support.ports import wait_for
 from tests.support.redis_server import RedisServer
 from tests.support.service import RunningService, make_spec, running_service, static_settings
 from tests.support.sim_agent import SimLease
+from valohai_dagster.executions import late_logs
 from valohai_dagster.executions.late_logs import LateLogs
+from valohai_dagster.executions.service import ExecutionService
 from valohai_dagster.records import tables as t
 from valohai_dagster.settings import Settings
 
@@ -147,3 +152,73 @@ def test_an_attempt_without_any_log_is_left_alone(
     end(service, lease)
     look(service)
     assert logs_of(service, lease) == {}
+
+
+def stored(service: RunningService) -> list[str]:
+    """Keys of all logs in the store."""
+    assert service.service is not None
+    return sorted(item.key for item in service.service.stores["local"].list("logs/"))
+
+
+def noted(service: RunningService) -> list[str]:
+    with service.records.read() as conn:
+        return sorted(conn.execute(sa.select(t.uploads.c.key)).scalars())
+
+
+def killed(service: RunningService, server: RedisServer) -> SimLease:
+    """Its log is in the store, and whoever stored it was killed before it could say so."""
+    obstacle = blocked(service)
+    lease = running(service, server)
+    end(service, lease)
+    look(service)
+    service.leave()
+    obstacle.unlink()
+    salvage_and_die(service.settings)
+    service.start()
+    wait_for(lambda: len(service.held) == service.records.shards, what="the shards")
+    return lease
+
+
+def test_the_log_of_a_killed_salvage_is_stored_by_the_next_conductor_under_the_same_key(
+    service: RunningService, redis_server: RedisServer
+) -> None:
+    lease = killed(service, redis_server)
+    look(service)
+    logs = logs_of(service, lease)
+    assert content(service, logs["stdout"]) == b"epoch 1\n"
+    assert stored(service) == sorted(log["key"] for log in logs.values())
+    assert noted(service) == []
+
+
+def test_what_a_killed_salvage_has_stored_is_swept_when_nobody_comes_to_record_it(
+    service: RunningService, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gone(*_: Any, **values: Any) -> None:
+        return None
+
+    monkeypatch.setattr(late_logs, "salvage", gone)  # the live log has come to its end meanwhile
+    killed(service, redis_server)
+    (key,) = stored(service)
+    assert key in noted(service)
+
+    async def sweep(running: ExecutionService) -> None:
+        now = running.clock()
+        running.sweeper.clock = lambda: now + timedelta(days=2)
+        while await running.sweeper.sweep():
+            pass
+
+    service.call(sweep)
+    assert (stored(service), noted(service)) == ([], [])
+
+
+def test_tries_that_fail_do_not_pile_up(service: RunningService, redis_server: RedisServer) -> None:
+    obstacle = blocked(service)
+    lease = running(service, redis_server)
+    end(service, lease)
+    for _ in range(3):
+        look(service)
+    assert len(noted(service)) == 3
+    obstacle.unlink()
+    look(service)
+    assert logs_of(service, lease).keys() == {"stdout", "stderr", "events"}
+    assert noted(service) == []
