@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from valohai_dagster.data import aliases
+from valohai_dagster.data import aliases, packages
 from valohai_dagster.data.datums import Datum, hold
 from valohai_dagster.data.version_wishes import (
     DATASET_SCHEME,
@@ -35,11 +35,14 @@ CHUNK = 500  # rows of one statement with a list of ids
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
+    """`packaging`: new versions are packed (O-23)."""
+
     id: str
     project_id: str
     name: str
     ctime: datetime
     properties: dict[str, Any] = field(default_factory=dict)
+    packaging: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,9 +353,22 @@ def create_version(
         raise RefusedError(f"{uri} exists already, and versions never change; choose another name")
     hold(connection, datum_ids)
     write_files(connection, values["id"], datum_ids)
+    if dataset.packaging:
+        packages.want(connection, values["id"], now)
     found = version_by_id(connection, values["id"])
     assert found is not None
     return found
+
+
+def set_packaging(connection: sa.Connection, dataset_id: str, packaging: bool) -> None:
+    """Whether versions that are made from now on are packed."""
+    switch = t.datasets.update().where(_D.id == dataset_id)
+    connection.execute(switch.values(packaging=packaging))
+
+
+def packs_versions(connection: sa.Connection, dataset_id: str) -> bool:
+    query = sa.select(_D.packaging).where(_D.id == dataset_id)
+    return bool(connection.execute(query).scalar())
 
 
 def set_properties(

@@ -72,6 +72,12 @@ def settle_datum(conn: sa.Connection, datum: Datum) -> None:
         )
 
 
+def prolong(conn: sa.Connection, upload_id: str, until: datetime) -> bool:
+    """Its writer goes on; False when it is being removed."""
+    mine = sa.and_(_U.upload_id == upload_id, _U.given_up.is_(False))
+    return conn.execute(t.uploads.update().where(mine).values(expires_at=until)).rowcount == 1
+
+
 def forget(conn: sa.Connection, upload_ids: Collection[str]) -> int:
     """Nothing is left of them in their stores."""
     return conn.execute(t.uploads.delete().where(_U.upload_id.in_(upload_ids))).rowcount

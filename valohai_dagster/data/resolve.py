@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field
 
-from valohai_agent.protocol import Checksums, JobFile, JobInput
-from valohai_dagster.data import datasets, models, placement
+from valohai_agent.protocol import Checksums, JobFile, JobInput, JobPackage
+from valohai_dagster.data import datasets, models, packaged, placement
 from valohai_dagster.data.datums import Datum, get_datum, require_content
 from valohai_dagster.data.input_spec import InputSpec
 from valohai_dagster.data.survey import MAX_FILES, SETTINGS, Pattern, Survey, no_store, pattern_of
@@ -37,6 +37,9 @@ class Source(BaseModel):
     url: str | None = Field(
         default=None, repr=False, description="http(s):// or file:// URL as the worker uses it."
     )
+    package: str | None = Field(
+        default=None, description="Id of the package of a dataset version that it is."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,7 @@ class ResolvedInputs:
     sources: dict[str, Source]  # by JobFile.id
     asked: dict[str, str]  # by JobFile.id: the URI that it was found by, as it may be shown
     warnings: list[str]
+    packages: list[JobPackage] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,7 @@ class _Found:
     version: str | None = None  # as its store calls the content
     datum: Datum | None = None
     asked: str = ""
+    package: packaged.Ref | None = None
 
 
 @dataclass(kw_only=True)
@@ -110,8 +115,7 @@ class _Resolver:
             yield _of_datum(get_datum(self.connection, uri, project_id=self.project_id), spec)
         elif scheme == "dataset":
             version = datasets.get_version(self.connection, uri, project_id=self.project_id)
-            files = datasets.files_of(self.connection, version.id)
-            yield from (_of_datum(datum, spec) for datum in files)
+            yield from self._version(version, spec)
         elif scheme == "model":
             model = models.get_version(self.connection, uri, project_id=self.project_id)
             files = models.files_of(self.connection, model.id)
@@ -123,6 +127,14 @@ class _Resolver:
                 "not an input URI; known are datum://, dataset://, model://, http(s)://, s3://, gs://, azure://, "
                 "swift://, store://NAME/KEY and file:///PATH"
             )
+
+    def _version(self, version: datasets.DatasetVersion, spec: InputSpec) -> Iterator[_Found]:
+        files = datasets.files_of(self.connection, version.id)
+        found = packaged.look_up(self.connection, version)
+        if found.warning is not None:
+            self.warnings.append(f"input {spec.name!r}: {found.warning}")
+        for datum in files:
+            yield replace(_of_datum(datum, spec), package=found.by_datum.get(datum.id))
 
     def _objects(self, uri: str, spec: InputSpec) -> Iterator[_Found]:
         served = pattern_of(uri, self.stores, spec)
@@ -219,6 +231,7 @@ def resolve_inputs(
     jobs: list[JobInput] = []
     sources: dict[str, Source] = {}
     asked: dict[str, str] = {}
+    packed: list[tuple[str, packaged.Ref]] = []
     for number, spec in enumerate(inputs):
         found = _checked(resolver, spec)
         ids = {f"{number}.{position}": one for position, one in enumerate(found)}
@@ -229,6 +242,8 @@ def resolve_inputs(
         resolver.problems.extend(problems)
         sources.update((file.id, ids[file.id].source) for file in files)
         asked.update((file.id, ids[file.id].asked) for file in files)
+        if spec.download == "always":
+            packed += [(f.id, ref) for f in files if (ref := ids[f.id].package) is not None]
         jobs.append(
             JobInput(name=spec.name, input_id=spec.name, files=files, download=spec.download)
         )
@@ -238,7 +253,18 @@ def resolve_inputs(
         )
     if resolver.problems:
         raise ResolutionError("inputs cannot be resolved", resolver.problems)
-    return ResolvedInputs(inputs=jobs, sources=sources, asked=asked, warnings=resolver.warnings)
+    found = packaged.of_files(packed)
+    sources.update(
+        (ident, Source(store=ref.package.store, key=ref.package.key, package=ref.package.id))
+        for ident, (ref, _) in found.items()
+    )
+    return ResolvedInputs(
+        inputs=jobs,
+        sources=sources,
+        asked=asked,
+        warnings=resolver.warnings,
+        packages=[packaged.job_package(ident, ref, files) for ident, (ref, files) in found.items()],
+    )
 
 
 def _checked(resolver: _Resolver, spec: InputSpec) -> list[_Found]:

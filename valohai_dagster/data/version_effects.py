@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from valohai_dagster.data import datasets, models
+from valohai_dagster.data import datasets, models, packages
 from valohai_dagster.data.datums import Datum
 from valohai_dagster.data.version_wishes import (
     DatasetWish,
@@ -154,10 +154,11 @@ def _close(
         settled.warnings.append(
             f"{version.uri}: no carried file has the name {shown}, which `exclude` has"
         )
-    if wish.packaging:
-        settled.warnings.append(
-            f"{version.uri}: `packaging` is not supported yet; the version is complete, its files are fetched one by one"
-        )
+    if wish.packaging or datasets.packs_versions(connection, version.dataset_id):
+        packages.want(connection, version.id, now)
+        advice = packages.advice([d.size for d in datasets.files_of(connection, version.id)])
+        note = f"; {advice}" if advice else ""
+        settled.made.append(f"{version.uri} will be packed in the background{note}")
 
 
 def _left_out(uri: str, names: Sequence[str]) -> str:

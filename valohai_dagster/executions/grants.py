@@ -22,6 +22,7 @@ from valohai_agent.protocol import (
     Job,
     Transfer,
 )
+from valohai_dagster.data.packages import usable as usable_packages
 from valohai_dagster.data.resolve import Source
 from valohai_dagster.data.secrets import SecretKey, variable_groups, variables_of_groups
 from valohai_dagster.errors import RefusedError
@@ -73,8 +74,12 @@ class GrantPlanner:
             return None
         details = writing.details(active.id)
         commit, inputs = details.spec["commit"], details.job["inputs"]
-        wanted = [f["id"] for i in inputs if i["download"] == "always" for f in i["files"]]
-        gets, urls, refused = self._inputs(active, details, wanted[:INITIAL_FILES])
+        packages = details.job.get("packages", [])
+        packed = {file_id for package in packages for file_id in package["files"]}
+        wanted = [package["id"] for package in packages]  # whose files are asked for if need be
+        always = (f["id"] for i in inputs if i["download"] == "always" for f in i["files"])
+        wanted += [file_id for file_id in always if file_id not in packed]
+        gets, urls, refused = self._inputs(writing, active, details, wanted[:INITIAL_FILES])
         archive = Get(name="archive", store=commit["archive_store"], key=commit["archive_key"])
         self._sort_out(active, archive, gets, refused)
         return Wish(
@@ -113,7 +118,7 @@ class GrantPlanner:
                 refused[place] = str(error)
         if rows:
             writing.add_grants(active, rows)
-        gets, urls, refused_files = self._inputs(active, details, files)
+        gets, urls, refused_files = self._inputs(writing, active, details, files)
         answers = {**refused, **refused_files}
         if not (puts or more or gets or urls or answers):
             return None
@@ -197,16 +202,20 @@ class GrantPlanner:
 
     # -- inputs ------------------------------------------------------------------------------------------------
     def _inputs(
-        self, active: Active, details: Details, file_ids: Sequence[str]
+        self, writing: Writing, active: Active, details: Details, file_ids: Sequence[str]
     ) -> tuple[list[Get], dict[str, Transfer], dict[str, str]]:
         gets: list[Get] = []
         urls: dict[str, Transfer] = {}
         refused: dict[str, str] = {}
         sources = self.open_sources(details) if file_ids else {}
+        asked = [s.package for i in file_ids if (s := sources.get(i)) is not None and s.package]
+        usable = usable_packages(writing.conn, asked) if asked else ()
         for file_id in file_ids:
             source = sources.get(file_id)
             if source is None:
                 refused[file_id] = f"the execution has no input file {file_id!r}"
+            elif source.package is not None and source.package not in usable:
+                refused[file_id] = "the package was given up since the execution was created"
             elif source.url is not None:
                 urls[file_id] = Transfer(url=source.url)
             else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -25,7 +25,7 @@ from valohai_dagster.data.secrets import (
 from valohai_dagster.data.survey import Survey
 from valohai_dagster.errors import RefusedError, SpecError
 from valohai_dagster.executions.ledger import Created
-from valohai_dagster.executions.reach import unreachable
+from valohai_dagster.executions.reach import out_of_reach, unreachable
 from valohai_dagster.executions.recall import true_inputs
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.trace_context import traceparent_of
@@ -88,6 +88,7 @@ def prepare(
         survey=survey,
     )
     policy = settings.groups[group]
+    resolved = _reached_packages(resolved, stores, settings, group)
     _require_reach(spec, resolved, stores, settings, group)
     files = [file for item in resolved.inputs for file in item.files]
     changed = note_versions(conn, files, execution_id=spec.execution_id, now=created.ctime)
@@ -107,6 +108,7 @@ def prepare(
         commands=spec.commands,
         parameters={name: value for name, value in spec.parameters.items() if value is not None},
         inputs=list(resolved.inputs),
+        packages=list(resolved.packages),
         environment_variables=variables,
         secret_names=sorted(secret_names),
         execution_config=execution_config(
@@ -126,6 +128,24 @@ def prepare(
     )
     return Prepared(
         job=job, sources=dict(resolved.sources), asked=dict(resolved.asked), changed=changed
+    )
+
+
+def _reached_packages(
+    resolved: ResolvedInputs, stores: Stores, settings: Settings, group: str
+) -> ResolvedInputs:
+    """Without packages that the group's workers could not read: their files may well be in reach."""
+    policy, sources = settings.groups[group], resolved.sources
+    away = {
+        one.id
+        for one in resolved.packages
+        if (store := sources[one.id].store) is not None
+        and (store not in stores or out_of_reach(store, stores, group, policy) is not None)
+    }
+    return replace(
+        resolved,
+        packages=[one for one in resolved.packages if one.id not in away],
+        sources={ident: source for ident, source in sources.items() if ident not in away},
     )
 
 

@@ -28,6 +28,7 @@ from valohai_dagster.executions.late_logs import LateLogs
 from valohai_dagster.executions.local_groups import LocalGroups
 from valohai_dagster.executions.losses import Losses
 from valohai_dagster.executions.minting import Minting
+from valohai_dagster.executions.packaging import Packager
 from valohai_dagster.executions.registries.logins import RegistryLogins
 from valohai_dagster.executions.reports import Reports
 from valohai_dagster.executions.seat import Seat
@@ -96,6 +97,7 @@ class ExecutionService(ServiceCore):
         self.surveys = Surveys(self, self.shards, admission)
         self._intake = Intake(self, self.shards, admission, self._stops, self.surveys)
         self.sweeper = Sweeper(self, self.shards, secret_key)
+        self.packager = Packager(self)
         self.late_logs = LateLogs(self, self.shards, self.groups)
         self._serving: asyncio.Future[None] | None = None
         self._leaving: asyncio.Future[None] | None = None
@@ -118,6 +120,7 @@ class ExecutionService(ServiceCore):
                 self._forever(self._supervision.step),
                 self._forever(self.sweeper.step),
                 self._forever(self.late_logs.step),
+                self._forever(self.packager.step),
             )
         )
         try:
@@ -130,6 +133,7 @@ class ExecutionService(ServiceCore):
             await _certainly(self.drain())
             self._minting.close()
             self.sweeper.close()
+            self.packager.close()
             self.close()
 
     async def drain(self) -> None:
