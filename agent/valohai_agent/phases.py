@@ -136,7 +136,7 @@ def source_words(transfers: Iterable[Transfer]) -> str | None:
 
 def progress_words(phase: Phase, done: int, total: int | None, rate: float | None = None) -> str:
     """`downloading 63 %, 1.2 of 1.9 GB, 240.0 MB/s, 3 s left`; what is unknown is left out."""
-    words = [f"{phase.value} {done:,} bytes"]
+    words = [f"{phase.value} {decimal_size(done)}"]
     if total:
         words = [f"{phase.value} {min(100, done * 100 // total)} %"]
         if phase in MOVING:

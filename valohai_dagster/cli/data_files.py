@@ -25,8 +25,8 @@ from valohai_dagster.cli.data_place import (
     pairs,
     print_json,
 )
-from valohai_dagster.cli.render import counted
 from valohai_dagster.cli.download import download_all
+from valohai_dagster.cli.render import counted
 from valohai_dagster.cli.transfer_batch import run_batch
 from valohai_dagster.data import adoption, aliases, datasets, datums, own_uploads, transfers
 from valohai_dagster.data.references import find_datums, names_one
@@ -254,7 +254,9 @@ def _interruptible(what: str) -> Iterator[dict[Path, datums.Datum]]:
         yield made
     except BaseException:
         if made:
-            typer.echo(f"{what} ended early; stored as datums: {counted(len(made), 'file')}", err=True)
+            typer.echo(
+                f"{what} ended early; stored as datums: {counted(len(made), 'file')}", err=True
+            )
             for path, datum in made.items():
                 typer.echo(f"{datum.uri}  {path}", err=True)
         raise

@@ -18,12 +18,13 @@ from valohai_dagster.cli.data_place import (
     confirm,
     datum_dict,
     deployment,
+    find_all,
     now,
     print_datums,
     print_json,
 )
 from valohai_dagster.cli.lookup import find_executions
-from valohai_dagster.cli.render import size_text
+from valohai_dagster.cli.render import cell_text, counted, size_text
 from valohai_dagster.data import datasets, datums, models
 from valohai_dagster.data.printable import printable
 from valohai_dagster.data.references import find_datums
@@ -101,7 +102,7 @@ def info(references: References, project: Project = None, as_json: AsJson = Fals
     with deployment() as here:
         project_id = here.only_project(project)
         with here.records.read() as connection:
-            found = _found(connection, references, project_id)
+            found = find_all(connection, references, project_id)
             names = datums.aliases_of(connection, [datum.id for datum in found])
             uses = _uses(connection, [datum.id for datum in found])
         known = {ident: name for name, ident in here.projects().items()}
@@ -119,8 +120,8 @@ def info(references: References, project: Project = None, as_json: AsJson = Fals
     for values in described:
         for key, value in values.items():
             if value not in (None, [], {}, False):
-                shown = size_text(value) if key == "size" else value
-                typer.echo(f"{key:<17} {printable(str(shown))}")
+                shown = size_text(value) if key == "size" else cell_text(value)
+                typer.echo(f"{key:<19} {printable(shown)}")
         typer.echo("")
 
 
@@ -148,14 +149,14 @@ def rm(
     with deployment() as here:
         project_id = here.only_project(project)
         with here.records.read() as connection:
-            named = _found(connection, references, project_id)
+            named = find_all(connection, references, project_id)
             found = [datum for datum in named if not datum.purged or datum.purged_at is None]
             ids = [datum.id for datum in found]
             uses = _uses(connection, ids)
             names = datums.aliases_of(connection, ids)
         _refuse_used(found, uses, names, force=force)
         size = size_text(sum(datum.size for datum in found))
-        confirm(f"Delete the content of {len(found)} files ({size}) for good?", yes=yes)
+        confirm(f"Delete the content of {counted(len(found), 'file')} ({size}) for good?", yes=yes)
         deleted = _purge(here, found, adopted_too=delete_adopted, force=force)
     if as_json:
         gone = {datum.id for datum in deleted}
@@ -163,7 +164,7 @@ def rm(
         return
     kept = len(found) - len(deleted)
     left = f"; the content of {kept} was left where it is, adopted or shared" if kept else ""
-    typer.echo(f"purged {len(found)} files{left}")
+    typer.echo(f"purged {counted(len(found), 'file')}{left}")
 
 
 def _purge(
@@ -193,18 +194,6 @@ def _purge(
         with here.records.write() as connection:
             datums.end_purge(connection, ended, now())
     return deleted
-
-
-def _found(
-    connection: sa.Connection, references: Sequence[str], project_id: str | None
-) -> list[datums.Datum]:
-    """Each datum once, in the order of the references."""
-    found = {
-        datum.id: datum
-        for reference in references
-        for datum in find_datums(connection, reference, project_id=project_id)
-    }
-    return list(found.values())
 
 
 def _uses(connection: sa.Connection, ids: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -12,10 +12,13 @@ from valohai_dagster.cli.data_place import (
     Project,
     References,
     deployment,
+    find_all,
     now,
     print_json,
+    print_rows,
     print_table,
 )
+from valohai_dagster.cli.render import counted
 from valohai_dagster.data import aliases, datums
 from valohai_dagster.data.references import find_datums
 from valohai_dagster.errors import NotFoundError, RefusedError
@@ -90,10 +93,7 @@ def history(name: Name, project: Project = None, as_json: AsJson = False) -> Non
         }
         for move, datum in zip(moves, found, strict=True)
     ]
-    if as_json:
-        print_json(rows)
-        return
-    print_table(("time", "uri", "name"), [list(row.values()) for row in rows], empty="")
+    print_rows(rows, ("time", "uri", "name"), as_json=as_json, empty="")
 
 
 @alias_app.command("rm")
@@ -129,12 +129,8 @@ def _change(tag: str, references: list[str], project: str | None, *, add: bool) 
     with deployment() as here:
         project_id = here.only_project(project)
         with here.records.write() as connection:
-            ids = {
-                datum.id
-                for reference in references
-                for datum in find_datums(connection, reference, project_id=project_id)
-            }
+            ids = sorted(datum.id for datum in find_all(connection, references, project_id))
             change = datums.add_tags if add else datums.remove_tags
-            for datum_id in sorted(ids):
+            for datum_id in ids:
                 change(connection, datum_id, [tag])
-    typer.echo(f"{len(ids)} files changed")
+    typer.echo(f"{counted(len(ids), 'file')} changed")

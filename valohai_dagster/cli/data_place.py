@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -13,7 +13,9 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 import typer
 
+from valohai_dagster.cli.render import cell_text, size_text
 from valohai_dagster.data import datums
+from valohai_dagster.data.references import find_datums
 from valohai_dagster.errors import NotFoundError, RefusedError
 from valohai_dagster.executions.ledger import ensure_project
 from valohai_dagster.records.engine import Records, open_records
@@ -96,6 +98,18 @@ def deployment() -> Iterator[Deployment]:
         records.close()
 
 
+def find_all(
+    connection: sa.Connection, references: Sequence[str], project_id: str | None
+) -> list[datums.Datum]:
+    """What the references name, each datum once, in their order."""
+    found = {
+        datum.id: datum
+        for reference in references
+        for datum in find_datums(connection, reference, project_id=project_id)
+    }
+    return list(found.values())
+
+
 def now() -> datetime:
     return datetime.now(timezone.utc)
 
@@ -167,14 +181,23 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, empty
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-def print_datums(found: Sequence[datums.Datum], names: dict[str, list[str]]) -> None:
-    from rich.filesize import decimal
+def print_rows(
+    rows: Sequence[Mapping[str, Any]], headings: Sequence[str], *, as_json: bool, empty: str
+) -> None:
+    """Rows of the same keys, as JSON or as a table with these headings."""
+    if as_json:
+        print_json(rows)
+    else:
+        cells = [[cell_text(value) for value in row.values()] for row in rows]
+        print_table(headings, cells, empty=empty)
 
+
+def print_datums(found: Sequence[datums.Datum], names: dict[str, list[str]]) -> None:
     rows = [
         [
             datum.uri,
             datum.name + (" (purged)" if datum.purged else ""),
-            decimal(datum.size),
+            size_text(datum.size),
             f"{datum.ctime:%Y-%m-%d %H:%M}",
             ", ".join(names.get(datum.id, [])),
             ", ".join(datum.tags),

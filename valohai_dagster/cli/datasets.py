@@ -12,15 +12,16 @@ from valohai_dagster.cli.data_place import (
     Project,
     datum_dict,
     deployment,
+    find_all,
     now,
     pairs,
     print_datums,
     print_json,
+    print_rows,
     print_table,
 )
-from valohai_dagster.cli.render import size_text
+from valohai_dagster.cli.render import counted, size_text
 from valohai_dagster.data import datasets
-from valohai_dagster.data.references import find_datums
 from valohai_dagster.data.version_wishes import DATASET_SCHEME, split_dataset_uri
 from valohai_dagster.errors import NotFoundError
 
@@ -100,7 +101,7 @@ def _show_version(uri: str, project: str | None, *, as_json: bool) -> None:
         print_json({**described, "files": [datum_dict(datum) for datum in files]})
         return
     total = size_text(sum(datum.size for datum in files))
-    typer.echo(f"{version.uri}: {len(files)} files, {total}")
+    typer.echo(f"{version.uri}: {counted(len(files), 'file')}, {total}")
     print_datums(files, {})
 
 
@@ -133,11 +134,7 @@ def create(
                 datasets.set_properties(connection, dataset, properties)
                 typer.echo(f"{DATASET_SCHEME}{name}")
                 return
-            found = [
-                datum
-                for reference in references or []
-                for datum in find_datums(connection, reference, project_id=project_id)
-            ]
+            found = find_all(connection, references or [], project_id)
             made = datasets.create_version(
                 connection,
                 project_id=project_id,
@@ -152,7 +149,7 @@ def create(
     if as_json:
         print_json({**_as_dict(made, {}), "aliases": alias or [], "files": len(found)})
     else:
-        typer.echo(f"{made.uri}  {len(found)} files")
+        typer.echo(f"{made.uri}  {counted(len(found), 'file')}")
 
 
 @app.command("properties")
@@ -209,10 +206,7 @@ def history(
         {"time": move["time"], "uri": version.uri if version else ""}
         for move, version in zip(moves, found, strict=True)
     ]
-    if as_json:
-        print_json(rows)
-    else:
-        print_table(("time", "uri"), [list(row.values()) for row in rows], empty="")
+    print_rows(rows, ("time", "uri"), as_json=as_json, empty="")
 
 
 @alias_app.command("rm")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
+import sqlalchemy as sa
 import typer
 
 from valohai_dagster.cli.data_place import (
@@ -12,13 +15,15 @@ from valohai_dagster.cli.data_place import (
     Project,
     datum_dict,
     deployment,
+    find_all,
     now,
     print_datums,
     print_json,
+    print_rows,
     print_table,
 )
+from valohai_dagster.cli.render import cell_text, counted
 from valohai_dagster.data import models
-from valohai_dagster.data.references import find_datums
 from valohai_dagster.data.version_wishes import MODEL_SCHEME, ModelWish, split_model_uri
 
 app = typer.Typer(no_args_is_help=True, help="Models: numbered versions that people approve.")
@@ -48,12 +53,8 @@ def list_(project: OfProject = None, as_json: AsJson = False) -> None:
                         "latest_approved": approved[0] if approved else None,
                     }
                 )
-    if as_json:
-        print_json(rows)
-        return
-    cells = [["-" if value is None else str(value) for value in row.values()] for row in rows]
     heads = ("model", "project", "versions", "newest", "newest approved")
-    print_table(heads, cells, empty="no models")
+    print_rows(rows, heads, as_json=as_json, empty="no models")
 
 
 @app.command()
@@ -91,7 +92,7 @@ def _show_version(uri: str, project: str | None, *, as_json: bool) -> None:
         return
     for key in ("uri", "status", "tags", "execution", "release_note"):
         if described[key]:
-            typer.echo(f"{key:<13} {described[key]}")
+            typer.echo(f"{key:<13} {cell_text(described[key])}")
     print_datums(files, {})
 
 
@@ -116,11 +117,7 @@ def create(
                 models.ensure_model(connection, project_id=project_id, slug=slug, now=now())
                 typer.echo(f"{MODEL_SCHEME}{slug}/")
                 return
-            found = [
-                datum
-                for reference in references
-                for datum in find_datums(connection, reference, project_id=project_id)
-            ]
+            found = find_all(connection, references, project_id)
             version = models.create_version(
                 connection,
                 ModelWish(slug=slug, tags=tuple(tag or ()), release_note=note),
@@ -131,7 +128,7 @@ def create(
     if as_json:
         print_json({**_as_dict(version), "files": len(found)})
     else:
-        typer.echo(f"{version.uri}  {version.status}, {len(found)} files")
+        typer.echo(f"{version.uri}  {version.status}, {counted(len(found), 'file')}")
 
 
 @app.command()
@@ -147,11 +144,8 @@ def reject(version: Version, project: Project = None) -> None:
 
 
 def _decide(version: str, project: str | None, *, approved: bool) -> None:
-    with deployment() as here:
-        project_id = here.need_project(project)
-        with here.records.write() as connection:
-            found = models.get_version(connection, _uri(version), project_id=project_id)
-            models.decide(connection, found, approved=approved, now=now())
+    with _version(version, project) as (connection, found):
+        models.decide(connection, found, approved=approved, now=now())
     typer.echo(f"{found.uri} is {models.APPROVED if approved else models.REJECTED}")
 
 
@@ -162,11 +156,8 @@ def note(
     project: Project = None,
 ) -> None:
     """Sets the release note of a version."""
-    with deployment() as here:
-        project_id = here.need_project(project)
-        with here.records.write() as connection:
-            found = models.get_version(connection, _uri(version), project_id=project_id)
-            models.describe(connection, found, release_note=text)
+    with _version(version, project) as (connection, found):
+        models.describe(connection, found, release_note=text)
     typer.echo(f"{found.uri} has a new release note")
 
 
@@ -177,12 +168,20 @@ def tag(
     project: Project = None,
 ) -> None:
     """Replaces the tags of a version."""
+    with _version(version, project) as (connection, found):
+        models.describe(connection, found, tags=tags or [])
+    typer.echo(f"{found.uri} has the tags {', '.join(tags or []) or 'none'}")
+
+
+@contextmanager
+def _version(
+    version: str, project: str | None
+) -> Iterator[tuple[sa.Connection, models.ModelVersion]]:
+    """The version, to be changed."""
     with deployment() as here:
         project_id = here.need_project(project)
         with here.records.write() as connection:
-            found = models.get_version(connection, _uri(version), project_id=project_id)
-            models.describe(connection, found, tags=tags or [])
-    typer.echo(f"{found.uri} has the tags {', '.join(tags or []) or 'none'}")
+            yield connection, models.get_version(connection, _uri(version), project_id=project_id)
 
 
 def _uri(text: str) -> str:

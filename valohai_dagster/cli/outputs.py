@@ -13,7 +13,7 @@ from rich.console import Console
 
 from valohai_dagster.cli.download import download_all
 from valohai_dagster.cli.lookup import REFERENCE_HELP, find_executions
-from valohai_dagster.cli.render import in_columns, size_text
+from valohai_dagster.cli.render import counted, in_columns, size_text
 from valohai_dagster.data.datums import Datum
 from valohai_dagster.data.printable import printable
 from valohai_dagster.data.transfers import local_path
@@ -43,7 +43,9 @@ def outputs(
     if download:
         targets = _targets(rows, to)
         download_all(targets, open_stores(settings), overwrite=overwrite)
-        Console(stderr=True, quiet=as_json).print(f"{len(targets)} files in {to}", soft_wrap=True)
+        Console(stderr=True, quiet=as_json).print(
+            f"{counted(len(targets), 'file')} in {to}", soft_wrap=True
+        )
     if as_json:
         print(json.dumps([_as_dict(row, settings.datum_url(row.id)) for row in rows], indent=2))
     elif not download:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from valohai_agent.checksums import decimal_size
 from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
 
 STYLE = {
@@ -19,18 +21,35 @@ STYLE = {
 
 
 def size_text(size: int | None) -> str:
-    """Decimal units, as the logs of inputs use them (I-31).
+    """As the logs of inputs have them (I-31); `?` for one that nobody knows.
 
     >>> size_text(70591)
     '70.6 kB'
     """
-    if size is None:
-        return "?"
-    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{size} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+    return "?" if size is None else decimal_size(size)
+
+
+def counted(count: int, what: str) -> str:
+    """
+    >>> counted(1, "file"), counted(2000, "file")
+    ('1 file', '2,000 files')
+    """
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def cell_text(value: Any) -> str:
+    """A value of our JSON for people: lists with commas, objects as JSON, `-` where there is none.
+
+    >>> cell_text(["a", "b"]), cell_text({"k": None}), cell_text(True), cell_text(None)
+    ('a, b', '{"k": null}', 'yes', '-')
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list) and not any(isinstance(one, (list, dict)) for one in value):
+        return ", ".join(map(cell_text, value))
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
 
 
 def seconds_text(seconds: float | None) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from valohai_dagster.cli.render import in_columns, size_text
+from valohai_dagster.cli.render import counted, in_columns, size_text
 from valohai_dagster.errors import RefusedError
 from valohai_dagster.executions.retention import Done, plan_records
 from valohai_dagster.executions.retention_rules import KINDS, Plan
@@ -28,6 +28,10 @@ app = typer.Typer(
     help="Remove what is older than the settings under [retention] keep. Records and lineage stay.",
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+NOTHING_SET = (
+    "the settings keep everything for ever; set for example [retention] logs_days = 90 in valohai.toml, "
+    "see docs/lineage.md"
+)
 WORDS = {
     "outputs": "contents of outputs",
     "logs": "logs of attempts",
@@ -43,8 +47,12 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Shows what `run` would remove, how much that is, and why other things stay."""
-    with _deployment() as (settings, records, instance):
-        found = whole_plan(settings, records, instance)
+    settings, found = load_settings(), Plan()
+    if _is_configured(settings):
+        with _deployment(settings) as (records, instance):
+            found = whole_plan(settings, records, instance)
+    else:
+        typer.echo(f"{NOTHING_SET}.", err=True)
     if as_json:
         data = found.to_dict()
         typer.echo(json.dumps(data if items else {**data, "items": None}, indent=2))
@@ -61,7 +69,10 @@ def plan(
     lines += [
         f"  {item.name} ({item.project or 'Dagster'}): {item.why}" for item in found.items if items
     ]
-    lines += [f"{count} things stay: {why}" for why, count in found.kept.most_common()]
+    lines += [
+        f"{counted(count, 'thing')} stay{'s' * (count == 1)}: {why}"
+        for why, count in found.kept.most_common()
+    ]
     if found.cursors:
         lines.append("There is more than was looked at; the rest is seen when this is removed.")
     typer.echo("\n".join(lines))
@@ -74,7 +85,10 @@ def run(
 ) -> None:
     """Removes it, batch by batch. It may be cut off at any time and started again."""
     total = Done()
-    with _deployment() as (settings, records, instance):
+    settings = load_settings()
+    if not _is_configured(settings):
+        raise RefusedError(NOTHING_SET)
+    with _deployment(settings) as (records, instance):
         if not yes and not as_json and sys.stdin.isatty():
             typer.confirm("Remove what `retention plan` shows, for good?", abort=True)
         cursors: dict[str, str] = {}
@@ -124,28 +138,28 @@ def _print(total: Done) -> None:
 
 def _say(total: Done) -> None:
     if sys.stderr.isatty():
-        typer.echo(f"{sum(total.counts.values())} things removed ...", err=True)
+        typer.echo(f"{counted(sum(total.counts.values()), 'thing')} removed ...", err=True)
+
+
+def _is_configured(settings: Settings) -> bool:
+    policy = settings.retention
+    return policy.events_days is not None or any(
+        policy.shortest(kind) is not None for kind in KINDS[:-1]
+    )
 
 
 @contextmanager
-def _deployment() -> Iterator[tuple[Settings, Records, Any]]:
-    """Settings with something to do, their records, and the Dagster instance if it is at hand."""
+def _deployment(settings: Settings) -> Iterator[tuple[Records, Any]]:
+    """Its records, and the Dagster instance if it is at hand."""
     from valohai_dagster.cli.why import instance_of
 
-    settings = load_settings()
-    policy = settings.retention
-    if policy.events_days is None and all(policy.shortest(kind) is None for kind in KINDS[:-1]):
-        raise RefusedError(
-            "the settings keep everything for ever; set for example [retention] logs_days = 90 in valohai.toml, "
-            "see docs/lineage.md"
-        )
     records = open_records(settings)
     try:
         with instance_of(settings) as instance:
-            if instance is None and policy.events_days is not None:
+            if instance is None and settings.retention.events_days is not None:
                 text = "Dagster's event log is left out: DAGSTER_HOME is another or not set"
                 typer.echo(text, err=True)
-            yield settings, records, instance
+            yield records, instance
     finally:
         records.close()
 

@@ -16,12 +16,13 @@ from valohai_dagster.cli.checks import store_finding, store_uses
 from valohai_dagster.cli.render import cell_text, counted, in_columns
 from valohai_dagster.data import own_uploads
 from valohai_dagster.data.secrets import load_secret_key
+from valohai_dagster.errors import ConfigurationError
 from valohai_dagster.executions.sweeping import mark_removed, remove_leftovers
 from valohai_dagster.executions.uploads import Leftover, leftover_of, leftovers
 from valohai_dagster.records.engine import Records, open_records
 from valohai_dagster.settings import Settings, load_settings
 from valohai_dagster.stores.keys import Wildcard
-from valohai_dagster.stores.registry import open_stores
+from valohai_dagster.stores.registry import open_store, open_stores
 
 AT_ONCE = 500
 
@@ -46,9 +47,13 @@ def list_(
     """Lists the configured stores, or with a name what lies in one."""
     settings = load_settings()
     if name is None:
-        _print_rows(_store_rows(settings), ("name", "kind", "uses", "place"), as_json)
+        rows = _store_rows(settings)
+        shown = (
+            rows if as_json else [{**row, "place": row["problem"] or row["place"]} for row in rows]
+        )
+        _print_rows(shown, ("name", "kind", "uses", "place"), as_json)
         return
-    store = open_stores(settings).get(name)
+    store = open_store(settings, name)
     pattern = Wildcard(pattern=prefix) if "*" in prefix else None
     wanted = (
         item
@@ -71,7 +76,7 @@ def check(
 ) -> None:
     """Writes, reads and deletes a small object, by signed requests too, as `doctor` does. Exit code 1 if that fails."""
     settings = load_settings()
-    finding = store_finding(settings, open_stores(settings).get(name))
+    finding = store_finding(settings, open_store(settings, name))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(finding), indent=2))
     else:
@@ -83,17 +88,20 @@ def check(
 
 
 def _store_rows(settings: Settings) -> list[dict[str, Any]]:
-    stores = open_stores(settings)
-    return [
-        {
+    """One that cannot be opened, for want of a library, says so in its row."""
+    rows = []
+    for name, section in settings.stores.items():
+        row: dict[str, Any] = {
             "name": name,
-            "kind": stores[name].kind,
-            "readonly": stores[name].readonly,
+            "kind": section.kind,
+            "readonly": section.readonly,
             "uses": [use for use, chosen in store_uses(settings) if chosen == name],
-            "place": stores[name].uri(""),
         }
-        for name in stores
-    ]
+        try:
+            rows.append({**row, "place": open_store(settings, name).uri(""), "problem": None})
+        except ConfigurationError as error:
+            rows.append({**row, "place": None, "problem": str(error)})
+    return rows
 
 
 def _print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:

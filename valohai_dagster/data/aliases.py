@@ -29,6 +29,11 @@ def check_alias(name: Any) -> str:
         raise RefusedError(
             f"{name[:80]!r} is no datum alias: at most {MAX_NAME} printable characters, no outer spaces"
         )
+    if "/" in name or "*" in name:
+        raise RefusedError(
+            f"{name!r} is no datum alias: it must not contain / or *, which have a meaning of their own in "
+            "URIs and patterns; write - or . instead"
+        )
     if is_datum_id(name):
         raise RefusedError(f"{name!r} is no datum alias: it looks like a datum id")
     return name

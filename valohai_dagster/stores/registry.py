@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from valohai_dagster.errors import ConfigurationError, StoreUnknown
 from valohai_dagster.settings import Settings
@@ -33,12 +33,7 @@ class Stores:
         """The store of that name; raises `StoreUnknown` with the known names."""
         if name in self._stores:
             return self._stores[name]
-        known = ", ".join(sorted(self._stores)) or "none"
-        raise StoreUnknown(
-            f"there is no store {name!r} in the settings; known are {known}. Add [stores.{name}] to valohai.toml. "
-            "A service that runs already reads the file when it starts again: `valohai-dagster down`",
-            store=name,
-        )
+        raise _unknown(name, self._stores)
 
     def __getitem__(self, name: str) -> Store:
         return self.get(name)
@@ -85,6 +80,13 @@ def open_stores(settings: Settings) -> Stores:
     )
 
 
+def open_store(settings: Settings, name: str) -> Store:
+    """One of them, whatever the others need."""
+    if name not in settings.stores:
+        raise _unknown(name, settings.stores)
+    return make_store(name, settings.stores[name])
+
+
 def make_store(name: str, section: StoreSettings) -> Store:
     """The driver of one section; raises `ConfigurationError` when its libraries are not installed."""
     if isinstance(section, LocalStoreSettings):
@@ -102,3 +104,12 @@ def make_store(name: str, section: StoreSettings) -> Store:
         ) from error
     store: Store = getattr(loaded, driver)(name, section)
     return store
+
+
+def _unknown(name: str, known: Iterable[str]) -> StoreUnknown:
+    return StoreUnknown(
+        f"there is no store {name!r} in the settings; known are {', '.join(sorted(known)) or 'none'}. "
+        f"Add [stores.{name}] to valohai.toml. "
+        "A service that runs already reads the file when it starts again: `valohai-dagster down`",
+        store=name,
+    )

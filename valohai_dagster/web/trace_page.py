@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
+from valohai_agent.checksums import decimal_size
 from valohai_dagster.data.trace import Node, Trace
 from valohai_dagster.data.trace_layout import Layout, Place, place
 
@@ -199,7 +200,11 @@ def _line(node: Node) -> str:
         return f"{facts.get('status', '')} at {commit[: 13 if commit.startswith('~') else 12]}"
     if node.kind == "file":
         aliases = ", ".join(facts.get("aliases", ()))
-        parts = [_size(facts.get("size", 0)), aliases, "purged" if facts.get("purged") else ""]
+        parts = [
+            decimal_size(facts.get("size", 0)),
+            aliases,
+            "purged" if facts.get("purged") else "",
+        ]
         return " · ".join(part for part in parts if part)
     if node.kind == "outside":
         return str(facts.get("uri", ""))
@@ -234,14 +239,6 @@ def _row(node: Node, webserver_url: str) -> str:
         shown,
     ]
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-
-
-def _size(size: int) -> str:
-    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{size} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
 def _cut(text: str, most: int) -> str:

@@ -148,9 +148,15 @@ def test_put_keeps_metadata_and_properties() -> None:
     assert found["metadata"] == {"color": "red"}
     assert found["properties"] == {"rows": 5, "by": "me"}
     assert found["project"] == "demo"
+    run("tag", "add", "good", uri)
+    run("tag", "add", "new", uri)
+    assert run("tag", "add", "new", uri).stdout == "1 file changed\n"
     text = run("info", uri).stdout
-    assert "color" in text
-    assert "1 B" in text
+    lines = dict(line.split(None, 1) for line in text.splitlines() if line)
+    assert lines["metadata"] == '{"color": "red"}'
+    assert lines["tags"] == "good, new"
+    assert lines["size"] == "1 B"
+    assert "'" not in text
 
 
 def test_names_with_wildcards_mean_the_newest_of_each() -> None:
@@ -168,7 +174,7 @@ def test_names_with_wildcards_mean_the_newest_of_each() -> None:
 
 def test_o20_rm_deletes_the_content_and_keeps_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
     uri = put("a", "1")
-    with pytest.raises(RefusedError, match=r"1 files \(1 B\).* --yes"):
+    with pytest.raises(RefusedError, match=r"1 file \(1 B\).* --yes"):
         run("rm", uri)
     run("datasets", "create", "d/v", uri)
     with pytest.raises(RefusedError, match=r"is in dataset://d/v.*--force"):
@@ -291,7 +297,7 @@ def test_an_interrupted_put_leaves_whole_datums_only(monkeypatch: pytest.MonkeyP
     assert result.exit_code != 0
     stored = loads("ls")
     assert 2 <= len(stored) < 5
-    assert f"{len(stored)} files are stored as datums" in result.stderr
+    assert f"stored as datums: {len(stored)} files" in result.stderr
     assert loads("datasets", "ls") == []
     root = Path("state/store/data")
     assert len([path for path in root.rglob("*") if path.is_file()]) == len(stored)
@@ -314,7 +320,12 @@ def test_bad_requests_say_what_is_wrong() -> None:
         (("put", "a", "--metadata", "{", "-p", "demo"), "is not JSON"),
         (("put", "a", "--metadata", "@no", "-p", "demo"), "cannot read no"),
         (("put", "a", "--property", "x", "-p", "demo"), "not of the form NAME=VALUE"),
-        (("put", "a", "--dataset", "d", "-p", "demo"), "is no version name"),
+        (
+            ("put", "a", "--dataset", "d", "-p", "demo"),
+            r"--dataset d: .* such as --dataset d/first",
+        ),
+        (("put", "a", "--alias", "a/b", "-p", "demo"), "must not contain / or"),
+        (("alias", "set", "a/b", uri), "must not contain / or"),
         (("put", "a", "--dataset", "d/latest", "-p", "demo"), "always means the newest"),
         (("get", "none-*"), "no datum has a name like"),
         (("get", "dataset://d/v"), "no dataset 'd'"),

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from valohai_agent.protocol import utcnow
 from valohai_dagster.cli.retention import app
+from valohai_dagster.errors import RefusedError
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import load_settings
@@ -36,6 +37,19 @@ def old_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         conn.execute(t.attempts.insert().values(execution_id="e1", number=1, logs={"stdout": log}))
     records.close()
     return log["key"]
+
+
+def test_without_settings_the_plan_is_empty_and_nothing_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["plan"])
+    assert (shown.exit_code, shown.stdout) == (0, "Nothing may go.\n")
+    assert "the settings keep everything for ever" in shown.stderr
+    data = json.loads(CliRunner().invoke(app, ["plan", "--json"]).stdout)
+    assert data["kinds"] == {}
+    refused = CliRunner().invoke(app, ["run", "--yes"])
+    assert isinstance(refused.exception, RefusedError)
 
 
 def test_the_plan_counts_and_says_why(old_log: str) -> None:

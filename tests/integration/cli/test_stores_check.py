@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,24 @@ def test_the_stores_are_listed_with_what_they_are_used_for(deployment: S3Store) 
     assert rows["models"]["place"] == deployment.uri("")
     assert rows["local"]["uses"] == ["outputs", "code", "logs"]
     assert deployment.uri("") in run("ls").stdout
+
+
+def test_a_store_without_its_library_hides_no_other(
+    deployment: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("valohai.toml").open("a") as file:
+        file.write('[stores.away]\nkind = "azure"\naccount = "a"\ncontainer = "c"\n')
+    monkeypatch.delitem(sys.modules, "valohai_dagster.stores.azure", raising=False)
+    monkeypatch.setitem(sys.modules, "azure.core", None)
+    rows = {row["name"]: row for row in json.loads(run("ls", "--json").stdout)}
+    assert (rows["models"]["place"], rows["models"]["problem"]) == (deployment.uri(""), None)
+    assert rows["away"]["place"] is None
+    lines = run("ls").stdout.splitlines()
+    (line,) = [line for line in lines if line.startswith("away")]
+    assert "needs a library that is not installed" in line
+    assert "[azure]" in line
+    deployment.put("other.txt", b"12345")
+    assert "other.txt" in run("ls", "models").stdout
 
 
 def test_what_lies_in_a_store_is_listed(deployment: S3Store) -> None:

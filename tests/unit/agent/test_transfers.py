@@ -213,8 +213,8 @@ def test_connections_share_one_renewal() -> None:
 @pytest.mark.parametrize(
     ("done", "total", "rate", "words"),
     [
-        (0, None, None, "downloading 0 bytes"),
-        (1_234_567, None, 2e6, "downloading 1,234,567 bytes, 2.0 MB/s"),
+        (0, None, None, "downloading 0 B"),
+        (1_234_567, None, 2e6, "downloading 1.2 MB, 2.0 MB/s"),
         (
             1_200_000_000,
             1_900_000_000,

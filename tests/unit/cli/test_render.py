@@ -23,6 +23,26 @@ def test_sizes_are_decimal_as_in_the_logs(size: int | None, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (["a", None, 3], "a, -, 3"),
+        ({"k": [True, None]}, '{"k": [true, null]}'),
+        ([{"k": "ä"}], '[{"k": "ä"}]'),
+        (True, "yes"),
+        (None, "-"),
+        (2.5, "2.5"),
+    ],
+)
+def test_values_are_written_without_marks_of_python(value: object, text: str) -> None:
+    assert render.cell_text(value) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 files"), (1, "1 file"), (2000, "2,000 files")])
+def test_one_is_no_plural(count: int, text: str) -> None:
+    assert render.counted(count, "file") == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"), [(0.42, "0.4 s"), (63.2, "1 min 3 s"), (3725, "1 h 2 min"), (None, "-")]
 )
 def test_durations_name_their_units(seconds: float | None, text: str) -> None:
