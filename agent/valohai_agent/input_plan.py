@@ -22,8 +22,8 @@ class InputFile:
 
     @property
     def label(self) -> str:
-        """What errors call it."""
-        return f"input {self.input!r}, {self.file.uri}"
+        """What errors call it; a package belongs to no input."""
+        return f"input {self.input!r}, {self.file.uri}" if self.input else self.file.uri
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from valohai_agent.cache.local import InputCache
@@ -16,9 +16,10 @@ from valohai_agent.cache.shared import Share, ShareTree
 from valohai_agent.errors import AgentError, DiskFull, InputError
 from valohai_agent.input_grants import InputGrants, Renew
 from valohai_agent.input_news import InputNews
+from valohai_agent.input_packages import Package, PackageWay, plan_packages
 from valohai_agent.input_plan import InputFile, Placed, describe, input_directory, plan_files
 from valohai_agent.input_ways import LocalWay, ShareSwitch, ShareWay, Source, blames_share
-from valohai_agent.protocol import InputReady, InputsReady, JobInput, Transfer
+from valohai_agent.protocol import InputReady, InputsReady, JobInput, JobPackage, Transfer
 from valohai_agent.transfer import PARALLEL_FILES, Transferer
 from valohai_agent.workspace import Workspace
 
@@ -76,8 +77,11 @@ class InputFetcher:
         inputs: Sequence[JobInput],
         grants: Mapping[str, Transfer],
         refused: Mapping[str, str] | None = None,
+        packages: Sequence[JobPackage] = (),
     ) -> dict[str, Any]:
         """Downloads everything that is not on-demand; gives the content of inputs.json (K-33, K-35).
+
+        `packages` hold some of the files and may be used instead of fetching those singly (I-09).
 
         Raises InputError after trying all files, naming each file that failed and why; DiskFull if
         that was the reason, for the next machine may have more room.
@@ -86,39 +90,73 @@ class InputFetcher:
             (self._workspace.inputs / input_directory(item.name)).mkdir(parents=True, exist_ok=True)
         fetched = [item for item in inputs if item.download == "always"]
         files = plan_files(fetched, shown=self._shown, warn=self._status)
-        placed = self._fetch_all(files, grants, refused or {}) if files else {}
+        placed = self._fetch_all(files, grants, refused or {}, packages) if files else {}
         in_order = {item: placed[item] for item in files}
         return describe(inputs, in_order, shown=self._shown)
 
     def _fetch_all(
-        self, files: list[InputFile], grants: Mapping[str, Transfer], refused: Mapping[str, str]
+        self,
+        files: list[InputFile],
+        grants: Mapping[str, Transfer],
+        refused: Mapping[str, str],
+        packages: Sequence[JobPackage],
     ) -> dict[InputFile, Placed]:
         options = self._options
         box = InputGrants(grants, self._renew)
-        box.expect(item.file.id for item in files)
         with contextlib.ExitStack() as stack:
             news = self._news(files)
             stack.callback(news.close)
             source = Source(self._transferer, box, news, options.cancelled)
             switch = ShareSwitch(options.share, self._warn)
             cache = options.cache
+            arrivals = None if cache is None else stack.enter_context(cache.arrivals())
             local = LocalWay(
                 source,
                 cache,
-                None if cache is None else stack.enter_context(cache.arrivals()),
+                arrivals,
                 switch,
                 inputs=self._workspace.inputs,
                 link=options.link,
                 no_cache=options.no_cache,
             )
-            return _Fetch(self._workspace, options, source, switch, local, box, news, refused).run(
-                files
-            )
+            fetch = _Fetch(self._workspace, options, source, switch, local, box, news, refused)
+            planned = plan_packages(packages, fetch.missing(files), refused) if packages else []
+            if planned:
+                scratch = (arrivals or self._workspace.run) / "packages"
+                fetch.unpack(self._package_way(source, switch, scratch, news), planned)
+            return fetch.run(files)
+
+    def _package_way(
+        self, source: Source, switch: ShareSwitch, scratch: Path, news: InputNews
+    ) -> PackageWay:
+        """Packages lie in a directory of their own until they are unpacked; a link there keeps them from eviction."""
+        options = self._options
+        arrivals, directory = scratch / "coming", scratch / "here"
+        for path in (arrivals, directory):
+            path.mkdir(parents=True, exist_ok=True)
+        way = LocalWay(
+            source,
+            options.cache,
+            arrivals,
+            switch,
+            inputs=directory,
+            link=True,
+            no_cache=options.no_cache,
+        )
+        return PackageWay(
+            way,
+            directory,
+            inputs=self._workspace.inputs,
+            cache=options.cache,
+            news=news,
+            warn=self._warn,
+            cancelled=options.cancelled,
+        )
 
     def _news(self, files: list[InputFile]) -> InputNews:
         return InputNews(
             Counter(item.input for item in files),
-            shown=lambda item: self._shown(item.path),
+            shown=lambda item: self._shown(item.path) if item.input else item.file.uri,
             status=self._status,
             report=self._on_ready,
             batches=self._options.batches,
@@ -145,11 +183,24 @@ class _Fetch:
     refused: Mapping[str, str]
     placed: dict[InputFile, Placed] = field(default_factory=dict)
     problems: list[tuple[InputFile, Exception]] = field(default_factory=list)
+    unpacked: set[str] = field(default_factory=set)  # inputs with files out of packages
+
+    def missing(self, files: list[InputFile]) -> list[InputFile]:
+        """Those that no look-up without a question finds on this machine."""
+        hits = self.local.hits(files)
+        return [item for item in files if item not in hits]
+
+    def unpack(self, way: PackageWay, planned: Sequence[Package]) -> None:
+        """Places what packages bring; `run` then places the rest."""
+        self.placed.update(way.bring_all(way.choose(planned)))
+        self.unpacked = {item.input for item in self.placed}
 
     def run(self, files: list[InputFile]) -> dict[InputFile, Placed]:
         """An input lies wholly on this machine or wholly on the share: one that is here already stays here."""
+        total, files = len(files), [item for item in files if item not in self.placed]
+        self.grants.expect(item.file.id for item in files)
         hits = self.local.hits(files)
-        elsewhere = {item.input for item in files if item not in hits}
+        elsewhere = {item.input for item in files if item not in hits} - self.unpacked
         rest = self._on_share(files, elsewhere)
         for directory in {item.path.parent for item in rest}:
             (self.workspace.inputs / directory).mkdir(parents=True, exist_ok=True)
@@ -160,7 +211,7 @@ class _Fetch:
         self._keep(self._each(here, lambda item: self.local.place_hit(item, hits[item])))
         self._keep(self._each(missing, self.local.bring))
         if self.problems:
-            raise _failure(self.problems, len(files))
+            raise _failure(self.problems, total)
         return self.placed
 
     def _on_share(self, files: list[InputFile], inputs: set[str]) -> list[InputFile]:

@@ -59,7 +59,8 @@ class JobInputs:
             renew=lambda file_ids: lease.input_grants(file_ids).inputs,
             progress=progress,
         )
-        return fetcher.fetch(lease.job.inputs, grants.inputs, grants.refused)
+        job = lease.job
+        return fetcher.fetch(job.inputs, grants.inputs, grants.refused, job.packages)
 
     def clear(self) -> int:
         """VH_CLEAN: everything that nobody uses goes; gives the bytes (K-22)."""
