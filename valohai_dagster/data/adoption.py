@@ -33,7 +33,7 @@ OURS = "adoptable_file_is_ours"
 _ID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _OUR_KEYS = (
     re.compile(  # of granted uploads, of logs that are saved, of packages, of archives of commits
-        rf"(data|logs|packages)/([^/]+/)?{_ID}/.+|commits/[^/]+/[0-9a-f]{{64}}\.tar\.gz"
+        rf"(data|logs|packages)/([^/]+/)?{_ID}/.+|commits/[^/]+/[0-9a-f]{{64}}(-\d+)?\.tar\.gz"
     )
 )
 

@@ -49,22 +49,9 @@ def ensure_commit(conn: sa.Connection, project_id: str, commit: CommitRef, now: 
             id=str(uuid.uuid4()),
             project_id=project_id,
             ctime=now,
+            used_at=now,
             **commit.model_dump(include=set(CommitRef.model_fields)),
         )
-
-
-def known_commit(conn: sa.Connection, project: str, identifier: str) -> CommitRef | None:
-    """A commit whose archive is in a store, since it ran or was published before."""
-    c = t.commits.c
-    query = (
-        sa.select(t.commits)
-        .join(t.projects, t.projects.c.id == c.project_id)
-        .where(t.projects.c.name == project, c.identifier == identifier)
-    )
-    row = conn.execute(query).one_or_none()
-    if row is None:
-        return None
-    return CommitRef(**{name: getattr(row, name) for name in CommitRef.model_fields})
 
 
 def take_counters(conn: sa.Connection, project_id: str, number: int) -> int:

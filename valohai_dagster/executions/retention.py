@@ -10,13 +10,17 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from valohai_dagster.data import datums
+from valohai_dagster.data import datums, own_uploads
 from valohai_dagster.errors import StoreError
-from valohai_dagster.executions.retention_reading import PAGE, make_plan, staying_outputs
+from valohai_dagster.executions.retention_reading import (
+    PAGE,
+    archive_stays,
+    make_plan,
+    staying_outputs,
+)
 from valohai_dagster.executions.retention_rules import KINDS, Item, Kind, Plan
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import Records
-from valohai_dagster.records.store import insert_ignore
 from valohai_dagster.settings_retention import RetentionSettings
 from valohai_dagster.stores.registry import Stores
 
@@ -79,7 +83,7 @@ def carry_out(
         _guarded(done, item, lambda item=item: _log(records, stores, item, now, forget_live))
     _metadata(records, plan.of("metadata"), done)
     for item in plan.of("code"):
-        _guarded(done, item, lambda item=item: _archive(records, stores, item))
+        _guarded(done, item, lambda item=item: _archive(records, stores, policy, item, now))
     return done
 
 
@@ -176,30 +180,31 @@ def _metadata(records: Records, items: Sequence[Item], done: Done) -> None:
         done.add("metadata", item.bytes)
 
 
-def _archive(records: Records, stores: Stores, item: Item) -> bool:
-    """The row with the look at who uses it, then the archive: a commit that is launched again is published again.
+def _archive(
+    records: Records, stores: Stores, policy: RetentionSettings, item: Item, now: datetime
+) -> bool:
+    """The row, with one more look at who uses it, then the archive: a commit that is launched again is published again.
 
-    The row comes back when the store refuses, so that the next plan finds the archive.
+    Between the two the archive is noted as one that goes. So whoever publishes the same commit meanwhile does not take
+    it for his own (`archives.publish_archive`), and the sweep removes it if this process cannot.
     """
-    c, e = t.commits.c, t.executions.c
+    c, p = t.commits.c, t.projects.c
     with records.write() as conn:
-        query = sa.select(t.commits).where(c.id == item.id).with_for_update()
-        row = conn.execute(query).one_or_none()
+        row = conn.execute(sa.select(t.commits).where(c.id == item.id)).one_or_none()
         if row is None:
             return False
-        used = sa.and_(e.project_id == row.project_id, e.commit == row.identifier)
-        if conn.execute(sa.select(e.id).where(used, e.ended_at.is_(None)).limit(1)).first():
+        conn.execute(sa.select(p.id).where(p.id == row.project_id).with_for_update())
+        conn.execute(sa.select(c.id).where(c.id == row.id).with_for_update())
+        if archive_stays(conn, policy, now, row.id):
             return False
-        same = sa.and_(
-            c.archive_store == row.archive_store, c.archive_key == row.archive_key, c.id != row.id
-        )
-        shared = conn.execute(sa.select(c.id).where(same).limit(1)).first()
-        conn.execute(t.commits.delete().where(c.id == item.id))
-    if shared is None:
-        try:
-            stores[row.archive_store].delete(row.archive_key)
-        except StoreError:
-            with records.write() as conn:
-                insert_ignore(conn, t.commits, **row._mapping)
-            raise
+        place = {"store": row.archive_store, "key": row.archive_key}
+        same = sa.and_(c.archive_store == row.archive_store, c.archive_key == row.archive_key)
+        others = sa.select(c.id).where(same, c.id != row.id).limit(1)
+        conn.execute(t.commits.delete().where(c.id == row.id))
+        if conn.execute(others).first() is not None:
+            return True
+        removal = own_uploads.note_removal(conn, kind="code", name=item.name, now=now, **place)
+    stores[row.archive_store].delete(row.archive_key)
+    with records.write() as conn:
+        own_uploads.forget(conn, [removal])
     return True

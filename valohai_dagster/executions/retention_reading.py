@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -25,6 +26,7 @@ from valohai_dagster.settings_retention import RetentionSettings
 
 PAGE = 500
 MAX_PAGES = 40  # of one kind in one look
+CHOSEN = timedelta(hours=2)  # that an archive stays at least for a launch that has chosen it
 
 _E, _P = t.executions.c, t.projects.c
 _OWNER = (
@@ -45,6 +47,59 @@ _OUTPUTS = (  # with content, or with what is left of it after a cut; of lost at
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """At things of one kind, from `cursor` on; fills the plan up to `most`."""
+
+    conn: sa.Connection
+    policy: RetentionSettings
+    now: datetime
+    plan: Plan
+    kind: Kind
+    most: int
+    cursor: str
+
+    @property
+    def is_full(self) -> bool:
+        return self.plan.counts[self.kind] >= self.most
+
+    def pages(
+        self, query: sa.Select[Any], beyond: Callable[[str], sa.ColumnElement[bool]]
+    ) -> Iterator[Sequence[Any]]:
+        """Rows of page after page until enough is found; says in the plan where to go on.
+
+        `beyond`: what comes after a cursor in the order of the query. A row's `cursor` is the id of its item.
+        """
+        cursor = self.cursor
+        for _ in range(MAX_PAGES):
+            rows = self.conn.execute(query.where(beyond(cursor)).limit(PAGE)).all()
+            yield rows
+            if self.is_full:
+                cursor = self.plan.of(self.kind)[-1].id
+                break
+            if len(rows) < PAGE:
+                return
+            cursor = rows[-1].cursor
+        self.plan.cursors[self.kind] = cursor
+
+    def old(self) -> sa.ColumnElement[bool]:
+        """Executions that may be old enough; the project's own days are looked at afterwards."""
+        return _E.ended_at < self.now - timedelta(days=self.policy.shortest(self.kind) or 0)
+
+    def decide(self, owner: Owner, ident: str, name: str, size: int, why: str | None) -> None:
+        """`why` it is kept, None if it goes."""
+        if why is not None:
+            self.plan.kept[why] += 1
+        elif not self.is_full:
+            age = age_text(self.policy, self.kind, owner, self.now)
+            self.add(owner.project, ident, name, size, age)
+
+    def add(self, project: str, ident: str, name: str, size: int, why: str) -> None:
+        self.plan.add(
+            Item(kind=self.kind, id=ident, project=project, bytes=size, name=name, why=why)
+        )
+
+
 def make_plan(
     conn: sa.Connection,
     policy: RetentionSettings,
@@ -55,16 +110,14 @@ def make_plan(
 ) -> Plan:
     """At most `most` things of each kind. With `cursors` of an earlier plan only the kinds that it had not finished."""
     plan = Plan()
-    looks = {"outputs": _outputs, "logs": _logs, "metadata": _metadata, "code": _code}
-    for kind, look in looks.items():
+    for kind, fill in _FILL.items():
         if policy.shortest(kind) is not None and (not cursors or kind in cursors):
-            look(conn, policy, now, plan, most, (cursors or {}).get(kind, ""))
+            cursor = (cursors or {}).get(kind, "")
+            look = _Look(
+                conn=conn, policy=policy, now=now, plan=plan, kind=kind, most=most, cursor=cursor
+            )
+            fill(look)
     return plan
-
-
-def _old(policy: RetentionSettings, kind: str, now: datetime) -> sa.ColumnElement[bool]:
-    """Executions that may be old enough; the project's own days are looked at afterwards."""
-    return _E.ended_at < now - timedelta(days=policy.shortest(kind) or 0)
 
 
 def _owner(row: Any) -> Owner:
@@ -73,52 +126,16 @@ def _owner(row: Any) -> Owner:
     )
 
 
-def _pages(
-    plan: Plan, kind: Kind, most: int, cursor: str, page: Callable[[str], Sequence[Any]]
-) -> Any:
-    """Rows of page after page, until enough is found; says in the plan where to go on."""
-    for _ in range(MAX_PAGES):
-        rows = page(cursor)
-        yield rows
-        if plan.counts[kind] >= most:
-            cursor = plan.of(kind)[-1].id.partition("/")[0]
-            break
-        if len(rows) < PAGE:
-            return
-        cursor = rows[-1].cursor
-    plan.cursors[kind] = cursor
-
-
 # -- outputs ---------------------------------------------------------------------------------------------------------
 
 
-def _outputs(
-    conn: sa.Connection,
-    policy: RetentionSettings,
-    now: datetime,
-    plan: Plan,
-    most: int,
-    cursor: str,
-) -> None:
+def _outputs(look: _Look) -> None:
     d = t.datums.c
-    query = _OUTPUTS.where(_old(policy, "outputs", now)).order_by(d.id).limit(PAGE)
-    for rows in _pages(
-        plan, "outputs", most, cursor, lambda at: conn.execute(query.where(d.id > at)).all()
-    ):
-        for row, why in _judged(conn, policy, now, rows):
-            if why is not None:
-                plan.kept[why] += 1
-            elif plan.counts["outputs"] < most:
-                plan.add(
-                    Item(
-                        kind="outputs",
-                        id=row.cursor,
-                        project=row.project,
-                        bytes=row.size,
-                        name=f"{row.name} of {row.step} #{row.counter}",
-                        why=age_text(policy, "outputs", _owner(row), now),
-                    )
-                )
+    query = _OUTPUTS.where(look.old()).order_by(d.id)
+    for rows in look.pages(query, lambda cursor: d.id > cursor):
+        for row, why in _judged(look.conn, look.policy, look.now, rows):
+            name = f"{row.name} of {row.step} #{row.counter}"
+            look.decide(_owner(row), row.cursor, name, row.size, why)
 
 
 def staying_outputs(
@@ -198,42 +215,35 @@ def _named(conn: sa.Connection, executions: Collection[str]) -> frozenset[str]:
 # -- logs and metadata -------------------------------------------------------------------------------------------------
 
 
-def _logs(
-    conn: sa.Connection,
-    policy: RetentionSettings,
-    now: datetime,
-    plan: Plan,
-    most: int,
-    cursor: str,
-) -> None:
+def _logs(look: _Look) -> None:
     a = t.attempts.c
     query = (
-        sa.select(_E.id.label("cursor"), a.number, a.logs, *_OWNER)
+        sa.select(
+            (_E.id + "/" + sa.cast(a.number, sa.String)).label("cursor"), a.number, a.logs, *_OWNER
+        )
         .join(t.attempts, a.execution_id == _E.id)
         .join(t.projects, _P.id == _E.project_id)
-        .where(_old(policy, "logs", now), sa.cast(a.logs, sa.Text).like('%"key"%'))
+        .where(look.old(), sa.cast(a.logs, sa.Text).like('%"key"%'))
         .order_by(_E.id, a.number)
-        .limit(PAGE)
     )
-    for rows in _pages(
-        plan, "logs", most, cursor, lambda at: conn.execute(query.where(_E.id > at)).all()
-    ):
+
+    def beyond(cursor: str) -> sa.ColumnElement[bool]:
+        """A page may end between two attempts of one execution."""
+        execution, _, number = cursor.partition("/")
+        later = sa.and_(_E.id == execution, a.number > int(number or 0))
+        return sa.or_(_E.id > execution, later)
+
+    for rows in look.pages(query, beyond):
         for row in rows:
             stored = {name: log for name, log in (row.logs or {}).items() if log.get("key")}
-            ident = f"{row.cursor}/{row.number}"
             name = f"{row.step} #{row.counter}, attempt {row.number}"
             size = sum(int(log.get("size") or 0) for log in stored.values())
-            _decide(policy, now, plan, "logs", most, _owner(row), ident, name, size)
+            owner = _owner(row)
+            why = why_owner_keeps(look.policy, "logs", owner, look.now)
+            look.decide(owner, row.cursor, name, size, why)
 
 
-def _metadata(
-    conn: sa.Connection,
-    policy: RetentionSettings,
-    now: datetime,
-    plan: Plan,
-    most: int,
-    cursor: str,
-) -> None:
+def _metadata(look: _Look) -> None:
     m = t.metadata_events.c
     query = (
         sa.select(
@@ -242,21 +252,17 @@ def _metadata(
             sa.func.sum(sa.func.length(sa.cast(m["values"], sa.Text))).label("size"),
         )
         .join(t.executions, _E.id == m.execution_id)
-        .where(_old(policy, "metadata", now))
+        .where(look.old())
         .group_by(_E.id)
         .order_by(_E.id)
-        .limit(PAGE)
     )
-    for rows in _pages(
-        plan, "metadata", most, cursor, lambda at: conn.execute(query.where(_E.id > at)).all()
-    ):
-        owners = _owners(conn, [row.cursor for row in rows])
+    for rows in look.pages(query, lambda cursor: _E.id > cursor):
+        owners = _owners(look.conn, [row.cursor for row in rows])
         for row in rows:
             owner, name = owners[row.cursor]
             text = f"{row.lines} lines of {name}"
-            _decide(
-                policy, now, plan, "metadata", most, owner, row.cursor, text, int(row.size or 0)
-            )
+            why = why_owner_keeps(look.policy, "metadata", owner, look.now)
+            look.decide(owner, row.cursor, text, int(row.size or 0), why)
 
 
 def _owners(conn: sa.Connection, ids: Sequence[str]) -> dict[str, tuple[Owner, str]]:
@@ -266,37 +272,36 @@ def _owners(conn: sa.Connection, ids: Sequence[str]) -> dict[str, tuple[Owner, s
     }
 
 
-def _decide(
-    policy: RetentionSettings,
-    now: datetime,
-    plan: Plan,
-    kind: Kind,
-    most: int,
-    owner: Owner,
-    ident: str,
-    name: str,
-    size: int,
-) -> None:
-    why = why_owner_keeps(policy, kind, owner, now)
-    if why is not None:
-        plan.kept[why] += 1
-    elif plan.counts[kind] < most:
-        text = age_text(policy, kind, owner, now)
-        plan.add(Item(kind=kind, id=ident, project=owner.project, bytes=size, name=name, why=text))
-
-
 # -- code ------------------------------------------------------------------------------------------------------------
 
 
-def _code(
-    conn: sa.Connection,
-    policy: RetentionSettings,
-    now: datetime,
-    plan: Plan,
-    most: int,
-    cursor: str,
-) -> None:
+def _code(look: _Look) -> None:
     """Archives that no execution has needed for long. The newest of a project is what its code location runs."""
+    c = t.commits.c
+    query = _archives().order_by(c.id)
+    for rows in look.pages(query, lambda cursor: c.id > cursor):
+        for row in rows:
+            why = _why_archive_stays(look.policy, row, look.now)
+            if why is not None:
+                look.plan.kept[why] += 1
+            elif not look.is_full:
+                days = look.policy.days("code", row.project)
+                unused = (look.now - _last_use(row)).days
+                age = f"last used {unused} days ago, archives are kept for {days:g}"
+                name = f"commit {row.identifier[:13]}"
+                look.add(row.project, row.cursor, name, row.archive_size or 0, age)
+
+
+def archive_stays(
+    conn: sa.Connection, policy: RetentionSettings, now: datetime, commit_id: str
+) -> bool:
+    """Whether the archive of that commit has to stay, as things are now."""
+    row = conn.execute(_archives().where(t.commits.c.id == commit_id)).one_or_none()
+    return row is None or _why_archive_stays(policy, row, now) is not None
+
+
+def _archives() -> sa.Select[Any]:
+    """Commits with all that keeps their archives."""
     c = t.commits.c
     used = sa.and_(_E.project_id == c.project_id, _E.commit == c.identifier)
     newest = (
@@ -304,44 +309,43 @@ def _code(
         .group_by(c.project_id)
         .subquery()
     )
-    query = (
+    is_open = sa.and_(_E.id.is_not(None), _E.ended_at.is_(None))
+    return (
         sa.select(
             c.id.label("cursor"),
             c.identifier,
             c.archive_size,
             c.ctime,
+            c.used_at,
             _P.name.label("project"),
-            sa.func.max(_E.ctime).label("last_use"),
-            sa.func.count()
-            .filter(sa.and_(_E.id.is_not(None), _E.ended_at.is_(None)))
-            .label("open"),
+            sa.func.max(_E.ctime).label("last_execution"),
+            sa.func.count().filter(is_open).label("open"),
             (newest.c.ctime == c.ctime).label("is_newest"),
         )
         .join(t.projects, _P.id == c.project_id)
         .join(newest, newest.c.project_id == c.project_id)
         .outerjoin(t.executions, used)
-        .group_by(c.id, c.identifier, c.archive_size, c.ctime, _P.name, newest.c.ctime)
-        .order_by(c.id)
-        .limit(PAGE)
+        .group_by(c.id, c.identifier, c.archive_size, c.ctime, c.used_at, _P.name, newest.c.ctime)
     )
-    for rows in _pages(
-        plan, "code", most, cursor, lambda at: conn.execute(query.where(c.id > at)).all()
-    ):
-        for row in rows:
-            limit = cutoff(policy, "code", row.project, now)
-            last = max(row.ctime, row.last_use) if row.last_use else row.ctime
-            if limit is None or last >= limit or row.open or row.is_newest:
-                reason = "the newest commit of its project" if row.is_newest else "needed lately"
-                plan.kept[reason] += 1
-            elif plan.counts["code"] < most:
-                days = policy.days("code", row.project)
-                plan.add(
-                    Item(
-                        kind="code",
-                        id=row.cursor,
-                        project=row.project,
-                        bytes=row.archive_size or 0,
-                        name=f"commit {row.identifier[:13]}",
-                        why=f"last used {(now - last).days} days ago, archives are kept for {days:g}",
-                    )
-                )
+
+
+def _last_use(row: Any) -> datetime:
+    """By an execution, or by a launch that has none yet."""
+    return max(moment for moment in (row.ctime, row.used_at, row.last_execution) if moment)
+
+
+def _why_archive_stays(policy: RetentionSettings, row: Any, now: datetime) -> str | None:
+    limit = cutoff(policy, "code", row.project, now)
+    if row.is_newest:
+        return "the newest commit of its project"
+    if limit is None or row.open or _last_use(row) >= min(limit, now - CHOSEN):
+        return "needed lately"
+    return None
+
+
+_FILL: dict[Kind, Callable[[_Look], None]] = {
+    "outputs": _outputs,
+    "logs": _logs,
+    "metadata": _metadata,
+    "code": _code,
+}

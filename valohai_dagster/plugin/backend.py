@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from valohai_agent.protocol import utcnow
 from valohai_dagster.errors import StoreError, ValohaiError
 from valohai_dagster.executions.spec_model import CommitRef, ExecutionSpec
 from valohai_dagster.executions.stream import DatumView, ExecutionView, FollowEvent
@@ -95,11 +96,10 @@ class ServiceBackend:
             return origins_of(connection, datum_ids)
 
     def publish(self, project: Project) -> tuple[CommitRef, tuple[str, ...]]:
-        from valohai_dagster.projects.archive import build_archive, publish
+        from valohai_dagster.executions.archives import publish_archive
 
-        archive = build_archive(project)
-        published = publish(archive, self._stores.code)
-        return CommitRef(**vars(published)), archive.warnings
+        records = self._client.records
+        return publish_archive(project, records=records, stores=self._stores, now=utcnow())
 
     def read_small(self, datum: DatumView) -> bytes | None:
         import sqlalchemy as sa

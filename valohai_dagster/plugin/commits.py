@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING
 
 from valohai_agent.protocol import utcnow
 from valohai_dagster.errors import ProjectError, StoreError, ValohaiError
-from valohai_dagster.executions.ledger import ensure_commit, ensure_project, known_commit
+from valohai_dagster.executions.archives import choose_commit, publish_archive
 from valohai_dagster.executions.spec_model import CommitRef
 from valohai_dagster.plugin.step_tag import StepTag, tag_at
-from valohai_dagster.projects.archive import build_archive, publish
 from valohai_dagster.projects.fingerprint import Fingerprint, fingerprint
 from valohai_dagster.projects.git import GitAuth, is_git_url
 from valohai_dagster.projects.project import Project, load_project
@@ -61,11 +60,19 @@ class _Built:
     at: float  # monotonic
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """One of the records; retention leaves it its archive for longer than it is trusted here."""
+
+    commit: CommitRef
+    at: float  # monotonic
+
+
 @dataclass
 class _Cache:
     """Of one process; a commit takes some kilobytes."""
 
-    known: dict[tuple[str, str], CommitRef] = field(default_factory=dict)
+    known: dict[tuple[str, str], _Known] = field(default_factory=dict)
     built: dict[tuple[str, ...], _Built] = field(default_factory=dict)
     locks: dict[tuple[str, ...], threading.Lock] = field(default_factory=dict)
     guard: threading.Lock = field(default_factory=threading.Lock)
@@ -100,7 +107,9 @@ def commit_for(
     cache = _CACHES.setdefault(f"{records.deployment_id} {settings.state_dir}", _Cache())
     loaded = tag.commit
     if config.adhoc or config.commit not in (None, loaded.identifier, loaded.ref):
-        built = _from_source(tag, config.commit, bool(config.adhoc), cache, stores, settings)
+        built = _from_source(
+            tag, config.commit, bool(config.adhoc), cache, records, stores, settings
+        )
         return _launched(tag, built)
     as_it_is = settings.redis_url is None and _directory(tag.source) is not None
     known = None if as_it_is else _known(tag, cache, records, stores)
@@ -108,7 +117,7 @@ def commit_for(
         return LaunchCommit(tag=tag, commit=known)
     revision = None if as_it_is or loaded.adhoc else loaded.identifier
     try:
-        built = _from_source(tag, revision, False, cache, stores, settings)
+        built = _from_source(tag, revision, False, cache, records, stores, settings)
     except (ProjectError, StoreError, OSError) as error:
         if _directory(tag.source) is not None:
             raise
@@ -133,16 +142,15 @@ def _launched(tag: StepTag, built: _Built, *, told: bool = False) -> LaunchCommi
 
 
 def _known(tag: StepTag, cache: _Cache, records: Records, stores: Stores) -> CommitRef | None:
-    """From the records; the store is not asked, since nothing deletes archives."""
+    """From the records; the store is not asked, since retention takes the row first."""
     key = (tag.project_name, tag.commit.identifier)
-    found = cache.known.get(key)
-    if found is None:
-        with records.read() as connection:
-            found = known_commit(connection, *key)
+    known = cache.known.get(key)
+    if known is None or time.monotonic() - known.at > TRUSTED_SECONDS:
+        found = choose_commit(records, *key, utcnow())
         if found is None or found.archive_store not in stores:
             return None
-        cache.known[key] = found
-    return _named(found, tag)
+        known = cache.known[key] = _Known(commit=found, at=time.monotonic())
+    return _named(known.commit, tag)
 
 
 def _named(commit: CommitRef, tag: StepTag) -> CommitRef:
@@ -158,6 +166,7 @@ def _from_source(
     revision: str | None,
     adhoc: bool,
     cache: _Cache,
+    records: Records,
     stores: Stores,
     settings: Settings,
 ) -> _Built:
@@ -166,7 +175,11 @@ def _from_source(
         directory = None if revision else _directory(tag.source)
         mark = fingerprint(directory, without=settings.state_dir) if directory else None
         found = cache.built.get(key)
-        if found is not None and _is_fresh(found, mark, revision) and _is_there(found, stores):
+        if (
+            found is not None
+            and _is_fresh(found, mark, revision)
+            and _is_there(found, tag.project_name, records, stores)
+        ):
             return found
         project = load_project(
             tag.source,
@@ -177,7 +190,7 @@ def _from_source(
             cache_dir=settings.state_dir / "projects",
             adhoc=adhoc,
         )
-        commit, warnings = publish_archive(project, stores)
+        commit, warnings = publish_archive(project, records=records, stores=stores, now=utcnow())
         built = _Built(
             project=project, commit=commit, warnings=warnings, mark=mark, at=time.monotonic()
         )
@@ -193,16 +206,16 @@ def _is_fresh(found: _Built, mark: Fingerprint | None, revision: str | None) -> 
     return found.commit.identifier == revision or (mark is not None and found.mark == mark)
 
 
-def _is_there(found: _Built, stores: Stores) -> bool:
+def _is_there(found: _Built, project: str, records: Records, stores: Stores) -> bool:
+    """In the records, which keeps it from being removed, and in the store."""
     if time.monotonic() - found.at < TRUSTED_SECONDS:
         return True
-    return stores[found.commit.archive_store].stat(found.commit.archive_key) is not None
-
-
-def publish_archive(project: Project, stores: Stores) -> tuple[CommitRef, tuple[str, ...]]:
-    """The commit with its archive in the code store, and warnings about its content."""
-    archive = build_archive(project)
-    return CommitRef(**vars(publish(archive, stores.code))), archive.warnings
+    commit = found.commit
+    known = choose_commit(records, project, commit.identifier, utcnow())
+    if known is None:
+        return False
+    moved = known.archive_store == commit.archive_store and known.archive_key != commit.archive_key
+    return not moved and stores[commit.archive_store].stat(commit.archive_key) is not None
 
 
 def _auth() -> GitAuth | None:
@@ -280,12 +293,10 @@ def publish_commit(project: Project, settings: Settings) -> CommitRef:
     from valohai_dagster.records.engine import open_records
     from valohai_dagster.stores.registry import open_stores
 
-    commit, _ = publish_archive(project, open_stores(settings))
     records = open_records(settings)
     try:
-        with records.write() as connection:
-            project_id = ensure_project(connection, project.name, utcnow())
-            ensure_commit(connection, project_id, commit, utcnow())
+        stores = open_stores(settings)
+        commit, _ = publish_archive(project, records=records, stores=stores, now=utcnow())
     finally:
         records.close()
     return commit

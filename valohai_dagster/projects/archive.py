@@ -75,15 +75,15 @@ def _packed(project: Project, tree: Tree, warnings: list[str]) -> Archive:
     )
 
 
-def archive_key(project: str, sha256: str) -> str:
-    """Content-addressed, so that a key is never written with other bytes."""
+def archive_key(project: str, sha256: str, number: int = 0) -> str:
+    """Content-addressed, so that a key is never written with other bytes; `number` makes another one for the same."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", project).strip(".-") or "project"
-    return f"commits/{name}/{sha256}.tar.gz"
+    return f"commits/{name}/{sha256}{f'-{number}' if number else ''}.tar.gz"
 
 
-def publish(archive: Archive, store: Store) -> PublishedArchive:
+def publish(archive: Archive, store: Store, key: str | None = None) -> PublishedArchive:
     """Upload unless the store has it; who loses a race against the same bytes has published too."""
-    key = archive_key(archive.project, archive.sha256)
+    key = key or archive_key(archive.project, archive.sha256)
     if store.stat(key) is None:
         try:
             with open(archive.path, "rb") as content:

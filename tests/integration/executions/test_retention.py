@@ -18,7 +18,9 @@ from tests.support.service import make_spec, running_service, static_settings
 from valohai_dagster.data import datums
 from valohai_dagster.data.adoption import adopt, find_candidates
 from valohai_dagster.data.aliases import set_alias
+from valohai_dagster.data.own_uploads import give_up
 from valohai_dagster.errors import RefusedError, StoreUnavailable
+from valohai_dagster.executions import retention_reading
 from valohai_dagster.executions.retention import Done, carry_out, plan_records
 from valohai_dagster.executions.retention_rules import Plan
 from valohai_dagster.executions.spec_model import InputSpec
@@ -73,6 +75,14 @@ class Site:
                 row = {"execution_id": ident, "number": number, "attempt": 1, "time": NOW}
                 conn.execute(t.metadata_events.insert().values(**row, values={"epoch": number}))
         return ident
+
+    def attempts(self, execution: str, *numbers: int) -> None:
+        """Further ones of it, with a log each."""
+        for number in numbers:
+            log = {"store": "local", "key": f"logs/{execution}/{number}", "size": 6, "lines": 1}
+            row = {"execution_id": execution, "number": number, "logs": {"stdout": log}}
+            with self.records.write() as conn:
+                conn.execute(t.attempts.insert().values(**row))
 
     def output(self, execution: str | None, **values: Any) -> str:
         ident = str(uuid.uuid4())
@@ -316,7 +326,7 @@ def test_outputs_of_lost_attempts_go_too(site: Site) -> None:
     assert (site.is_there(gone), site.is_there(kept)) == (False, True)
 
 
-def test_an_archive_is_forgotten_before_it_goes_and_known_again_when_it_cannot(
+def test_an_archive_is_forgotten_before_it_goes_and_left_to_the_sweep_when_it_cannot(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody is sent to an archive that is about to be deleted."""
@@ -334,9 +344,33 @@ def test_an_archive_is_forgotten_before_it_goes_and_known_again_when_it_cannot(
         patch.setattr(site.stores.code, "delete", refuse)
         _, done = site.retain()
     assert any("commit old" in text for text in done.problems)
-    assert sorted(known()) == ["head", "old"]
-    site.retain()
-    assert (known(), site.stores.code.stat(key)) == (["head"], None)
+    assert known() == ["head"]
+    assert site.stores.code.stat(key) is not None
+    with site.records.write() as conn:
+        left = give_up(conn, before=NOW + timedelta(hours=1))
+    assert [(upload.kind, upload.key) for upload in left] == [("code", key)]
+
+
+def test_a_page_that_ends_between_two_attempts_leaves_none_out(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention_reading, "PAGE", 2)
+    ids = [site.execution(40) for _ in range(2)]
+    for ident in ids:
+        site.attempts(ident, 2, 10)
+    wanted = sorted(f"{ident}/{number}" for ident in ids for number in (1, 2, 10))
+    plan = plan_records(site.records, ALL, NOW)
+    assert sorted(item.id for item in plan.of("logs")) == wanted
+    found: list[str] = []
+    cursors: dict[str, str] = {}
+    while True:
+        part = plan_records(site.records, ALL, NOW, most=1, cursors=cursors)
+        found += [item.id for item in part.of("logs")]
+        cursors = {kind: at for kind, at in part.cursors.items() if kind == "logs"}
+        if not cursors:
+            break
+    assert sorted(found) == wanted
+    assert len(found) == len(set(found))
 
 
 def test_i40_what_the_product_keeps_itself_is_not_adopted(site: Site) -> None:

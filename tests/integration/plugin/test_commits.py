@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,12 @@ import pytest
 
 from tests.support.git import YAML, Work
 from valohai_agent.protocol import utcnow
+from valohai_dagster.data import own_uploads
 from valohai_dagster.errors import ProjectError
-from valohai_dagster.executions.ledger import ensure_commit, ensure_project, known_commit
+from valohai_dagster.executions import archives
+from valohai_dagster.executions.archives import choose_commit
+from valohai_dagster.executions.ledger import ensure_commit, ensure_project
+from valohai_dagster.executions.retention import carry_out, plan_records
 from valohai_dagster.executions.spec import StepConfig
 from valohai_dagster.plugin import commits
 from valohai_dagster.plugin.commits import LaunchCommit, commit_for, publish_commit
@@ -22,6 +28,7 @@ from valohai_dagster.plugin.step_tag import StepTag, read_step_tag, step_tag
 from valohai_dagster.projects.project import load_project
 from valohai_dagster.records.engine import Records, open_records
 from valohai_dagster.settings import Settings
+from valohai_dagster.settings_retention import RetentionSettings
 from valohai_dagster.stores.registry import open_stores
 
 
@@ -257,9 +264,9 @@ def test_many_launches_at_once_build_one_archive(
     built: list[int] = []
     publish = commits.publish_archive
 
-    def counted(*given: Any) -> Any:
+    def counted(*given: Any, **named: Any) -> Any:
         built.append(1)
-        return publish(*given)
+        return publish(*given, **named)
 
     monkeypatch.setattr(commits, "publish_archive", counted)
     tag, found = tag_of(remote(work), tmp_path), list[str]()
@@ -273,6 +280,102 @@ def test_many_launches_at_once_build_one_archive(
         thread.join()
     assert found == [tag.commit.identifier] * 8
     assert len(built) == 1
+
+
+# -- retention -----------------------------------------------------------------------------------------------------
+
+RETAIN = RetentionSettings(code_days=7)
+MUCH_LATER = utcnow() + timedelta(days=30)
+
+
+def old_and_new(conductor: Conductor, work: Work, tmp_path: Path) -> StepTag:
+    """The older one of two commits that have run."""
+    old = tag_of(remote(work), tmp_path)
+    conductor.find(old)
+    work.write("train.py", "print(2)\n")
+    newer = work.commit()
+    remote(work)
+    conductor.find(old, commit=newer)
+    return old
+
+
+@pytest.fixture
+def much_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second passes at each look at the clock."""
+    seconds = itertools.count()
+    monkeypatch.setattr(commits, "utcnow", lambda: MUCH_LATER + timedelta(seconds=next(seconds)))
+    monkeypatch.setattr(commits, "TRUSTED_SECONDS", -1)
+
+
+@pytest.mark.parametrize("kind", ["conductor", "shared"])
+@pytest.mark.usefixtures("much_later")
+def test_a_launch_that_begins_after_the_plan_keeps_its_archive(
+    request: pytest.FixtureRequest,
+    kind: str,
+    work: Work,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has no execution yet."""
+    conductor: Conductor = request.getfixturevalue(kind)
+    tag = old_and_new(conductor, work, tmp_path)
+    plan = plan_records(conductor.records, RETAIN, MUCH_LATER + timedelta(days=8))
+    assert [item.name for item in plan.of("code")] == [f"commit {tag.commit.identifier[:13]}"]
+    later = MUCH_LATER + timedelta(days=8)
+    monkeypatch.setattr(commits, "utcnow", lambda: later)
+    found = conductor.find(tag)
+    done = carry_out(conductor.records, conductor.stores, RETAIN, plan, later)
+    assert done.counts["code"] == 0
+    assert conductor.content(found, "train.py") == "print(1)\n"
+
+
+@pytest.mark.usefixtures("much_later")
+def test_a_launch_in_the_middle_of_a_removal_publishes_under_another_key(
+    conductor: Conductor, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The archive is still in the store when the launch looks, and is deleted then."""
+    tag = old_and_new(conductor, work, tmp_path)
+    later = MUCH_LATER + timedelta(days=8)
+    plan = plan_records(conductor.records, RETAIN, later)
+    found: list[LaunchCommit] = []
+    delete = conductor.stores.code.delete
+
+    def meanwhile(key: str) -> None:
+        commits._CACHES.clear()
+        found.append(conductor.find(tag))
+        delete(key)
+
+    monkeypatch.setattr(conductor.stores.code, "delete", meanwhile)
+    carry_out(conductor.records, conductor.stores, RETAIN, plan, later)
+    assert found[0].commit.archive_key.endswith("-1.tar.gz")
+    assert conductor.content(found[0], "train.py") == "print(1)\n"
+    assert conductor.find(tag).commit == found[0].commit
+    keys = [item.key for item in conductor.stores.code.list("commits/")]
+    assert len(keys) == 2  # with that of the newest commit
+
+
+@pytest.mark.usefixtures("much_later")
+def test_a_removal_between_upload_and_record_makes_the_launch_upload_again(
+    conductor: Conductor, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same content belongs to a commit that goes."""
+    tag = tag_of(remote(work), tmp_path)
+    calls: list[str] = []
+
+    def removed(archive: Any, store: Any, key: str) -> Any:
+        published = publish(archive, store, key)
+        if not calls:
+            with conductor.records.write() as conn:
+                place = {"kind": "code", "name": "same", "store": store.name, "key": key}
+                own_uploads.note_removal(conn, **place, now=utcnow())
+        calls.append(key)
+        return published
+
+    publish = archives.publish
+    monkeypatch.setattr(archives, "publish", removed)
+    found = conductor.find(tag)
+    assert calls == [calls[0], found.commit.archive_key]
+    assert calls[0] != calls[1]
 
 
 # -- code servers --------------------------------------------------------------------------------------------------
@@ -291,8 +394,8 @@ def test_a_code_server_publishes_what_it_loads_in_a_shared_deployment(
     load_valohai_project(work.path, name="digits", cache_dir=tmp_path / "c")
     (thread,) = [one for one in threading.enumerate() if one.name == "publish digits"]
     thread.join()
-    with shared.records.read() as connection:
-        assert known_commit(connection, "digits", work.git("rev-parse", "HEAD")) is not None
+    head = work.git("rev-parse", "HEAD")
+    assert choose_commit(shared.records, "digits", head, utcnow()) is not None
 
 
 def test_publishing_waits_for_the_parts_that_are_not_up_yet(

@@ -1,0 +1,96 @@
+"""Archives of commits between a launch, which needs one, and retention, which removes those that nobody needs.
+
+Whoever chooses a commit says so in its row before he relies on the archive, and retention looks at that with the row
+locked. An archive that is being removed is noted (`own_uploads`); who publishes the same content meanwhile takes
+another key.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from valohai_dagster.data import own_uploads
+from valohai_dagster.executions.ledger import ensure_commit, ensure_project
+from valohai_dagster.executions.spec_model import CommitRef
+from valohai_dagster.projects.archive import Archive, archive_key, build_archive, publish
+from valohai_dagster.records import tables as t
+
+if TYPE_CHECKING:
+    from valohai_dagster.projects.project import Project
+    from valohai_dagster.records.engine import Records
+    from valohai_dagster.stores.registry import Stores
+
+TOLD = timedelta(
+    hours=1
+)  # between two times that a commit in use says so; half of what retention grants
+
+_C = t.commits.c
+
+
+def choose_commit(
+    records: Records, project: str, identifier: str, now: datetime
+) -> CommitRef | None:
+    """A commit whose archive is in a store, since it ran or was published before; from now on it stays for a while."""
+    with records.read() as conn:
+        row = _row(conn, project, identifier)
+    if row is not None and (row.used_at is None or row.used_at < now - TOLD):
+        with records.write() as conn:
+            told = t.commits.update().where(_C.id == row.id).values(used_at=now)
+            if conn.execute(told).rowcount == 0:  # removed since the look
+                row = None
+    if row is None:
+        return None
+    return CommitRef(**{name: getattr(row, name) for name in CommitRef.model_fields})
+
+
+def publish_archive(
+    project: Project, *, records: Records, stores: Stores, now: datetime
+) -> tuple[CommitRef, tuple[str, ...]]:
+    """The commit with its archive in the code store and in the records, and warnings about its content.
+
+    Doing it twice is the same as once.
+    """
+    archive = build_archive(project)
+    while True:
+        with records.write() as conn:
+            key = _key_for(conn, archive, stores.code.name, now)
+        commit = CommitRef(**vars(publish(archive, stores.code, key)))
+        with records.write() as conn:
+            project_id = _locked_project(conn, archive.project, now)
+            if own_uploads.is_going(conn, stores.code.name, key):
+                continue  # retention came first
+            ensure_commit(conn, project_id, commit, now)
+        return commit, archive.warnings
+
+
+def _key_for(conn: sa.Connection, archive: Archive, store: str, now: datetime) -> str:
+    project_id = ensure_project(conn, archive.project, now)
+    mine = sa.and_(_C.project_id == project_id, _C.identifier == archive.commit.identifier)
+    same = sa.and_(mine, _C.archive_store == store, _C.archive_sha256 == archive.sha256)
+    told = t.commits.update().where(same).values(used_at=now).returning(_C.archive_key)
+    known = conn.execute(told).scalar_one_or_none()
+    if known is not None:
+        return known
+    keys = (archive_key(archive.project, archive.sha256, number) for number in count())
+    return next(key for key in keys if not own_uploads.is_going(conn, store, key))
+
+
+def _locked_project(conn: sa.Connection, name: str, now: datetime) -> str:
+    """Retention locks it too, so one of the two sees what the other did."""
+    project_id = ensure_project(conn, name, now)
+    p = t.projects.c
+    conn.execute(sa.select(p.id).where(p.id == project_id).with_for_update())
+    return project_id
+
+
+def _row(conn: sa.Connection, project: str, identifier: str) -> sa.Row[Any] | None:
+    query = (
+        sa.select(t.commits)
+        .join(t.projects, t.projects.c.id == _C.project_id)
+        .where(t.projects.c.name == project, _C.identifier == identifier)
+    )
+    return conn.execute(query).one_or_none()
