@@ -8,7 +8,7 @@ import os
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -23,17 +23,27 @@ from valohai_agent.local_files import (
     source_errors,
 )
 from valohai_agent.protocol import Checksums, Transfer, UploadGrant
+from valohai_agent.transfers import small
 from valohai_agent.transfers.download import Download
 from valohai_agent.transfers.hashing import ALGORITHMS, verify
+from valohai_agent.transfers.lane import SMALL_BYTES
 from valohai_agent.transfers.pace import MAX_CONNECTIONS, Progress, Shared, Transferred
 from valohai_agent.transfers.parted import More, put_parts
 from valohai_agent.transfers.pool import Pool
 from valohai_agent.transfers.ranges import identity
 from valohai_agent.transfers.retries import Temporary
-from valohai_agent.transfers.upload import SMALL_BYTES, Source, put
+from valohai_agent.transfers.small import SmallDownload, SmallUpload
+from valohai_agent.transfers.upload import Source, put
 from valohai_agent.transfers.wire import Patience
 
-__all__ = ["PARALLEL_FILES", "Progress", "Transferer", "Transferred"]
+__all__ = [
+    "PARALLEL_FILES",
+    "Progress",
+    "SmallDownload",
+    "SmallUpload",
+    "Transferer",
+    "Transferred",
+]
 
 PARALLEL_FILES = 16  # that callers with many files do best to move at once
 COPY_BYTES = 8 * 1024 * 1024
@@ -147,6 +157,21 @@ class Transferer:
             if grant.parts is not None:
                 return put_parts(file, grant.parts, more)
             return put(file, grant.transfer)
+
+    def download_small(
+        self, wanted: Iterable[SmallDownload]
+    ) -> Iterator[tuple[SmallDownload, Transferred | None]]:
+        """Many files at once, each as it ends; None for one that `download` shall fetch: nothing was retried here.
+
+        What was asked for is left alone when the iterator is closed, and Unreachable raised when cancelled.
+        """
+        return small.download(self._shared, wanted)
+
+    def upload_small(
+        self, wanted: Iterable[SmallUpload]
+    ) -> Iterator[tuple[SmallUpload, Transferred | None]]:
+        """As `download_small`. A file that comes back undone may have arrived all the same, under its granted key."""
+        return small.upload(self._shared, wanted)
 
     def etag(self, transfer: Transfer, *, name: str) -> str | None:
         """Identity of the content behind a URL, or None if the server does not tell.

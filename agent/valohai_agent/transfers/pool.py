@@ -91,12 +91,49 @@ class Pool:
                 answer.read(64 * 1024)
                 finished = answer.reusable
             finally:
-                self._give_back(place, answer.wire, usable=finished)
+                self.give_back(place, answer.wire, usable=finished)
             url = urljoin(url, target)
             if self._place(_split(url, name))[:3] != place[:3]:
                 granted = {}
         raise Refused(f"{name}: more than {REDIRECTS} redirects, now to {urlsplit(url).hostname}")
 
+    # -- for whoever talks by several connections at once ---------------------------------------------------------
+    def prepare(
+        self, method: str, transfer: Transfer, *, length: int | None, name: str
+    ) -> tuple[Place, bytes]:
+        """Whom to ask, and the head of the request; `length` is that of its body. Raises Refused."""
+        parts = _split(transfer.url, name)
+        place = self._place(parts)
+        return place, _head(place, method, parts, transfer.headers, length)
+
+    def idle(self, place: Place, check: Callable[[], None]) -> Wire | None:
+        """A kept connection, if there is one."""
+        while True:
+            with self._lock:
+                wires = self._idle.get(place)
+                wire = wires.pop() if wires else None
+            if wire is None:
+                return None
+            if wire.is_quiet():
+                wire.check = check
+                return wire
+            wire.close()
+
+    def connect(self, place: Place, check: Callable[[], None], name: str) -> Wire:
+        """A new connection. Raises Temporary, Unreachable."""
+        return Wire(_connect(place, self._patience, name), self._patience, check)
+
+    def give_back(self, place: Place, wire: Wire, *, usable: bool) -> None:
+        """Keeps the connection for the next request if it can serve one."""
+        if usable:
+            with self._lock:
+                wires = self._idle.setdefault(place, [])
+                if len(wires) < KEPT_CONNECTIONS:
+                    wires.append(wire)
+                    return
+        wire.close()
+
+    # -- one request ----------------------------------------------------------------------------------------------
     def _place(self, parts: SplitResult) -> Place:
         scheme, host = parts.scheme, parts.hostname or ""
         proxy = self._proxies.get((scheme, host))
@@ -114,9 +151,10 @@ class Pool:
         check: Callable[[], None],
         name: str,
     ) -> Answer:
-        head = _head(place, method, parts, headers, body)
+        length = body.length if isinstance(body, FileBody) else None if body is None else len(body)
+        head = _head(place, method, parts, headers, length)
         while True:
-            wire = self._take(place, check, name)
+            wire = self.idle(place, check) or self.connect(place, check, name)
             try:
                 wire.send(head, body or b"")
                 status, reason, answered = wire.head()
@@ -131,27 +169,6 @@ class Pool:
             except BaseException:
                 wire.close()
                 raise
-
-    def _take(self, place: Place, check: Callable[[], None], name: str) -> Wire:
-        while True:
-            with self._lock:
-                wires = self._idle.get(place)
-                wire = wires.pop() if wires else None
-            if wire is None:
-                return Wire(_connect(place, self._patience, name), self._patience, check)
-            if wire.is_quiet():
-                wire.check = check
-                return wire
-            wire.close()
-
-    def _give_back(self, place: Place, wire: Wire, *, usable: bool) -> None:
-        if usable:
-            with self._lock:
-                wires = self._idle.setdefault(place, [])
-                if len(wires) < KEPT_CONNECTIONS:
-                    wires.append(wire)
-                    return
-        wire.close()
 
 
 def _split(url: str, name: str) -> SplitResult:
@@ -179,7 +196,7 @@ def _head(
     method: str,
     parts: SplitResult,
     headers: Mapping[str, str],
-    body: bytes | FileBody | None,
+    length: int | None,
 ) -> bytes:
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     target = path
@@ -191,8 +208,7 @@ def _head(
     _basic(lines, "Authorization", parts)
     for key, value in headers.items():
         lines[key.lower()] = f"{key}: {value}"
-    if body is not None:
-        length = body.length if isinstance(body, FileBody) else len(body)
+    if length is not None:
         lines["content-length"] = f"Content-Length: {length}"
     text = "\r\n".join([f"{method} {_ascii(target)} HTTP/1.1", *lines.values(), "", ""])
     return text.encode("latin-1", "replace")

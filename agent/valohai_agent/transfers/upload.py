@@ -11,13 +11,13 @@ from valohai_agent.errors import Conflict, Refused
 from valohai_agent.local_files import Shrunk
 from valohai_agent.protocol import Checksums, Transfer
 from valohai_agent.transfers.hashing import Digests, Following
+from valohai_agent.transfers.lane import SMALL_BYTES
 from valohai_agent.transfers.pace import Count, Progress, Shared, Transferred
 from valohai_agent.transfers.ranges import SPLIT_BYTES
 from valohai_agent.transfers.retries import status_error
 from valohai_agent.transfers.versions import version_of_file
 from valohai_agent.transfers.wire import Answer, FileBody
 
-SMALL_BYTES = 1024 * 1024  # read once, hashed and sent from memory
 READ_BYTES = 256 * 1024
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def version_of_file(status: os.stat_result) -> Version:
     )
 
 
+@functools.lru_cache(maxsize=1024)  # many files of one source were often written within a few seconds
 def _seconds(text: str | None) -> int | None:
     try:
         return int(parsedate_to_datetime(text).timestamp()) if text else None

@@ -67,10 +67,20 @@ class Wire:
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
         self._watch_from, self._watched = time.monotonic(), 0
-        _set_slice(sock, min(SLICE_SECONDS, patience.read_seconds), kernel=not self._tls)
+        self.block()
 
     def close(self) -> None:
         self._sock.close()
+
+    def unblocked(self) -> socket.socket:
+        """The socket, for somebody who waits for many at once. Afterwards `block`."""
+        self._sock.setblocking(False)
+        return self._sock
+
+    def block(self) -> None:
+        """As it was made."""
+        seconds = min(SLICE_SECONDS, self._patience.read_seconds)
+        _set_slice(self._sock, seconds, kernel=not self._tls)
 
     def is_quiet(self) -> bool:
         """Whether a kept connection is still usable: nothing to read, so not closed by the other side."""
@@ -142,21 +152,9 @@ class Wire:
     def head(self) -> tuple[int, str, dict[str, str]]:
         """Status, reason and headers (lower-case names) of the next answer; `1xx` answers are skipped."""
         while True:
-            lines = self._head_block().split("\r\n")
-            version, _, rest = lines[0].partition(" ")
-            code, _, reason = rest.partition(" ")
-            if not version.startswith("HTTP/") or not code.isdigit():
-                raise Temporary("the answer is not HTTP")
-            status = int(code)
+            status, reason, headers = parse_head(self._head_block())
             if status >= 200:
-                break
-        headers = {}
-        for line in lines[1:]:
-            name, _, value = line.partition(":")
-            headers[name.lower()] = value.strip()
-        if version == "HTTP/1.0":
-            headers.setdefault("connection", "close")
-        return status, reason.strip(), headers
+                return status, reason, headers
 
     def _head_block(self) -> str:
         until = time.monotonic() + self._patience.read_seconds
@@ -247,6 +245,22 @@ class Wire:
     def watch_anew(self) -> None:
         """The time until the answer began does not count as slowness of its body."""
         self._watch_from, self._watched = time.monotonic(), 0
+
+
+def parse_head(text: str) -> tuple[int, str, dict[str, str]]:
+    """Status, reason and headers (lower-case names) of an answer. Raises Temporary when it is none."""
+    lines = text.split("\r\n")
+    version, _, rest = lines[0].partition(" ")
+    code, _, reason = rest.partition(" ")
+    if not version.startswith("HTTP/") or not code.isdigit():
+        raise Temporary("the answer is not HTTP")
+    headers = {}
+    for line in lines[1:]:
+        name, _, value = line.partition(":")
+        headers[name.lower()] = value.strip()
+    if version == "HTTP/1.0":
+        headers.setdefault("connection", "close")
+    return int(code), reason.strip(), headers
 
 
 def _set_slice(sock: socket.socket, seconds: float, *, kernel: bool) -> None:
