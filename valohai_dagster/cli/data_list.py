@@ -25,7 +25,8 @@ from valohai_dagster.cli.data_place import (
 )
 from valohai_dagster.cli.lookup import find_executions
 from valohai_dagster.cli.render import cell_text, counted, size_text
-from valohai_dagster.data import datasets, datums, models
+from valohai_dagster.data import datasets, datums, models, packages
+from valohai_dagster.data.package_removal import remove_packages
 from valohai_dagster.data.printable import printable
 from valohai_dagster.data.references import find_datums
 from valohai_dagster.errors import RefusedError
@@ -181,6 +182,8 @@ def _purge(
         names = datums.aliases_of(connection, ids)
         _refuse_used(found, _uses(connection, ids), names, force=force)
         datums.mark_purged(connection, ids)
+        removals = packages.drop_holding(connection, ids, now())
+    remove_packages(here.records, here.stores, removals)
     deleted: list[datums.Datum] = []
     ended: list[str] = []
     try:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from valohai_dagster.cli import dataset_packages
 from valohai_dagster.cli.data_place import (
     AsJson,
     OfProject,
@@ -28,6 +29,7 @@ from valohai_dagster.errors import NotFoundError
 app = typer.Typer(no_args_is_help=True, help="Datasets: named sets of files, in versions.")
 alias_app = typer.Typer(no_args_is_help=True, help="Movable names of versions.")
 app.add_typer(alias_app, name="alias")
+app.command("packaging")(dataset_packages.packaging)
 
 Version = Annotated[
     str, typer.Argument(help="NAME/VERSION or NAME/ALIAS, with or without dataset://.")
@@ -52,6 +54,7 @@ def list_(project: OfProject = None, as_json: AsJson = False) -> None:
                     "versions": [v.name for v in datasets.list_versions(connection, one.id)],
                     "aliases": list(datasets.aliases_of_dataset(connection, one.id)),
                     "properties": one.properties,
+                    "packaging": one.packaging,
                     "ctime": one.ctime.isoformat(),
                 }
                 for one in datasets.list_datasets(connection, project_id)
@@ -78,16 +81,19 @@ def show(
         dataset = datasets.get_dataset(connection, here.need_project(project), dataset_name)
         versions = datasets.list_versions(connection, dataset.id)
         aliases = datasets.aliases_of_dataset(connection, dataset.id)
-    rows = [_as_dict(version, aliases) for version in versions]
+        packed = dataset_packages.described(connection, [version.id for version in versions])
+    rows = [{**_as_dict(v, aliases), "packages": packed.get(v.id)} for v in versions]
     if as_json:
-        print_json({"name": dataset.name, "properties": dataset.properties, "versions": rows})
+        described = {"name": dataset.name, "properties": dataset.properties}
+        print_json({**described, "packaging": dataset.packaging, "versions": rows})
         return
     cells = []
     for row in rows:
         closed = (row["closed_at"] or "")[:16]
         names = ", ".join(row["aliases"])
-        cells.append([row["name"], row["state"], closed, names, row["execution"] or ""])
-    heads = ("version", "state", "closed", "aliases", "execution")
+        packages = dataset_packages.in_words(row["packages"])
+        cells.append([row["name"], row["state"], closed, names, packages, row["execution"] or ""])
+    heads = ("version", "state", "closed", "aliases", "packages", "execution")
     print_table(heads, cells, empty="no versions")
 
 
@@ -96,12 +102,16 @@ def _show_version(uri: str, project: str | None, *, as_json: bool) -> None:
         version = datasets.get_version(connection, uri, project_id=here.need_project(project))
         files = datasets.files_of(connection, version.id)
         aliases = datasets.aliases_of_dataset(connection, version.dataset_id)
+        packages = dataset_packages.described(connection, [version.id]).get(version.id)
     if as_json:
-        described = _as_dict(version, aliases)
+        described = {**_as_dict(version, aliases), "packages": packages}
         print_json({**described, "files": [datum_dict(datum) for datum in files]})
         return
     total = size_text(sum(datum.size for datum in files))
     typer.echo(f"{version.uri}: {counted(len(files), 'file')}, {total}")
+    if packages is not None:
+        problem = f" ({packages['problem']})" if packages["problem"] else ""
+        typer.echo(f"packages {dataset_packages.in_words(packages)}{problem}")
     print_datums(files, {})
 
 

@@ -64,7 +64,7 @@ class Rig:
     ) -> dict[str, Any]:
         refused, renew = options.pop("refused", None), options.pop("renew", None)
         valohai_dir = options.pop("valohai_dir", "/valohai")
-        progress = options.pop("progress", None)
+        progress, packages = options.pop("progress", None), options.pop("packages", ())
         options = {"cache": self.cache, "link": valohai_dir == "/valohai", **options}
         fetcher = InputFetcher(
             self.workspace,
@@ -76,7 +76,7 @@ class Rig:
             renew=renew,
             progress=progress,
         )
-        return fetcher.fetch(inputs, grants, refused)
+        return fetcher.fetch(inputs, grants, refused, packages)
 
 
 @pytest.fixture
