@@ -6,6 +6,7 @@ import base64
 import contextlib
 import functools
 import os
+import re
 import socket
 import ssl
 import threading
@@ -31,6 +32,7 @@ from valohai_agent.transfers.wire import (
 
 KEPT_CONNECTIONS = 32  # per server; more than that are closed after use
 REDIRECTS = 5
+URL = re.compile(r"(https?)://([^/?#]*)([^#]*)", re.IGNORECASE)
 REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
 
 
@@ -43,13 +45,21 @@ class Place(NamedTuple):
     proxy: str
 
 
+class Server(NamedTuple):
+    """What all requests to one server have in common: `lines` are header lines by lower-case name."""
+
+    place: Place
+    origin: str  # before the path where a proxy is asked for whole URLs
+    lines: dict[str, str]
+
+
 class Pool:
     """Makes requests; safe for several threads."""
 
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
         self._idle: dict[Place, list[Wire]] = {}
-        self._proxies: dict[tuple[str, str], str] = {}
+        self._servers: dict[tuple[str, str], Server] = {}
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -78,13 +88,13 @@ class Pool:
         """
         url, granted, ours = transfer.url, transfer.headers, headers or {}
         for _ in range(REDIRECTS):
-            parts = _split(url, name)
-            place = self._place(parts)
-            answer = self._ask(place, method, parts, {**granted, **ours}, body, check, name)
+            server, target = self._server(url, name)
+            place = server.place
+            answer = self._ask(server, target, method, {**granted, **ours}, body, check, name)
             finished = False
             try:
-                target = answer.headers.get("location")
-                if not (follow and target and answer.status in REDIRECT_STATUS):
+                location = answer.headers.get("location")
+                if not (follow and location and answer.status in REDIRECT_STATUS):
                     yield answer
                     finished = answer.reusable
                     return
@@ -92,8 +102,8 @@ class Pool:
                 finished = answer.reusable
             finally:
                 self.give_back(place, answer.wire, usable=finished)
-            url = urljoin(url, target)
-            if self._place(_split(url, name))[:3] != place[:3]:
+            url = urljoin(url, location)
+            if self._server(url, name)[0].place[:3] != place[:3]:
                 granted = {}
         raise Refused(f"{name}: more than {REDIRECTS} redirects, now to {urlsplit(url).hostname}")
 
@@ -102,9 +112,8 @@ class Pool:
         self, method: str, transfer: Transfer, *, length: int | None, name: str
     ) -> tuple[Place, bytes]:
         """Whom to ask, and the head of the request; `length` is that of its body. Raises Refused."""
-        parts = _split(transfer.url, name)
-        place = self._place(parts)
-        return place, _head(place, method, parts, transfer.headers, length)
+        server, target = self._server(transfer.url, name)
+        return server.place, _head(server, method, target, transfer.headers, length)
 
     def idle(self, place: Place, check: Callable[[], None]) -> Wire | None:
         """A kept connection, if there is one."""
@@ -134,25 +143,27 @@ class Pool:
         wire.close()
 
     # -- one request ----------------------------------------------------------------------------------------------
-    def _place(self, parts: SplitResult) -> Place:
-        scheme, host = parts.scheme, parts.hostname or ""
-        proxy = self._proxies.get((scheme, host))
-        if proxy is None:  # the environment is looked through once per server
-            proxy = self._proxies[scheme, host] = _proxy(scheme, host)
-        return Place(scheme, host, parts.port or (443 if scheme == "https" else 80), proxy)
+    def _server(self, url: str, name: str) -> tuple[Server, str]:
+        """The server, and what to ask it for. What its name comes to, and its proxy, is looked at once."""
+        found = URL.match(url)
+        scheme, netloc, target = found.groups() if found else ("", "", "")
+        server = self._servers.get((scheme, netloc))
+        if server is None:
+            server = self._servers[scheme, netloc] = _server(url, name)
+        return server, target if target.startswith("/") else f"/{target}"
 
     def _ask(
         self,
-        place: Place,
+        server: Server,
+        target: str,
         method: str,
-        parts: SplitResult,
         headers: Mapping[str, str],
         body: bytes | FileBody | None,
         check: Callable[[], None],
         name: str,
     ) -> Answer:
         length = body.length if isinstance(body, FileBody) else None if body is None else len(body)
-        head = _head(place, method, parts, headers, length)
+        head, place = _head(server, method, target, headers, length), server.place
         while True:
             wire = self.idle(place, check) or self.connect(place, check, name)
             try:
@@ -171,16 +182,24 @@ class Pool:
                 raise
 
 
-def _split(url: str, name: str) -> SplitResult:
-    """The URL's parts. Only http and https: a server must not redirect to a file of this machine."""
+def _server(url: str, name: str) -> Server:
+    """Only http and https: a server must not redirect to a file of this machine."""
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises for what is no port
+        port = parts.port
     except ValueError as error:
         raise Refused(f"{name}: the URL is not valid") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise Refused(f"{name}: the URL is not valid: {parts.scheme!r} is not http or https")
-    return parts
+    scheme, host = parts.scheme, parts.hostname or ""
+    if scheme not in ("http", "https") or not host:
+        raise Refused(f"{name}: the URL is not valid: {scheme!r} is not http or https")
+    place = Place(scheme, host, port or (443 if scheme == "https" else 80), _proxy(scheme, host))
+    authority = parts.netloc.rpartition("@")[2]
+    lines = {"host": f"Host: {authority}", "accept-encoding": "Accept-Encoding: identity"}
+    _basic(lines, "Authorization", parts)
+    if not (place.proxy and scheme == "http"):
+        return Server(place, "", lines)
+    _basic(lines, "Proxy-Authorization", urlsplit(place.proxy))
+    return Server(place, f"http://{authority}", lines)
 
 
 def _proxy(scheme: str, host: str) -> str:
@@ -192,25 +211,16 @@ def _proxy(scheme: str, host: str) -> str:
 
 
 def _head(
-    place: Place,
-    method: str,
-    parts: SplitResult,
-    headers: Mapping[str, str],
-    length: int | None,
+    server: Server, method: str, target: str, headers: Mapping[str, str], length: int | None
 ) -> bytes:
-    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    target = path
-    host = parts.netloc.rpartition("@")[2]
-    lines = {"host": f"Host: {host}", "accept-encoding": "Accept-Encoding: identity"}
-    if place.proxy and place.scheme == "http":
-        target = f"http://{host}{path}"
-        _basic(lines, "Proxy-Authorization", urlsplit(place.proxy))
-    _basic(lines, "Authorization", parts)
+    lines = server.lines.copy()
     for key, value in headers.items():
         lines[key.lower()] = f"{key}: {value}"
     if length is not None:
         lines["content-length"] = f"Content-Length: {length}"
-    text = "\r\n".join([f"{method} {_ascii(target)} HTTP/1.1", *lines.values(), "", ""])
+    text = "\r\n".join(
+        [f"{method} {server.origin}{_ascii(target)} HTTP/1.1", *lines.values(), "", ""]
+    )
     return text.encode("latin-1", "replace")
 
 

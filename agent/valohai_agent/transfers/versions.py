@@ -60,7 +60,9 @@ def version_of_file(status: os.stat_result) -> Version:
     )
 
 
-@functools.lru_cache(maxsize=1024)  # many files of one source were often written within a few seconds
+@functools.lru_cache(
+    maxsize=1024
+)  # many files of one source were often written within a few seconds
 def _seconds(text: str | None) -> int | None:
     try:
         return int(parsedate_to_datetime(text).timestamp()) if text else None
