@@ -10,7 +10,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from valohai_dagster.data import datums, own_uploads
+from valohai_dagster.data import datums, own_uploads, packages
+from valohai_dagster.data.package_removal import remove_packages
 from valohai_dagster.errors import StoreError
 from valohai_dagster.executions.retention_reading import (
     PAGE,
@@ -120,6 +121,8 @@ def _outputs(
             stays = staying_outputs(conn, policy, now, [row.id for row in locked])
             going = {row.id for row in locked} - stays
             datums.mark_purged(conn, sorted(going))
+            removals = packages.drop_holding(conn, sorted(going), now)
+        remove_packages(records, stores, removals)
         for item in part:
             if item.id in going:
                 _guarded(done, item, lambda item=item: _content(records, stores, item, now))
