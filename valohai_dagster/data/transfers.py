@@ -94,7 +94,7 @@ class Mover:
         upload = store.begin_parts(key, size=size)
         if upload is not None and noted is not None:
             noted.begun(upload, size)
-        grant = UploadGrant(upload_id=key, transfer=store.sign_put(key, expires=LIFE))
+        grant = UploadGrant(upload_id=key, transfer=store.sign_put(key, expires=LIFE, size=size))
         if upload is not None:
             grant = grant.model_copy(update={"parts": self._first_parts(store, key, upload, size)})
 

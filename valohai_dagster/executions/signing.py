@@ -100,14 +100,14 @@ class _Signing:
         numbers = range(1, min(last, GRANTED_PARTS) + 1)
         parts = self._parts(store, put.key, upload, numbers)
         # For an agent that knows no parts; a store that cannot take that much at once says so itself.
-        transfer = store.sign_put(put.key, expires=self._life)
+        transfer = store.sign_put(put.key, expires=self._life, size=put.size)
         return UploadGrant(upload_id=put.upload_id, transfer=self.ending(transfer), parts=parts)
 
     def more(self, store: Store, more: MoreParts) -> UploadGrant:
         if not more.numbers and isinstance(store, JoiningStore):
             store.join_parts(more.key, more.upload, size=more.size)
         parts = self._parts(store, more.key, more.upload, more.numbers)
-        transfer = store.sign_put(more.key, expires=self._life)
+        transfer = store.sign_put(more.key, expires=self._life, size=more.size)
         return UploadGrant(upload_id=more.upload_id, transfer=self.ending(transfer), parts=parts)
 
     def _parts(self, store: Store, key: str, upload: PartedUpload, numbers: range) -> Parts:

@@ -65,10 +65,14 @@ class S3Store(RemoteStore):
             return self._batch(expires).transfer("GET", key)
 
     def sign_put(self, key: str, *, expires: timedelta, size: int | None = None) -> Transfer:
-        """Fails when the object exists (O-02); asks for the encryption that the settings name (E-48)."""
+        """Fails when the object exists (O-02); asks for the encryption that the settings name (E-48).
+
+        A known size is signed too: the server refuses a body of another length.
+        """
         self.check(key)
         with self.explained(f"sign an upload of {key!r}", writing=True):
-            headers = {**self._condition, **self._encryption_headers}
+            length = {} if size is None else {"Content-Length": str(size)}
+            headers = {**self._condition, **self._encryption_headers, **length}
             return self._batch(expires).transfer("PUT", key, headers=headers)
 
     def begin_parts(self, key: str, *, size: int) -> PartedUpload | None:

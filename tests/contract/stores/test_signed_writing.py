@@ -52,6 +52,11 @@ def test_o02_a_signed_put_never_overwrites(store: Store, needs: Needs) -> None:
     assert content_of(store, "a") == b"first"
 
 
+def test_a_signed_put_takes_an_empty_file(store: Store) -> None:
+    send(store.sign_put("empty", expires=HOUR, size=0), b"")
+    assert content_of(store, "empty") == b""
+
+
 def test_a_small_file_has_no_parts(store: Store) -> None:
     assert store.begin_parts("a", size=10) is None
     assert store.begin_parts("a", size=0) is None
@@ -95,6 +100,25 @@ def test_an_upload_that_is_given_up_leaves_nothing(store: Store) -> None:
     store.abort_parts("gone", upload)
     store.abort_parts("gone", upload)
     assert store.stat("gone") is None
+    assert list(store.list()) == []
+
+
+def test_wiping_leaves_nothing_of_uploads_that_nobody_remembers(store: Store) -> None:
+    content = large(store)
+    begun(store, "gone", size=len(content))  # nobody has kept what the store calls it
+    lost = begun(store, "gone", size=len(content))
+    send_parts(store, "gone", lost, content, [1, 2])
+    kept = begun(store, "gone.2", size=len(content))
+    tags = send_parts(store, "gone.2", kept, content, [1])
+    if lost.style == "session":
+        store.abort_parts("gone", lost)  # such a store forgets it by itself, in a week
+    store.wipe("gone")
+    store.wipe("gone")
+    assert list(store.list()) == []
+    tags |= send_parts(store, "gone.2", kept, content, [2, 3])
+    parted.finish(store, "gone.2", kept, tags, size=len(content))
+    assert content_of(store, "gone.2") == content
+    store.wipe("gone.2")
     assert list(store.list()) == []
 
 

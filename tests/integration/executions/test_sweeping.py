@@ -153,6 +153,27 @@ def test_an_upload_in_parts_that_was_begun_is_aborted(
     assert rows(service)["big"].swept_at is not None
 
 
+def test_an_upload_in_parts_that_a_killed_conductor_had_begun_is_aborted_too(
+    service: RunningService, redis_server: RedisServer, moto_server: str
+):
+    """It was killed between the store's answer and the note of it, so the records have the key only."""
+    lease = lease_of(service, redis_server)
+    granted(lease, "big", 3 * PART_BYTES)
+    key = rows(service)["big"].key
+    bucket = open_stores(service.settings)["s3"]
+    assert bucket.begin_parts(key, size=3 * PART_BYTES) is not None
+    with service.records.write() as conn:
+        conn.execute(t.grants.update().values(parts=None))
+    lease.finish()
+    service.final(lease.job.execution_id)
+    with closing(s3_client(moto_server)) as client:
+        name = service.settings.stores["s3"].bucket  # type: ignore[union-attr]
+        assert len(client.list_multipart_uploads(Bucket=name)["Uploads"]) == 2
+        sweep(service)
+        assert "Uploads" not in client.list_multipart_uploads(Bucket=name)
+    assert rows(service)["big"].swept_at is not None
+
+
 def test_the_key_of_a_fenced_agents_late_upload_is_removed(
     service: RunningService, redis_server: RedisServer
 ):

@@ -107,6 +107,16 @@ def test_o17_parts_that_are_given_up_are_gone_from_the_server(swift_server: Swif
     assert open_uploads(store, swift_server.s3_endpoint, *keys) == []
 
 
+def test_a_signed_put_is_for_the_size_that_was_announced(swift_server: SwiftServer) -> None:
+    store = swift_s3_store(swift_server)
+    transfer = store.sign_put("a", expires=HOUR, size=5)
+    for other in (b"1234", b"123456"):
+        length = {"Content-Length": str(len(other))}
+        assert request(transfer, other, headers=length).status_code == 403
+    assert store.stat("a") is None
+    send(transfer, b"12345")
+
+
 def test_o17_parts_grow_with_the_file(moto_server: str) -> None:
     store = s3_store(moto_server)
     assert store.begin_parts("k", size=PART_BYTES) is None

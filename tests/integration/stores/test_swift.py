@@ -104,6 +104,16 @@ def test_o02_joining_never_overwrites(store: SwiftStore) -> None:
     assert store.open("taken").read() == b"first"
 
 
+def test_wiping_leaves_no_segment_of_uploads_that_nobody_remembers(
+    swift_server: SwiftServer, store: SwiftStore
+) -> None:
+    for _ in range(2):
+        upload = begin(store, "gone")
+        send_segments(store.sign_parts("gone", upload, [1, 2], expires=HOUR))
+    store.wipe("gone")
+    assert raw_listing(swift_server, f"{container_of(store)}_segments") == []
+
+
 def test_an_upload_that_is_given_up_leaves_no_segment(
     store: SwiftStore, swift_server: SwiftServer
 ) -> None:
@@ -232,7 +242,7 @@ def test_errors_say_what_to_do_and_show_no_secret(swift_server: SwiftServer) -> 
         refused.stat("a")
     assert "wrong-secret" not in str(caught.value) + repr(refused)
     missing = swift_store(swift_server, container="not-there")
-    with pytest.raises(StoreUnavailable, match="check that the bucket or container"):
+    with pytest.raises(StoreUnavailable, match="there is no such bucket or container"):
         missing.put("a", b"")
     away = swift_store(swift_server, auth_url="http://127.0.0.1:9/auth/v1.0")
     with pytest.raises(StoreUnavailable, match="no answer"):
