@@ -123,7 +123,9 @@ def advice(sizes: Sequence[int]) -> str | None:
     large = sum(size > LARGE_BYTES for size in sizes)
     words = []
     if len(sizes) < FEW_FILES:
-        words.append(f"it has {len(sizes)} files, and packages are worth it from {FEW_FILES:,} on")
+        words.append(
+            f"it has {len(sizes):,} file{'s' * (len(sizes) != 1)}, and packages are worth it from {FEW_FILES:,} on"
+        )
     if large:
         words.append(f"{large} of its files are above 10 MB, for which a package is no quicker")
     return "; ".join(words) or None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.integration.data.conftest import NOW, Place
-from valohai_dagster.data import datasets, models
+from valohai_dagster.data import datasets, models, packages
 from valohai_dagster.data.datums import Datum, mark_purged
 from valohai_dagster.data.sidecar_effects import apply_sidecar_effects
 from valohai_dagster.data.version_effects import executions_with_versions, settle_versions
@@ -279,11 +279,35 @@ def test_t17_latest_is_the_newest_approved_version(place: Place) -> None:
     assert (second.release_note, second.tags) == ("bad on noise", ["x"])
 
 
-def test_o23_packaging_is_said_to_be_missing(place: Place) -> None:
-    output(place, "a", dataset_versions=[{"uri": "dataset://d/v", "packaging": True}])
-    (warning,) = settle(place)
-    assert "`packaging` is not supported yet" in warning
-    assert names(place, "dataset://d/v") == ["a"]
+@pytest.mark.parametrize("by", ["sidecar", "dataset"])
+def test_o23_a_sidecar_or_the_dataset_wants_the_version_packed(place: Place, by: str) -> None:
+    if by == "dataset":
+        with place.records.write() as connection:
+            made = datasets.ensure_dataset(connection, project_id="p1", name="d", now=NOW)
+            datasets.set_packaging(connection, made.id, True)
+    output(place, "a", dataset_versions=[{"uri": "dataset://d/v", "packaging": by == "sidecar"}])
+    with place.records.write() as connection:
+        settled = settle_versions(connection, "e1", NOW)
+        version = datasets.get_version(connection, "dataset://d/v", project_id="p1")
+        known = packages.packaging_of(connection, version.id)
+    assert settled.warnings == []
+    assert known is not None
+    assert known.state == packages.WANTED
+    (told,) = [line for line in settled.made if "packed" in line]
+    assert told == (
+        "dataset://d/v will be packed in the background; it has 1 file, and packages are worth it from 1,000 on"
+    )
+
+
+def test_o23_versions_that_people_make_follow_the_switch_of_the_dataset(place: Place) -> None:
+    datum = place.datum("a")
+    with place.records.write() as connection:
+        made = datasets.ensure_dataset(connection, project_id="p1", name="d", now=NOW)
+        owner = {"project_id": "p1", "datum_ids": [datum.id], "now": NOW}
+        for switch in (True, False):
+            datasets.set_packaging(connection, made.id, switch)
+            version = datasets.create_version(connection, uri=f"dataset://d/{switch}", **owner)
+            assert (packages.packaging_of(connection, version.id) is not None) is switch
 
 
 def test_o24_people_make_versions_with_properties_that_are_closed_at_once(place: Place) -> None:
