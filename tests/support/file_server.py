@@ -13,10 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from tests.support.tls import Certificate, speak_tls
+
 
 @dataclass(kw_only=True)
 class FileServer:
-    """`refuses_head`, `says_etag` and `redirects` (path to address) change how it answers."""
+    """`refuses_head`, `says_etag` and `redirects` (path to address) change how it answers. A PUT makes a file."""
 
     directory: Path
     url: str = ""
@@ -33,11 +35,21 @@ class FileServer:
 
 
 @contextmanager
-def serving(directory: Path, *, login: tuple[str, str] | None = None) -> Iterator[FileServer]:
+def serving(
+    directory: Path,
+    *,
+    login: tuple[str, str] | None = None,
+    certificate: Certificate | None = None,
+) -> Iterator[FileServer]:
+    """With a certificate it speaks HTTPS."""
     directory.mkdir(parents=True, exist_ok=True)
     files = FileServer(directory=directory, login=login)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, files))
-    files.url = f"http://127.0.0.1:{server.server_port}/files"
+    scheme = "http"
+    if certificate is not None:
+        speak_tls(server, certificate)
+        scheme = "https"
+    files.url = f"{scheme}://127.0.0.1:{server.server_port}/files"
     thread = threading.Thread(target=partial(server.serve_forever, 0.05))
     thread.start()
     try:
@@ -61,6 +73,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._serve(body=True)
+
+    def do_PUT(self) -> None:
+        """Never overwrites."""
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self._files.seen.append(dict(self.headers.items()))
+        key = unquote(urlsplit(self.path).path).removeprefix("/files/")
+        if (self._files.directory / key).exists():
+            self._answer(412)
+            return
+        self._files.put(key, content)
+        self._answer(201)
 
     def log_message(self, format: str, *args: object) -> None:
         """Quiet."""

@@ -1,10 +1,12 @@
-"""A certificate authority of a test's own, and a Redis server that speaks TLS only."""
+"""A certificate authority of a test's own, and servers that speak TLS."""
 
 from __future__ import annotations
 
 import shutil
+import ssl
 import subprocess
 from dataclasses import dataclass
+from http.server import HTTPServer
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -77,6 +79,15 @@ class Authority:
         subprocess.run(
             ["openssl", *arguments], cwd=self._directory, capture_output=True, check=True
         )
+
+
+def speak_tls(server: HTTPServer, certificate: Certificate) -> None:
+    """Before it serves; hands are shaken in the thread of each connection."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.certificate, certificate.key)
+    server.socket = context.wrap_socket(
+        server.socket, server_side=True, do_handshake_on_connect=False
+    )
 
 
 class TlsRedis:

@@ -8,11 +8,10 @@ of tokens are taken from the request as they come.
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
+from tests.support.servers.endpoint import Endpoint
 from tests.support.servers.kinds import SwiftServer
 from tests.support.servers.stores import swift_token
 
@@ -20,30 +19,14 @@ USER, PASSWORD, PROJECT, REGION = "trainer", "s3cret-password", "vision", "two"
 APPLICATION, APPLICATION_SECRET = "a1b2c3", "s3cret-application"
 
 
-class Keystone:
-    """Serves while it is entered; `issued` counts the tokens."""
+class Keystone(Endpoint):
+    """`issued` counts the tokens."""
 
     def __init__(self, swift: SwiftServer) -> None:
+        super().__init__(_Handler)
         self.swift = swift
         self.issued = 0
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self._server.keystone = self  # pyright: ignore[reportAttributeAccessIssue]
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self.auth_url = f"http://127.0.0.1:{self._server.server_address[1]}/v3"
-
-    def __enter__(self) -> Keystone:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self.auth_url = f"http://{self.address}/v3"
 
     def token(self) -> dict[str, Any]:
         self.issued += 1
@@ -95,7 +78,7 @@ def _known(request: dict[str, Any]) -> bool:
 
 class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
-        keystone: Keystone = self.server.keystone  # pyright: ignore[reportAttributeAccessIssue]
+        keystone: Keystone = self.server.endpoint  # pyright: ignore[reportAttributeAccessIssue]
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path != "/v3/auth/tokens":
             self._answer(404, {"error": {"code": 404, "message": "not here"}})

@@ -5,9 +5,9 @@ The emulators take any token; what is real here is that the client asks for one 
 
 from __future__ import annotations
 
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from http.server import BaseHTTPRequestHandler
+
+from tests.support.servers.endpoint import Endpoint
 
 _ANSWER = b'{"access_token": "of-the-tests", "expires_in": 3600, "token_type": "Bearer"}'
 
@@ -25,24 +25,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-class TokenEndpoint:
-    """Serves while it is entered."""
+class TokenEndpoint(Endpoint):
+    """Answers every request with the same token."""
 
     def __init__(self) -> None:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/token"
-
-    def __enter__(self) -> TokenEndpoint:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(_Handler)
+        self.url = f"http://{self.address}/token"
