@@ -169,7 +169,12 @@ def store_uses(settings: Settings) -> list[tuple[str, str]]:
 
 def check_service(settings: Settings) -> Iterator[Finding]:
     """The conductor: started here when the deployment starts it on demand."""
-    from valohai_dagster.embedded.conductor import ensure_conductor, log_path
+    from valohai_dagster.embedded.conductor import (
+        ensure_conductor,
+        log_path,
+        other_settings,
+        other_words,
+    )
 
     info = ensure_conductor(settings)
     url = info.url if info else settings.base_url
@@ -184,6 +189,11 @@ def check_service(settings: Settings) -> Iterator[Finding]:
         )
         text = f"the conductor does not answer at {url}: {error}"
         yield Finding(part="service", level="fail", text=text, hint=hint)
+        return
+    names = other_settings(settings, info) if info else []
+    if info and names:
+        text, hint = other_words(info, names)
+        yield Finding(part="service", level="warn", text=text, hint=hint)
         return
     who = f"pid {info.pid}, " if info else ""
     yield Finding(part="service", level="ok", text=f"conductor {who}{url}")

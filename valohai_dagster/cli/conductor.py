@@ -26,11 +26,11 @@ def conductor(
 ) -> None:
     """Run the conductor: the service that follows all executions. The embedded default starts it by itself."""
     from valohai_dagster.observability.logs import set_up_logging
-    from valohai_dagster.web.conductor import run_conductor
+    from valohai_dagster.web.conductor import Ending, run_conductor
 
     settings = load_settings()
     set_up_logging(settings.log_format)
-    if not run_conductor(settings, on_demand=on_demand):
+    if run_conductor(settings, on_demand=on_demand) is Ending.taken:
         typer.echo(f"a conductor serves {settings.state_dir} already", err=True)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from valohai_dagster.cli.checkout import checkout_root, dagster_home
-from valohai_dagster.embedded.conductor import ensure_conductor, keep_alive
+from valohai_dagster.embedded.conductor import apply_settings, ensure_conductor, keep_alive
 from valohai_dagster.settings import load_settings
 
 
@@ -30,6 +30,7 @@ def up(
     environment = {**os.environ, "DAGSTER_HOME": str(dagster_home(root, settings))}
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(root / "workspace.yaml")]
     keep_alive(settings)
+    apply_settings(settings)
     ensure_conductor(settings)
     typer.echo(f"The UI comes up on http://{host}:{port}; Ctrl-C ends it.", err=True)
     raise typer.Exit(_run([*command, "-h", host, "-p", str(port)], root, environment))

@@ -9,30 +9,39 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
+from valohai_dagster.embedded.settings_in_use import differing, file_stamp
 from valohai_dagster.errors import ServiceUnavailable
 from valohai_dagster.settings import Settings
+
+log = logging.getLogger(__name__)
 
 START_SECONDS = 30.0  # longest wait for a conductor to serve
 _HELD: dict[Path, int] = {}  # keep-alive locks of this process, by file
 
 LOCK_SECONDS = 1.0  # how long a starting conductor tries to get its lock
 POLL_SECONDS = 0.05
+NOTICE_SECONDS = 5.0  # longest wait for a conductor to notice that the settings file has changed
+_TOLD: set[tuple[object, ...]] = set()  # what this process has said of other settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConductorInfo:
     pid: int
     url: str
+    on_demand: bool = True
+    stamp: str = ""  # of the settings file as it was last looked at
+    settings: Mapping[str, str] = field(default_factory=dict)  # in use, as digests
 
 
 def lock_path(settings: Settings) -> Path:
@@ -91,9 +100,18 @@ def running_conductor(settings: Settings) -> ConductorInfo | None:
             return None
     try:
         data = json.loads(info_path(settings).read_text())
-        return ConductorInfo(pid=data["pid"], url=data["url"])
-    except (OSError, ValueError, KeyError):
+        return ConductorInfo(**data)
+    except (OSError, ValueError, TypeError):
         return None  # it is starting
+
+
+def announce(settings: Settings, info: ConductorInfo) -> None:
+    """Tells everybody who looks for the conductor that it serves."""
+    target = info_path(settings)
+    temporary = target.with_suffix(".tmp")
+    temporary.touch(mode=0o600)
+    temporary.write_text(json.dumps(asdict(info)))
+    temporary.replace(target)
 
 
 def _open(settings: Settings, path: Path) -> IO[str]:
@@ -124,7 +142,7 @@ def ensure_conductor(settings: Settings) -> ConductorInfo | None:
         if info := running_conductor(settings):
             return info
         if process is None:
-            process = _spawn(settings)
+            process = spawn(settings)
         elif (
             process.poll() == 0
         ):  # another one had the lock: it starts as well, or it is about to end
@@ -138,7 +156,45 @@ def ensure_conductor(settings: Settings) -> ConductorInfo | None:
     )
 
 
-def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
+def apply_settings(settings: Settings) -> None:
+    """Before `ensure_conductor`: lets one that runs notice that the settings file has changed; says what still differs.
+
+    One that was started on demand ends for the new settings by itself as soon as nothing runs.
+    """
+    deadline = time.monotonic() + NOTICE_SECONDS
+    while (info := running_conductor(settings)) and (names := other_settings(settings, info)):
+        if not _will_notice(settings, info) or time.monotonic() > deadline:
+            if (info.pid, *names) not in _TOLD:
+                _TOLD.add((info.pid, *names))
+                log.warning("%s. %s", *other_words(info, names), extra={"action": "settings"})
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def other_settings(settings: Settings, info: ConductorInfo) -> list[str]:
+    """Names of the settings that the conductor has otherwise."""
+    return differing(settings, info.settings) if info.settings else []
+
+
+def other_words(info: ConductorInfo, names: list[str]) -> tuple[str, str]:
+    """What is so, and what to do about it."""
+    what = f"the conductor (pid {info.pid}) runs with other settings than these: {', '.join(names)}"
+    if not info.on_demand:
+        return what, "Restart it to apply them"
+    return what, (
+        "It takes over what the settings file says once nothing runs. To apply all of them at once, environment "
+        "variables too: valohai-dagster down"
+    )
+
+
+def _will_notice(settings: Settings, info: ConductorInfo) -> bool:
+    """Whether it looks at the same file and has not seen its present state."""
+    stamp = file_stamp(settings.config_file)
+    same = info.stamp.rpartition("@")[0] in ("", stamp.rpartition("@")[0])
+    return bool(stamp) and same and info.stamp != stamp
+
+
+def spawn(settings: Settings) -> subprocess.Popen[bytes]:
     settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     environment = {**os.environ, "VALOHAI_STATE": str(settings.state_dir)}
     if settings.config_file is not None:

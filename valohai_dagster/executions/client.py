@@ -16,7 +16,7 @@ import redis
 from valohai_agent.protocol import Keys
 from valohai_dagster.broker.connection import connect
 from valohai_dagster.data.secrets import load_secret_key
-from valohai_dagster.embedded.conductor import ensure_conductor
+from valohai_dagster.embedded.conductor import apply_settings, ensure_conductor
 from valohai_dagster.errors import BrokerUnavailable, ServiceUnavailable
 from valohai_dagster.executions.credentials import seal_credentials
 from valohai_dagster.executions.ledger import shard_of_execution
@@ -58,6 +58,7 @@ class ExecutionClient:
         """Raises `ServiceUnavailable` with the next step when a part cannot be reached."""
         settings = settings or load_settings()
         records = open_records(settings)
+        apply_settings(settings)
         ensure_conductor(settings)
         return cls(settings, connect(settings), records, Keys(records.deployment_id))
 

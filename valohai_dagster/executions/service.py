@@ -160,6 +160,11 @@ class ExecutionService(ServiceCore):
         await self.shards.release_all()
         await self._seat.leave()
 
+    @property
+    def working(self) -> bool:
+        """Whether there are executions that have not ended."""
+        return bool(self.memory.active)
+
     def idle_for(self) -> timedelta:
         """How long there has been nothing to do."""
         if self.memory.active or self.groups.any_alive():

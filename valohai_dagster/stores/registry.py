@@ -110,6 +110,6 @@ def _unknown(name: str, known: Iterable[str]) -> StoreUnknown:
     return StoreUnknown(
         f"there is no store {name!r} in the settings; known are {', '.join(sorted(known)) or 'none'}. "
         f"Add [stores.{name}] to valohai.toml. "
-        "A service that runs already reads the file when it starts again: `valohai-dagster down`",
+        "A service that runs already takes the file over once nothing runs, or at once after `valohai-dagster down`",
         store=name,
     )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import os
 import signal
 import socket
 from datetime import timedelta
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -17,16 +16,17 @@ from starlette.applications import Starlette
 
 from valohai_dagster.broker.connection import broker_url, connect_async
 from valohai_dagster.data.secrets import load_secret_key
-from valohai_dagster.embedded.conductor import conductor_lock, info_path, is_kept_alive
+from valohai_dagster.embedded.conductor import conductor_lock, info_path, is_kept_alive, spawn
 from valohai_dagster.embedded.redis import EmbeddedRedis
 from valohai_dagster.errors import ConfigurationError
 from valohai_dagster.executions.core import run_all
 from valohai_dagster.executions.service import ExecutionService
 from valohai_dagster.observability.hub import observing
 from valohai_dagster.records.engine import Records, open_records
-from valohai_dagster.settings import Settings
+from valohai_dagster.settings import Settings, load_settings
 from valohai_dagster.stores.registry import Stores, open_stores
 from valohai_dagster.web.service_app import make_app
+from valohai_dagster.web.settings_watch import InUse
 
 if TYPE_CHECKING:
     from valohai_dagster.plugin.driver.driver import RunDriver
@@ -37,24 +37,39 @@ IDLE_LOOK_SECONDS = 1.0
 AGENT_STOP_SECONDS = 10.0
 
 
-def run_conductor(settings: Settings, *, on_demand: bool) -> bool:
-    """Serves until SIGTERM or SIGINT; False at once when another conductor serves this state directory.
+class Ending(Enum):
+    """Why a conductor ended."""
+
+    taken = "another one serves"
+    told = "told to"
+    idle = "idle"
+    changed = "the settings have changed"
+
+
+def run_conductor(settings: Settings, *, on_demand: bool) -> Ending:
+    """Serves until SIGTERM or SIGINT; ends at once when another conductor serves this state directory.
 
     Started on demand, it also ends by itself after `idle_exit_seconds` without work, and takes the idle agents and
-    the embedded Redis with it. Told to go earlier, it leaves both: running executions go on without it.
+    the embedded Redis with it; so it does for a changed settings file once nothing runs, and starts its successor.
+    Told to go earlier, it leaves both: running executions go on without it.
     """
     with conductor_lock(settings) as mine:
         if not mine:
-            return False
+            return Ending.taken
         info_path(settings).unlink(missing_ok=True)
         try:
-            asyncio.run(_serve(settings, on_demand))
+            ending = asyncio.run(_serve(settings, on_demand))
         finally:
             info_path(settings).unlink(missing_ok=True)
-    return True
+    if ending is Ending.changed:
+        spawn(load_settings())
+    return ending
 
 
-async def _serve(settings: Settings, on_demand: bool) -> None:
+LEAVES_NOTHING = (Ending.idle, Ending.changed)
+
+
+async def _serve(settings: Settings, on_demand: bool) -> Ending:
     records, stores = open_records(settings), open_stores(settings)
     broker = await connect_async(settings)
     service = ExecutionService(
@@ -75,13 +90,14 @@ async def _serve(settings: Settings, on_demand: bool) -> None:
             metrics=hub.render,
             webserver_url=settings.webserver_url,
         )
-        idle = await _serve_until_told(
+        ending = await _serve_until_told(
             settings, service, driving, _http_server(app), listener, on_demand=on_demand
         )
     await broker.aclose()
     records.close()
-    if idle and settings.redis_url is None:
+    if ending in LEAVES_NOTHING and settings.redis_url is None:
         EmbeddedRedis(settings).stop(only_if_unused=True)
+    return ending
 
 
 async def _serve_until_told(
@@ -92,21 +108,29 @@ async def _serve_until_told(
     listener: socket.socket,
     *,
     on_demand: bool,
-) -> bool:
-    """Whether it ended because there was nothing to do."""
+) -> Ending:
     stop = _stop_event()
+    in_use = InUse(settings, on_demand=on_demand)
     tasks = [
         asyncio.create_task(_serve_executions(service, driving)),
         asyncio.create_task(server.serve([listener])),
         asyncio.create_task(stop.wait()),
     ]
+    changed = asyncio.create_task(
+        in_use.until_changed(lambda: service.working or driving.busy, every=IDLE_LOOK_SECONDS)
+    )
+    tasks.append(changed)
     if on_demand:
         tasks.append(asyncio.create_task(_until_idle(service, driving, settings)))
-    _announce(settings)
+    in_use.announce()
+    log.info("serving at %s", settings.base_url, extra={"action": "serve"})
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    idle = on_demand and tasks[-1] in done
-    await _wind_down(settings, service, server, tasks, idle=idle)
-    return idle
+    if changed in done:
+        ending = Ending.changed
+    else:
+        ending = Ending.idle if on_demand and tasks[-1] in done else Ending.told
+    await _wind_down(settings, service, server, tasks, ending)
+    return ending
 
 
 async def _serve_executions(service: ExecutionService, driving: Driving) -> None:
@@ -154,18 +178,17 @@ async def _wind_down(
     service: ExecutionService,
     server: uvicorn.Server,
     tasks: list[asyncio.Task[None]],
-    *,
-    idle: bool,
+    ending: Ending,
 ) -> None:
     info_path(settings).unlink(missing_ok=True)
     failed = next((task for task in tasks if task.done() and task.exception()), None)
-    if idle:
+    if ending in LEAVES_NOTHING:
         await service.groups.stop_all(AGENT_STOP_SECONDS)
     server.should_exit = True
     for task in (tasks[0], *tasks[2:]):
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    log.info("the conductor goes: %s", "idle" if idle else "told to", extra={"action": "exit"})
+    log.info("the conductor goes: %s", ending.value, extra={"action": "exit"})
     if failed is not None:
         raise failed.exception() or RuntimeError("a task of the conductor ended")
 
@@ -213,11 +236,3 @@ def _http_server(app: Starlette) -> uvicorn.Server:
     server = uvicorn.Server(config)
     setattr(server, "capture_signals", contextlib.nullcontext)  # noqa: B010 - signals: see _stop_event
     return server
-
-
-def _announce(settings: Settings) -> None:
-    target = info_path(settings)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"pid": os.getpid(), "url": settings.base_url}))
-    temporary.replace(target)
-    log.info("serving at %s", settings.base_url, extra={"action": "serve"})

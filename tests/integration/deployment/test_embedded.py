@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,11 @@ from valohai_dagster.embedded.conductor import (
     conductor_lock,
     ensure_conductor,
     log_path,
+    other_settings,
     running_conductor,
 )
 from valohai_dagster.embedded.redis import EmbeddedRedis
+from valohai_dagster.embedded.settings_in_use import file_stamp
 from valohai_dagster.executions.stream import ExecutionStatus
 
 TERMINALS = 3
@@ -187,3 +190,63 @@ def test_a_conductor_is_started_when_the_one_that_is_about_to_end_lets_go(
     finally:
         ending.set()
         thread.join()
+
+
+def test_a_conductor_that_has_nothing_to_do_takes_a_changed_file_over(
+    deployment: Deployment,
+) -> None:
+    deployment.client()
+    first = running_conductor(deployment.settings)
+    assert first is not None
+    deployment.disconnect()
+    with_setting(deployment, "idle_exit_seconds = 61")
+    deployment.client()
+    second = running_conductor(deployment.settings)
+    assert second is not None
+    assert second.pid != first.pid
+    assert other_settings(deployment.settings, second) == []
+
+
+def test_settings_that_change_while_something_runs_are_named_and_wait(
+    deployment: Deployment, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    marker = tmp_path / "go-on"
+    project = write_project(
+        tmp_path / "project", step_yaml(f"while [ ! -e {marker} ]; do sleep 0.1; done")
+    )
+    client = deployment.client()
+    spec = spec_of(project, "run", deployment.settings)
+    client.submit(spec)
+    first = running_conductor(deployment.settings)
+    assert first is not None
+    wait_for(lambda: client.view(spec.execution_id) is not None, what="the execution")
+    with_setting(deployment, "owner = 'hunter2'")
+    for _ in range(2):
+        deployment.client()
+    (record,) = [one for one in caplog.records if "other settings" in one.getMessage()]
+    assert "than these: owner. It takes over" in record.getMessage()
+    assert "hunter2" not in record.getMessage()
+    assert running_conductor(deployment.settings) is not None
+    marker.touch()
+    view, _ = follow(client, spec.execution_id)
+    assert (view.status, view.attempt) == (ExecutionStatus.complete, 1)
+
+    def taken_over() -> bool:
+        info = running_conductor(deployment.settings)
+        return info is not None and not other_settings(deployment.settings, info)
+
+    wait_for(taken_over, seconds=40, every=0.2, what="a conductor with the new settings")
+    assert "hunter2" not in log_path(deployment.settings).read_text()
+
+
+def test_a_broken_file_changes_nothing(deployment: Deployment) -> None:
+    deployment.client()
+    first = running_conductor(deployment.settings)
+    assert first is not None
+    settings, text = deployment.settings, deployment.config.read_text()
+    deployment.config.write_text("http_port = \n")
+    log = log_path(settings)
+    wait_for(lambda: "the settings stay as they were" in log.read_text(), what="its words")
+    deployment.config.write_text(text)
+    known = replace(first, stamp=file_stamp(deployment.config))
+    wait_for(lambda: running_conductor(settings) == known, what="the same conductor to look again")
