@@ -153,6 +153,7 @@ class Packager:
         work = self._on_thread(
             lambda: _write(lambda: write_package(files, stores, target, place.key, stop=stop))
         )
+        work.add_done_callback(_look_at)  # when we are cancelled, nobody else does
         try:
             while True:
                 done, _ = await asyncio.wait({work}, timeout=RENEW_SECONDS)
@@ -224,6 +225,11 @@ class Packager:
 
     def _on_thread(self, call: Callable[[], T]) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def _look_at(work: asyncio.Future[Written]) -> None:
+    if not work.cancelled():
+        work.exception()
 
 
 def _write(call: Callable[[], Written]) -> Written:
