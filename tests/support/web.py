@@ -108,7 +108,7 @@ def _handler(web: Web) -> type[BaseHTTPRequestHandler]:
             answers = web.answers.get(path, [status(404)])
             (answers.pop(0) if len(answers) > 1 else answers[0])(self)
 
-        do_GET = do_PUT = do_HEAD = do_POST = _answer
+        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _answer
 
         def log_message(self, format: str, *args: Any) -> None:
             """Quiet."""

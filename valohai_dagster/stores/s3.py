@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from valohai_dagster.stores.base import ObjectStat, PartedUpload
 from valohai_dagster.stores.remote import RemoteStore, as_stream, part_size
 from valohai_dagster.stores.s3_access import S3Access
 from valohai_dagster.stores.s3_errors import code_of
+
+log = logging.getLogger(__name__)
 
 MAX_EXPIRY = timedelta(days=7)  # of a presigned URL
 MAX_KEY_BYTES = 1024
@@ -196,8 +199,11 @@ class S3Store(RemoteStore):
                 found = page.get("Uploads", ())
                 yield from (upload["UploadId"] for upload in found if upload["Key"] == key)
         except ClientError as error:
-            if self.status_of(error) not in (405, 501):  # a server that cannot list them
+            # A server that cannot list them, or credentials that may not: rules of the bucket are left.
+            if self.status_of(error) not in (403, 405, 501):
                 raise
+            text = "the store %r does not list unfinished uploads (%s); those that nobody knows of stay"
+            log.warning(text, self.name, self.code_of(error), extra={"action": "wipe"})
 
     def check(self, key: str) -> str:
         if len(super().check(key).encode()) > MAX_KEY_BYTES:

@@ -232,7 +232,7 @@ def test_errors_say_what_to_do_and_show_no_secret(
     gcs_server: GcsServer, gcs_session_server: GcsServer, tmp_path: Path
 ) -> None:
     missing = gcs_store(gcs_session_server, bucket="not-there")
-    with pytest.raises(StoreUnavailable, match=r"HTTP 404.*check that the bucket"):
+    with pytest.raises(StoreUnavailable, match=r"HTTP 404.*there is no such bucket"):
         missing.put("a", b"")
     with pytest.raises(StoreError, match="HTTP 404"):
         list(missing.list())

@@ -469,6 +469,18 @@ def test_who_may_not_list_can_still_read(moto_server: str) -> None:
             assert file.read() == b"content"
 
 
+@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (501, "NotImplemented")])
+def test_who_may_not_list_unfinished_uploads_still_wipes_the_object(
+    status: int, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with scripted.serve() as server:
+        server.answers["/models"] = [refusing(status, code)]
+        server.answers["/models/a"] = [scripted.status(204)]
+        bare(server.url(""), region="us-east-1").wipe("a")
+        assert server.count("DELETE", "/models/a") == 1
+    assert "does not list unfinished uploads" in caplog.text
+
+
 def test_an_object_that_vanishes_is_missing(moto_server: str) -> None:
     store = s3_store(moto_server)
     with pytest.raises(StoreMissing, match="gone"):
