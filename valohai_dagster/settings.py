@@ -190,8 +190,10 @@ class Settings(BaseSettings):
         default=None,
         description="Address under which browsers reach the service. Default: http_host and http_port.",
     )
-    webserver_url: str = Field(
-        default="http://127.0.0.1:3000", description="Address of the Dagster webserver, for links."
+    webserver_url: str | None = Field(
+        default=None,
+        description="Address of the Dagster webserver, for links. Default: where `valohai-dagster up` was started last, "
+        "else `http://127.0.0.1:3000`.",
     )
     log_format: Literal["text", "json"] = Field(
         default="text",
@@ -369,6 +371,20 @@ class Settings(BaseSettings):
         wildcard = self.http_host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
         host = "127.0.0.1" if wildcard else self.http_host
         return (self.public_url or f"http://{host}:{self.port}").rstrip("/")
+
+    @property
+    def webserver_file(self) -> Path:
+        """Holds the address on which `valohai-dagster up` was started last."""
+        return self.state_dir / "webserver-url"
+
+    @property
+    def webserver_address(self) -> str:
+        """Address of Dagster's webserver, without a slash at the end."""
+        try:
+            noted = self.webserver_file.read_text().strip()
+        except OSError:
+            noted = ""
+        return (self.webserver_url or noted or "http://127.0.0.1:3000").rstrip("/")
 
     def datum_url(self, datum_id: str) -> str:
         """Durable address that opens a datum in a browser."""

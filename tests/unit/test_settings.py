@@ -222,6 +222,15 @@ def test_redacted_urls_keep_everything_but_the_password(url: str, shown: str) ->
     assert redact(url) == shown
 
 
+def test_the_webserver_is_where_it_was_started_last_unless_the_settings_say(tmp_path: Path) -> None:
+    settings = Settings(state_dir=tmp_path)
+    assert settings.webserver_address == "http://127.0.0.1:3000"
+    settings.webserver_file.write_text("http://127.0.0.1:3456\n")
+    assert settings.webserver_address == "http://127.0.0.1:3456"
+    stated = Settings(state_dir=tmp_path, webserver_url="https://ui.example/")
+    assert stated.webserver_address == "https://ui.example"
+
+
 def test_the_address_for_browsers_is_never_a_wildcard(tmp_path: Path) -> None:
     assert (
         Settings(state_dir=tmp_path, http_host="0.0.0.0", http_port=1).base_url

@@ -150,7 +150,7 @@ def _next_steps(summary: dict[str, Any], settings: Settings) -> list[list[str]]:
     command = str(here) if here.exists() else "valohai-dagster"
     run = (summary["run_id"] or "latest")[:8]
     return [
-        ["make up", f"the UI on {settings.webserver_url}: lineage, metrics, logs, pictures"],
+        ["make up", f"the UI on {settings.webserver_address}: lineage, metrics, logs, pictures"],
         [f"{command} outputs {run} --download", "the files"],
         [f"{command} metrics {run}", "the metrics of each epoch"],
         [f"{command} doctor", "what runs here, and whether it is well"],

@@ -55,7 +55,7 @@ def fetch(
 def _reload(location: str) -> None:
     from valohai_dagster.plugin.reload import reload_code_location
 
-    reload_code_location(load_settings().webserver_url, location)
+    reload_code_location(load_settings().webserver_address, location)
     typer.echo(f"reloaded the code location {location}")
 
 

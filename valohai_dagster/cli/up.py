@@ -32,7 +32,9 @@ def up(
     keep_alive(settings)
     apply_settings(settings)
     ensure_conductor(settings)
-    typer.echo(f"The UI comes up on http://{host}:{port}; Ctrl-C ends it.", err=True)
+    url = _address(host, port)
+    settings.webserver_file.write_text(f"{url}\n")
+    typer.echo(f"The UI comes up on {url}; Ctrl-C ends it.", err=True)
     raise typer.Exit(_run([*command, "-h", host, "-p", str(port)], root, environment))
 
 
@@ -46,6 +48,13 @@ def _check_free(host: str, port: int) -> None:
         except OSError as error:
             text = f"{host}:{port} cannot be used ({error.strerror}); choose another with --port (make up PORT=...)"
             raise typer.BadParameter(text, param_hint="--port") from error
+
+
+def _address(host: str, port: int) -> str:
+    """For browsers on this machine."""
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _run(command: list[str], root: Path, environment: dict[str, str]) -> int:

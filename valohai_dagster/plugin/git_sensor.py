@@ -104,7 +104,7 @@ def _reload_at(context: SensorEvaluationContext, location_name: str | None) -> R
         from valohai_dagster.settings import load_settings
 
         settings: Any = load_settings()
-        reload_code_location(settings.webserver_url, location_name or _location_of(context))
+        reload_code_location(settings.webserver_address, location_name or _location_of(context))
 
     return reload
 

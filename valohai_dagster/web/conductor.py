@@ -88,7 +88,7 @@ async def _serve(settings: Settings, on_demand: bool) -> Ending:
             stores,
             host=settings.http_host,
             metrics=hub.render,
-            webserver_url=settings.webserver_url,
+            webserver_url=lambda: settings.webserver_address,
         )
         ending = await _serve_until_told(
             settings, service, driving, _http_server(app), listener, on_demand=on_demand

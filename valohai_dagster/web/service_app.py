@@ -39,11 +39,11 @@ def make_app(
     *,
     host: str,
     metrics: RenderMetrics | None = None,
-    webserver_url: str = "",
+    webserver_url: Callable[[], str] = str,
 ) -> Starlette:
     """`host` is the address that the server listens on; `metrics` gives the page, None without the extra.
 
-    `webserver_url`: of Dagster's webserver, for links to runs.
+    `webserver_url` gives the address of Dagster's webserver, for links to runs; an empty one means no links.
     """
     files = _Files(records, stores, webserver_url)
     routes = [
@@ -94,7 +94,7 @@ def _is_loopback(host: str) -> bool:
 class _Files:
     """Plain functions in Starlette's thread pool: they read the database and the stores."""
 
-    def __init__(self, records: Records, stores: Stores, webserver_url: str) -> None:
+    def __init__(self, records: Records, stores: Stores, webserver_url: Callable[[], str]) -> None:
         self._records = records
         self._stores = stores
         self._webserver_url = webserver_url
@@ -161,5 +161,5 @@ class _Files:
             found = trace(conn, [root])
         if root not in found.nodes:
             return PlainTextResponse(f"the records have no {root.replace(':', ' ')}\n", 404)
-        page = trace_page(found, webserver_url=self._webserver_url)
+        page = trace_page(found, webserver_url=self._webserver_url())
         return HTMLResponse(page, headers=HEADERS)

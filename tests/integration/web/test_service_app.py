@@ -71,7 +71,9 @@ def site(request: pytest.FixtureRequest, settings: Settings) -> Iterator[Site]:
         remote = s3_store(request.getfixturevalue("moto_server"))
         stores = Stores({remote.name: remote}, default=remote.name)
     records = open_records(settings)
-    app = make_app(records, stores, host="127.0.0.1", webserver_url="http://dagster.example")
+    app = make_app(
+        records, stores, host="127.0.0.1", webserver_url=lambda: "http://dagster.example"
+    )
     yield Site(records=records, store=stores.default, app=app)
     records.close()
 
