@@ -193,7 +193,7 @@ class Wire:
             view[:count] = self._view[self._start : self._start + count]
             self._start += count
             return count
-        count = self._recv(view)
+        count = self._recv(view, flags=0 if self._tls else socket.MSG_WAITALL)
         self._moved(count)
         return count
 
@@ -207,11 +207,11 @@ class Wire:
                 return line
             self._fill(first=False)
 
-    def _recv(self, view: memoryview, *, stale: bool = False) -> int:
+    def _recv(self, view: memoryview, *, flags: int = 0, stale: bool = False) -> int:
         waited = 0.0
         while True:
             try:
-                return self._sock.recv_into(view)
+                return self._sock.recv_into(view, 0, flags)
             except (TimeoutError, BlockingIOError) as error:
                 try:
                     waited = self._waited(waited)
