@@ -13,7 +13,12 @@ from valohai_agent.protocol import GRANTED_PARTS, Parts, Transfer, block_id
 from valohai_agent.transfers.crew import Crew
 from valohai_agent.transfers.hashing import MAX_LAG_BYTES
 from valohai_agent.transfers.pace import Transferred
-from valohai_agent.transfers.ranges import Range, Ranges, wants_company
+from valohai_agent.transfers.ranges import (
+    FAST_UPLOAD_BYTES_PER_SECOND,
+    Range,
+    Ranges,
+    wants_company,
+)
 from valohai_agent.transfers.retries import Temporary, status_error
 from valohai_agent.transfers.upload import Source
 from valohai_agent.transfers.wire import FileBody
@@ -96,10 +101,9 @@ class _Parallel:
             self._source.wait_for_hashes(taken.start - MAX_LAG_BYTES, self._crew.check)
             started = time.monotonic()
             self._send(taken)
-            seconds = time.monotonic() - started
-            if self._ranges.waiting and wants_company(
-                moved=taken.end - taken.start, seconds=seconds
-            ):
+            moved, seconds = taken.end - taken.start, time.monotonic() - started
+            fast = FAST_UPLOAD_BYTES_PER_SECOND
+            if self._ranges.waiting and wants_company(moved=moved, seconds=seconds, fast=fast):
                 self._crew.add()
 
     def _send(self, taken: Range) -> None:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 RANGE_BYTES = 8 * 1024 * 1024
 SPLIT_BYTES = 32 * 1024 * 1024  # below that one connection reads the whole file
 FAST_BYTES_PER_SECOND = 150e6  # a connection of this speed needs no company
+FAST_UPLOAD_BYTES_PER_SECOND = (
+    600e6  # company costs an upload nothing: its file is there to be read
+)
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -83,6 +86,6 @@ def identity(headers: Mapping[str, str]) -> str | None:
     return f"{modified}|{headers.get('content-length', '')}" if modified else None
 
 
-def wants_company(*, moved: int, seconds: float) -> bool:
-    """Whether a connection was so slow that a further one is likely to add speed."""
-    return moved > 0 and moved < FAST_BYTES_PER_SECOND * seconds
+def wants_company(*, moved: int, seconds: float, fast: float = FAST_BYTES_PER_SECOND) -> bool:
+    """Whether a connection was so slow (below `fast`, bytes/s) that a further one is likely to add speed."""
+    return moved > 0 and moved < fast * seconds
