@@ -60,11 +60,22 @@ def publish_archive(
             key = _key_for(conn, archive, stores.code.name, now)
         commit = CommitRef(**vars(publish(archive, stores.code, key)))
         with records.write() as conn:
-            project_id = _locked_project(conn, archive.project, now)
-            if own_uploads.is_going(conn, stores.code.name, key):
-                continue  # retention came first
-            ensure_commit(conn, project_id, commit, now)
-        return commit, archive.warnings
+            if record_commit(conn, archive.project, commit, now):
+                return commit, archive.warnings
+
+
+def record_commit(conn: sa.Connection, project: str, commit: CommitRef, now: datetime) -> bool:
+    """False when retention came first: the archive is being removed.
+
+    Retention locks the project too, so one of the two sees what the other did.
+    """
+    project_id = ensure_project(conn, project, now)
+    p = t.projects.c
+    conn.execute(sa.select(p.id).where(p.id == project_id).with_for_update())
+    if own_uploads.is_going(conn, commit.archive_store, commit.archive_key):
+        return False
+    ensure_commit(conn, project_id, commit, now)
+    return True
 
 
 def _key_for(conn: sa.Connection, archive: Archive, store: str, now: datetime) -> str:
@@ -77,14 +88,6 @@ def _key_for(conn: sa.Connection, archive: Archive, store: str, now: datetime) -
         return known
     keys = (archive_key(archive.project, archive.sha256, number) for number in count())
     return next(key for key in keys if not own_uploads.is_going(conn, store, key))
-
-
-def _locked_project(conn: sa.Connection, name: str, now: datetime) -> str:
-    """Retention locks it too, so one of the two sees what the other did."""
-    project_id = ensure_project(conn, name, now)
-    p = t.projects.c
-    conn.execute(sa.select(p.id).where(p.id == project_id).with_for_update())
-    return project_id
 
 
 def _row(conn: sa.Connection, project: str, identifier: str) -> sa.Row[Any] | None:

@@ -20,7 +20,8 @@ from tests.support.faulty_proxy import Asked, Fault, FaultyProxy, faulty_proxy
 from tests.support.servers.s3_stores import PART_BYTES, s3_client, s3_store
 from valohai_dagster.cli import data, stores
 from valohai_dagster.data import own_uploads
-from valohai_dagster.errors import RefusedError
+from valohai_dagster.data.transfers import Mover
+from valohai_dagster.errors import RefusedError, StoreConflict
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import Records, open_records
 from valohai_dagster.settings import load_settings
@@ -184,6 +185,18 @@ def test_what_is_being_removed_is_not_recorded_any_more(
     with pytest.raises(RefusedError, match="upload it again"):
         run(data.app, "put", str(tmp_path / "slow"), "--json")
     assert run(data.app, "ls", "--json") == []
+
+
+def test_what_lies_under_the_key_already_is_not_ours_to_remove(
+    records: Records, bucket: Store, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    bucket.put("data/uploads/x/w", b"of somebody else")
+    noted = noted_now(records, "data/uploads/x/w", "x")
+    with Mover() as mover, pytest.raises(StoreConflict):
+        mover.send(tmp_path / "file", bucket, "data/uploads/x/w", name="w", noted=noted)
+    assert rows(records) == []
+    assert bucket.stat("data/uploads/x/w") is not None
 
 
 def test_an_upload_that_goes_on_is_put_off(

@@ -18,12 +18,13 @@ from tests.support.service import make_spec, running_service, static_settings
 from valohai_dagster.data import datums
 from valohai_dagster.data.adoption import adopt, find_candidates
 from valohai_dagster.data.aliases import set_alias
-from valohai_dagster.data.own_uploads import give_up
+from valohai_dagster.data.own_uploads import give_up, note_removal
 from valohai_dagster.errors import RefusedError, StoreUnavailable
 from valohai_dagster.executions import retention_reading
+from valohai_dagster.executions.archives import record_commit
 from valohai_dagster.executions.retention import Done, carry_out, plan_records
 from valohai_dagster.executions.retention_rules import Plan
-from valohai_dagster.executions.spec_model import InputSpec
+from valohai_dagster.executions.spec_model import CommitRef, InputSpec
 from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import Records, open_records
@@ -349,6 +350,42 @@ def test_an_archive_is_forgotten_before_it_goes_and_left_to_the_sweep_when_it_ca
     with site.records.write() as conn:
         left = give_up(conn, before=NOW + timedelta(hours=1))
     assert [(upload.kind, upload.key) for upload in left] == [("code", key)]
+
+
+def commit_at(key: str) -> CommitRef:
+    return CommitRef(
+        identifier="same",
+        adhoc=False,
+        archive_store="local",
+        archive_key=key,
+        archive_sha256="a" * 64,
+    )
+
+
+@pytest.mark.parametrize(
+    "site", [pytest.param("postgres", marks=pytest.mark.postgres)], indirect=True
+)
+def test_a_commit_of_the_same_archive_that_is_just_being_recorded_keeps_it(site: Site) -> None:
+    key, _ = site.commit("old", 99), site.commit("head", 90)
+    same = commit_at(key)
+    with site.records.write() as conn:
+        assert record_commit(conn, "digits", same, NOW)
+        retention = threading.Thread(target=site.retain)
+        retention.start()
+        wait_for_blocked(site.records.engine)
+    retention.join()
+    assert site.stores.code.stat(key) is not None
+    with site.records.read() as conn:
+        found = conn.execute(sa.select(t.commits.c.identifier)).scalars().all()
+        assert conn.execute(sa.select(t.uploads)).all() == []
+    assert sorted(found) == ["head", "same"]
+
+
+def test_an_archive_that_is_being_removed_is_not_recorded(site: Site) -> None:
+    site.commit("head", 1)
+    with site.records.write() as conn:
+        note_removal(conn, kind="code", name="commit", store="local", key="k", now=NOW)
+        assert not record_commit(conn, "digits", commit_at("k"), NOW)
 
 
 def test_a_page_that_ends_between_two_attempts_leaves_none_out(
