@@ -11,7 +11,7 @@ import typer
 
 from valohai_dagster.cli.lookup import find_executions
 from valohai_dagster.cli.render import size_text
-from valohai_dagster.data.printable import printable
+from valohai_dagster.data.printable import printable, version_words
 from valohai_dagster.data.trace import DEPTH, Edge, Node, Trace, find_roots
 from valohai_dagster.data.trace import trace as build_trace
 from valohai_dagster.errors import NotFoundError
@@ -126,8 +126,9 @@ def _words(node: Node, edge: Edge | None = None) -> str:
             f"{label}{title} ({facts.get('status')}, commit {str(facts.get('commit'))[:13]}{run})"
         )
     if node.kind == "outside":
-        version = facts.get("version") or facts.get("sha256") or "version unknown"
-        return f"{label}{printable(str(facts['uri']))} ({str(version)[:40]})"
+        version = version_words(facts["version"]) if facts.get("version") else ""
+        known = version or facts.get("sha256") or "version unknown"
+        return f"{label}{printable(str(facts['uri']))} ({printable(known)[:60]})"
     if node.kind in ("dataset", "model"):
         return f"{label}{facts['uri']}"
     parts = [size_text(facts.get("size", 0)), str(facts.get("uri", ""))]

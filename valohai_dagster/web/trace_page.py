@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from valohai_agent.checksums import decimal_size
+from valohai_dagster.data.printable import version_words
 from valohai_dagster.data.trace import Node, Trace
 from valohai_dagster.data.trace_layout import Layout, Place, place
 
@@ -45,7 +46,11 @@ p { margin: 0 0 10px; color: var(--dim); }
 a { color: inherit; }
 .legend { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 14px 0 10px; color: var(--dim); font-size: 12.5px; }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 6px; }
-.drawing { overflow-x: auto; border: 1px solid var(--rule); border-radius: 10px; background: var(--box); }
+.drawing { overflow: auto; max-height: 85vh; border: 1px solid var(--rule); border-radius: 10px; background: var(--box); }
+.drawing::-webkit-scrollbar { width: 12px; height: 12px; }
+.drawing::-webkit-scrollbar-thumb { background: var(--line); border: 3px solid var(--box); border-radius: 6px; }
+.drawing::-webkit-scrollbar-corner { background: transparent; }
+@supports not selector(::-webkit-scrollbar) { .drawing { scrollbar-color: var(--line) var(--box); } }
 svg { display: block; }
 svg text { font-family: inherit; fill: var(--ink); }
 svg .title { font-size: 13px; font-weight: 600; }
@@ -86,7 +91,7 @@ def trace_page(trace: Trace, *, webserver_url: str = "") -> str:
             _root_facts(roots[0]) if roots else "",
             more,
             _legend(trace),
-            '<div class="drawing">',
+            '<div class="drawing" role="region" aria-label="Drawing" tabindex="0">',  # keys scroll it too
             _drawing(trace),
             "</div>",
             _executions(trace, webserver_url),
@@ -213,7 +218,13 @@ def _line(node: Node) -> str:
 
 def _fact_lines(node: Node) -> Iterator[str]:
     for name, value in node.facts.items():
-        yield f"{name}: {', '.join(value) if isinstance(value, list) else value}"
+        if name == "size":
+            value = decimal_size(value)
+        elif name == "version":
+            value = version_words(value)
+        elif value is True:
+            value = "yes"
+        yield f"{name.replace('_', ' ')}: {', '.join(value) if isinstance(value, list) else value}"
 
 
 def _executions(trace: Trace, webserver_url: str) -> str:
