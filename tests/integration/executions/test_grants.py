@@ -123,7 +123,8 @@ def test_a_small_output_is_granted_whole(service: RunningService, redis_server: 
     grant = lease.want(wanted("small", PART_BYTES)).uploads["want-small"]
     assert grant.parts is None
     assert grant.transfer.expires_at is not None
-    httpx.put(grant.transfer.url, headers=grant.transfer.headers, content=b"x").raise_for_status()
+    whole = httpx.put(grant.transfer.url, headers=grant.transfer.headers, content=bytes(PART_BYTES))
+    whole.raise_for_status()
 
 
 def test_further_and_fresh_parts_are_granted_on_request_within_the_files_size(
