@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 import typer
 
+from valohai_dagster.cli import dataset_packages
 from valohai_dagster.cli.data_place import (
     AsJson,
     Deployment,
@@ -222,9 +223,16 @@ def _uses(connection: sa.Connection, ids: Sequence[str]) -> dict[str, dict[str, 
         for row in connection.execute(read):
             text = f"{row.step} #{row.counter} ({row.status})"
             readers.setdefault(row.datum_id, []).append(text)
+    version_ids = list({version.id for held in of_datasets.values() for version in held})
+    packed = dataset_packages.described(connection, version_ids)
     return {
         i: {
             "dataset_versions": [version.uri for version in of_datasets.get(i, ())],
+            "packages": [
+                f"{version.uri}: {dataset_packages.in_words(packed[version.id])}"
+                for version in of_datasets.get(i, ())
+                if version.id in packed
+            ],
             "model_versions": [version.uri for version in of_models.get(i, ())],
             "used_by_executions": counts.get(i, 0),
             "needed_by": readers.get(i, []),

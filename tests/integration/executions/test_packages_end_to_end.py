@@ -120,6 +120,7 @@ def test_o23_i09_a_version_goes_from_outputs_through_packages_to_inputs(
         every=0.5,
         what="the packages",
     )
+    assert packed is not None
     assert packed["files"] == FILES
     assert packed["count"] == len(package_keys(deployment)) > 1
 

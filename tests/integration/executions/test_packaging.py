@@ -70,12 +70,16 @@ def standing(service: RunningService) -> packages.Packaging:
     return found
 
 
-def until(service: RunningService, right: Callable[[packages.Packaging], bool]) -> Any:
-    return wait_for(
+def until(
+    service: RunningService, right: Callable[[packages.Packaging], bool]
+) -> packages.Packaging:
+    known = wait_for(
         lambda: known if right(known := standing(service)) else None,
         seconds=20,
         what="the packages",
     )
+    assert known is not None
+    return known
 
 
 def made(service: RunningService) -> list[packages.Package]:
@@ -170,9 +174,9 @@ def test_o23_a_dead_conductors_packages_are_gone_on_with(
         static_settings(settings, package_bytes=65_536, sweep_after_seconds=0)
     ) as service:
         make_version(service, redis_server)
-        wait_for(lambda: uploads(service) and first, seconds=20, what="the second package")
+        wait_for(lambda: first, seconds=20, what="the first package")
         (unfinished,) = wait_for(
-            lambda: [key for key in uploads(service) if key not in first] or None,
+            lambda: [key for key in uploads(service) if key not in first],
             seconds=20,
             what="the second package",
         )
@@ -230,6 +234,7 @@ def test_o23_what_cannot_be_packed_is_told_to_whoever_reads_the_version(
     assert lease.job.packages == []
     (notice,) = [line for line in lease.job.notices if "packed" in line]
     assert "could not be packed" in notice
+    assert known.problem is not None
     assert known.problem in notice
     assert len(lease.wait_grants().inputs) == len(CONTENTS)
     assert uploads(service) == []
@@ -254,7 +259,7 @@ def test_o23_a_store_that_is_away_is_waited_for(
             packages.want(conn, made_here.id, now)
         known = until(service, lambda known: known.tries > 0)
         assert known.state == packages.WANTED
-        assert "is its mount missing?" in known.problem
+        assert "is its mount missing?" in (known.problem or "")
         mount.mkdir()
         (mount / "a").write_bytes(b"a")
         (package,) = made(service)
