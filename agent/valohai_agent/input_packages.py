@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from valohai_agent.cache.local import InputCache
+from valohai_agent.checksums import decimal_size
 from valohai_agent.errors import AgentError, InputError
 from valohai_agent.input_news import InputNews
 from valohai_agent.input_plan import InputFile, Placed
@@ -126,6 +127,8 @@ class PackageWay:
         left = package.size
         try:
             fetched = self._way.bring(package.item)
+            verb = "from cache" if fetched.cached else "downloaded"
+            self._news.say(package.item, f"{verb}, {decimal_size(fetched.size)}")
             for done in unpack_package(archive, members):
                 for item in package.files[done.name]:
                     left = max(0, left - done.size)

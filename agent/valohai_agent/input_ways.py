@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from valohai_agent.input_versions import (
 )
 from valohai_agent.local_files import disk_errors, require_space
 from valohai_agent.protocol import Checksums, Transfer
-from valohai_agent.transfer import Transferer, Transferred
+from valohai_agent.transfer import SmallDownload, Transferer, Transferred, is_small
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,12 @@ class Source:
         InputError."""
         began = time.monotonic()
         moved = self._download(item, target)
+        return self.arrived(item, wanted, target, moved, time.monotonic() - began)
+
+    def arrived(
+        self, item: InputFile, wanted: Wanted, target: Path, moved: Transferred, seconds: float
+    ) -> Arrived:
+        """What the downloaded file is, and whether another one than was wanted. Raises ChecksumMismatch."""
         readable(target)
         if damaged := cut_short(item.file, wanted.names, moved):
             target.unlink()
@@ -107,8 +113,29 @@ class Source:
             checksums=moved.checksums,
             version=version_met(item.file, wanted.names, moved),
             names=names_met(item.file, wanted.names, moved),
-            seconds=time.monotonic() - began,
+            seconds=seconds,
         )
+
+    # -- many small ones -------------------------------------------------------------------------------------------
+    def is_small(self, item: InputFile) -> bool:
+        """Whether a lane of the transferer can fetch it."""
+        grant = self._grants.get(item.file.id)
+        return grant is not None and is_small(grant, item.file.size)
+
+    def small_download(self, item: InputFile, target: Path) -> SmallDownload:
+        """Raises InputError."""
+        return SmallDownload(
+            transfer=self._grant(item),
+            target=target,
+            name=item.label,
+            expected=item.file.checksums,
+            size=item.file.size if item.file.datum_id is not None else None,
+        )
+
+    def fetch_small(
+        self, downloads: Iterable[SmallDownload]
+    ) -> Iterator[tuple[SmallDownload, Transferred | None]]:
+        return self._transferer.download_small(downloads)
 
     def _download(self, item: InputFile, target: Path) -> Transferred:
         """A signed URL may run out while the file waits for its turn, or on the way.
@@ -245,16 +272,39 @@ class LocalWay:
         )
 
     def _fill(self, cache: InputCache, item: InputFile, wanted: Wanted, target: Path) -> Placed:
-        """The job has its link before the cache has the content, so that nobody evicts it in between."""
-        assert self._arrivals is not None
-        arrived = self._arrivals / str(next(self._numbers))
+        arrived = self._arrival()
         fresh, cached = self._fetch(item, wanted, arrived)
-        entry = Cached(path=arrived, size=fresh.size, checksums=fresh.checksums)
-        place(entry, target, link=self._link)
-        cache.add(fresh.kept_as, arrived, fresh.size, fresh.checksums, seconds=fresh.seconds)
+        self._keep(cache, fresh, arrived, target)
         return Placed(
             size=fresh.size, checksums=fresh.checksums, cached=cached, version=fresh.version
         )
+
+    def small(self, item: InputFile) -> SmallDownload:
+        """To be downloaded to where `keep` takes it from. Raises InputError."""
+        kept = self._cache is not None and self._cache.takes(item.file.size)
+        return self._source.small_download(
+            item, self._arrival() if kept else self._inputs / item.path
+        )
+
+    def keep(
+        self, item: InputFile, wanted: Wanted, arrived: Path, moved: Transferred, seconds: float
+    ) -> Placed:
+        """Places what was downloaded as `small` said. Raises TransferError, OSError."""
+        fresh = self._source.arrived(item, wanted, arrived, moved, seconds)
+        target = self._inputs / item.path
+        if self._cache is not None and arrived != target:
+            self._keep(self._cache, fresh, arrived, target)
+        return Placed(size=fresh.size, checksums=fresh.checksums, version=fresh.version)
+
+    def _arrival(self) -> Path:
+        assert self._arrivals is not None
+        return self._arrivals / str(next(self._numbers))
+
+    def _keep(self, cache: InputCache, fresh: Arrived, arrived: Path, target: Path) -> None:
+        """The job has its link before the cache has the content, so that nobody evicts it in between."""
+        entry = Cached(path=arrived, size=fresh.size, checksums=fresh.checksums)
+        place(entry, target, link=self._link)
+        cache.add(fresh.kept_as, arrived, fresh.size, fresh.checksums, seconds=fresh.seconds)
 
     def _fetch(self, item: InputFile, wanted: Wanted, arrived: Path) -> tuple[Arrived, bool]:
         """From the share or else from the source, which the share then has too."""

@@ -15,6 +15,7 @@ from valohai_agent.cache.local import InputCache
 from valohai_agent.cache.shared import Share, ShareTree
 from valohai_agent.errors import AgentError, DiskFull, InputError
 from valohai_agent.input_grants import InputGrants, Renew
+from valohai_agent.input_lane import InputLane
 from valohai_agent.input_news import InputNews
 from valohai_agent.input_packages import Package, PackageWay, plan_packages
 from valohai_agent.input_plan import InputFile, Placed, describe, input_directory, plan_files
@@ -209,7 +210,8 @@ class _Fetch:
             self.options.cache.make_room(sum(item.file.size or 0 for item in missing))
         here = [item for item in rest if item in hits]
         self._keep(self._each(here, lambda item: self.local.place_hit(item, hits[item])))
-        self._keep(self._each(missing, self.local.bring))
+        lane = InputLane(self.local, self.source, self.options.cache)
+        self._keep(self._each(missing, self.local.bring, None if self.switch.share else lane))
         if self.problems:
             raise _failure(self.problems, total)
         return self.placed
@@ -246,28 +248,48 @@ class _Fetch:
         self,
         files: Sequence[InputFile],
         bring: Callable[[InputFile], Placed],
+        lane: InputLane | None = None,
         *,
         tell: bool = True,
     ) -> list[tuple[InputFile, Placed | Exception]]:
-        """All of them at once, as far as that is useful; a failure of one stops no other."""
+        """All of them at once, as far as that is useful; a failure of one stops no other.
+
+        Small ones go by the lane first, if there is one, while threads fetch the others.
+        """
+
+        def settle(item: InputFile, placed: Placed) -> None:
+            self.grants.settle(item.file.id)
+            if tell:
+                self.news.ready(item, placed)
 
         def one(item: InputFile) -> Placed:
             if item.file.id in self.refused:
                 raise InputError(f"{item.label}: {self.refused[item.file.id]}")
             placed = bring(item)
-            self.grants.settle(item.file.id)
-            if tell:
-                self.news.ready(item, placed)
+            settle(item, placed)
             return placed
 
+        ours = [item for item in files if item.file.id not in self.refused]
+        quick = [] if lane is None else [item for item in ours if lane.takes(item)]
+        by_lane = set(quick)
+        results: dict[InputFile, Placed] = {}
         with (
             ThreadPoolExecutor(LARGE_PARALLEL, "inputs") as large,
             ThreadPoolExecutor(PARALLEL_FILES, "inputs") as small,
         ):
-            futures = [
-                (item, (small if _is_small(item) else large).submit(one, item)) for item in files
-            ]
-        return [(item, _result(future)) for item, future in futures]
+            pools = {True: small, False: large}
+            futures = {
+                item: pools[_is_small(item)].submit(one, item)
+                for item in files
+                if item not in by_lane
+            }
+            for item, placed in lane.bring(quick) if lane is not None else ():
+                if placed is None:
+                    futures[item] = small.submit(one, item)
+                else:
+                    settle(item, placed)
+                    results[item] = placed
+        return [(item, results.get(item) or _result(futures[item])) for item in files]
 
     def _keep(self, results: Iterable[tuple[InputFile, Placed | Exception]]) -> None:
         for item, result in results:

@@ -24,7 +24,8 @@ from valohai_agent.host import Host, host_facts, leased_report
 from valohai_agent.job_inputs import JobInputs
 from valohai_agent.lease import Lease
 from valohai_agent.local_api import LocalApi
-from valohai_agent.outputs import OutputCollector, OutputSummary, upload_logs
+from valohai_agent.log_files import upload_logs
+from valohai_agent.outputs import OutputCollector, OutputSummary
 from valohai_agent.phases import PhaseClock, source_words
 from valohai_agent.protocol import (
     PROTOCOL_VERSION,

@@ -8,7 +8,7 @@ import logging
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from valohai_agent.beneath import Place
 from valohai_agent.checksums import decimal_size
 from valohai_agent.errors import AgentError, Conflict, Denied, OutputError
-from valohai_agent.further_parts import further_parts
 from valohai_agent.linked import CopyOut, LinkedFiles
 from valohai_agent.output_tree import TreeFile, regular_files, uploadable_files
 from valohai_agent.printable import printable
@@ -26,7 +25,6 @@ from valohai_agent.protocol import (
     MAX_GRANT_REQUESTS,
     GrantRequest,
     Grants,
-    LogStored,
     OutputStored,
     UploadGrant,
 )
@@ -39,7 +37,14 @@ from valohai_agent.sidecars import (
     read_sidecar,
     sidecar_target,
 )
-from valohai_agent.transfer import PARALLEL_FILES, Transferer
+from valohai_agent.transfer import (
+    PARALLEL_FILES,
+    SmallUpload,
+    Transferer,
+    Transferred,
+    is_small,
+)
+from valohai_agent.upload_grants import further_parts, granted
 from valohai_agent.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -47,9 +52,6 @@ log = logging.getLogger(__name__)
 QUIET_SECONDS = 0.5  # a read-only file that was written this recently may still be copied
 RETRY_SECONDS = 10.0  # between tries of a live file that could not be uploaded
 LOGGED_FILES = 100  # above that, uploads are counted instead of named
-LOG_SECONDS = 120.0  # that tries to store the logs go on; what is not stored then the control plane may salvage
-LOG_PAUSE_SECONDS = 2.0  # after the first try; doubled each time
-LOG_LONGEST_PAUSE_SECONDS = 60.0
 T = TypeVar("T")
 
 
@@ -62,7 +64,7 @@ class OutputSummary:
     problems: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Output:
     name: str
     place: Place
@@ -292,15 +294,46 @@ class OutputCollector:
         problems: list[str] = []
         for batch in _chunks(outputs, MAX_GRANT_REQUESTS):
             grants = self._grants(batch)
-            with ThreadPoolExecutor(max_workers=self._parallel) as pool:
-                results = list(
-                    pool.map(lambda item: self._try_upload(item[0], item[1], total), grants)
-                )
-            for output, problem in zip(batch, results, strict=True):
-                if problem is not None:
-                    problems.append(problem)
-                    if failed is not None:
-                        failed.append(output)
+            found = self._upload_batch(grants, total)
+            problems += found.values()
+            if failed is not None:
+                failed += found
+        return problems
+
+    def _upload_batch(
+        self, grants: Sequence[tuple[_Output, UploadGrant | str]], total: int
+    ) -> dict[_Output, str]:
+        """Small files by a lane of the transferer, while threads send the others; the problems of those that failed."""
+        small = {
+            SmallUpload(opens=output.place.open, grant=grant, name=_label(output)): output
+            for output, grant in grants
+            if isinstance(grant, UploadGrant)
+            and grant.parts is None
+            and is_small(grant.transfer, output.size)
+        }
+        by_lane = set(small.values())
+        problems: dict[_Output, str] = {}
+        with ThreadPoolExecutor(max_workers=self._parallel) as pool:
+            threads = [
+                (output, pool.submit(self._try_upload, output, grant, total))
+                for output, grant in grants
+                if output not in by_lane
+            ]
+            for upload, moved in self._transferer.upload_small(small):
+                output = small[upload]
+                if moved is None:
+                    again = pool.submit(self._try_upload, output, upload.grant, total)
+                    threads.append((output, again))
+                    continue
+                self._count(output, moved.size, total)
+                try:
+                    self._stored_one(output, upload.grant, moved)
+                except (AgentError, OSError) as error:
+                    problems[output] = _problem(output, error)
+        for output, thread in threads:
+            problem = thread.result()
+            if problem is not None:
+                problems[output] = problem
         return problems
 
     def _grants(self, batch: Sequence[_Output]) -> list[tuple[_Output, UploadGrant | str]]:
@@ -315,7 +348,7 @@ class OutputCollector:
         ]
         grants = self._request_grants(requests)
         return [
-            (output, _granted(grants, request.id))
+            (output, granted(grants, request.id))
             for output, request in zip(batch, requests, strict=True)
         ]
 
@@ -327,20 +360,24 @@ class OutputCollector:
             except (Denied, Conflict):  # the grant ran out while the file waited for its turn
                 self._upload_one(output, self._grants([output])[0][1], total)
         except (AgentError, OSError) as error:
-            return f"Output {output.name!r} could not be stored: {error}."
+            return _problem(output, error)
         return None
 
     def _upload_one(self, output: _Output, grant: UploadGrant | str, total: int) -> None:
         if isinstance(grant, str):
             raise OutputError(grant)
-        status = output.place.status()
         moved = self._transferer.upload(
             output.place.open,
             grant,
-            name=f"output {output.name!r}",
+            name=_label(output),
             progress=lambda done, _: self._count(output, done, total),
             more=further_parts(self._request_grants, grant.upload_id),
         )
+        self._stored_one(output, grant, moved)
+
+    def _stored_one(self, output: _Output, grant: UploadGrant, moved: Transferred) -> None:
+        """Reports it."""
+        status = output.place.status()
         report = OutputStored(
             upload_id=grant.upload_id,
             name=output.name,
@@ -372,70 +409,12 @@ class OutputCollector:
         self._progress(min(sent, total), total)
 
 
-def upload_logs(
-    files: Mapping[str, Path],
-    lines: Mapping[str, int],
-    *,
-    transferer: Transferer,
-    request_grants: Callable[[list[GrantRequest]], Grants],
-    warn: Callable[[str], None],
-    wait: Callable[[float], bool],
-    now: Callable[[], float] = time.monotonic,
-) -> list[LogStored]:
-    """Stores the complete log files (stdout, stderr, events); what fails for LOG_SECONDS is a warning only.
-
-    `wait` waits some seconds between two tries; it gives True when there shall be no other.
-    """
-    stored: list[LogStored] = []
-    missing, pause, end = list(files), LOG_PAUSE_SECONDS, now() + LOG_SECONDS
-    while True:
-        problems: dict[str, str] = {}
-        requests = [
-            GrantRequest(id=f"log-{name}", kind="log", name=name, size=_size(files[name]))
-            for name in missing
-        ]
-        grants = request_grants(requests)
-        for name in missing:
-            grant = _granted(grants, f"log-{name}")
-            try:
-                if isinstance(grant, str):
-                    raise OutputError(grant)
-                size = transferer.upload(
-                    files[name],
-                    grant,
-                    name=f"log {name!r}",
-                    more=further_parts(request_grants, grant.upload_id),
-                ).size
-            except (AgentError, OSError) as error:
-                problems[name] = str(error)
-                continue
-            report = {"stream": name, "upload_id": grant.upload_id, "size": size}
-            stored.append(LogStored.model_validate({**report, "lines": lines.get(name, 0)}))
-        missing = list(problems)
-        if not missing or now() + pause > end:
-            break
-        if pause == LOG_PAUSE_SECONDS:
-            said = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
-            warn(f"Logs could not be stored, trying for {LOG_SECONDS:g} s more: {said}.")
-        if wait(pause):
-            break
-        pause = min(pause * 2, LOG_LONGEST_PAUSE_SECONDS)
-    for name, problem in problems.items():
-        warn(f"The {name} log could not be stored: {problem}.")
-    return stored
+def _label(output: _Output) -> str:
+    return f"output {output.name!r}"
 
 
-def _granted(grants: Grants, request_id: str) -> UploadGrant | str:
-    if request_id in grants.uploads:
-        return grants.uploads[request_id]
-    return grants.refused.get(request_id, "the control plane granted no place to write it")
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+def _problem(output: _Output, error: Exception) -> str:
+    return f"Output {output.name!r} could not be stored: {error}."
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -32,7 +32,7 @@ from valohai_agent.transfers.parted import More, put_parts
 from valohai_agent.transfers.pool import Pool
 from valohai_agent.transfers.ranges import identity
 from valohai_agent.transfers.retries import Temporary
-from valohai_agent.transfers.small import SmallDownload, SmallUpload
+from valohai_agent.transfers.small import SmallDownload, SmallUpload, is_small
 from valohai_agent.transfers.upload import Source, put
 from valohai_agent.transfers.wire import Patience
 
@@ -43,6 +43,7 @@ __all__ = [
     "SmallUpload",
     "Transferer",
     "Transferred",
+    "is_small",
 ]
 
 PARALLEL_FILES = 16  # that callers with many files do best to move at once
@@ -163,7 +164,7 @@ class Transferer:
     ) -> Iterator[tuple[SmallDownload, Transferred | None]]:
         """Many files at once, each as it ends; None for one that `download` shall fetch: nothing was retried here.
 
-        What was asked for is left alone when the iterator is closed, and Unreachable raised when cancelled.
+        When the transferer was cancelled, all that is left comes back so.
         """
         return small.download(self._shared, wanted)
 

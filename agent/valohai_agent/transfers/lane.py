@@ -135,23 +135,21 @@ class Lane(Generic[E]):
         self._failed = 0
 
     def run(self, errands: Iterable[E]) -> Iterator[tuple[E, Transferred | None]]:
-        """Each errand with its result, None when it is undone; in the order in which they end. Raises Unreachable when
-        the transferer was cancelled."""
+        """Each errand with its result, None when it is undone; in the order in which they end.
+
+        When the transferer was cancelled, all that is left comes back undone.
+        """
         waiting = deque(errands)
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
             crew = stack.enter_context(ThreadPoolExecutor(CONNECTING, "connect"))
             while waiting or self._busy or self._connecting:
-                self._shared.check()
-                while waiting and self._failed >= FAILURES:
-                    yield waiting.popleft(), None
+                yield from self._given_up(waiting)
                 ready = self._selector.select(0)
+                if not ready and self._may_begin(waiting):
+                    yield from self._begin(waiting.popleft(), crew)
+                    continue
                 if not ready:
-                    if self._may_begin(waiting):
-                        undone = self._begin(waiting.popleft(), crew)
-                        if undone is not None:
-                            yield undone, None
-                        continue
                     ready = self._selector.select(SLICE_SECONDS)
                     yield from self._overdue()
                 for key, _ in ready:
@@ -159,6 +157,15 @@ class Lane(Generic[E]):
                         yield from self._connected()
                     elif key.data in self._busy:
                         yield from self._go_on(key.data, waiting)
+
+    def _given_up(self, waiting: deque[E]) -> Iterator[tuple[E, None]]:
+        """What is not tried any more."""
+        if self._shared.cancelled:
+            self._failed = FAILURES
+            for line in list(self._busy):
+                yield self._drop(line), None
+        while waiting and self._failed >= FAILURES:
+            yield self._undone(waiting.popleft()), None
 
     def _close(self) -> None:
         for line, errand in self._busy.items():
@@ -180,20 +187,20 @@ class Lane(Generic[E]):
         lines = len(self._busy) + self._connecting
         return bool(waiting) and lines < CONNECTIONS and self._connecting < CONNECTING
 
-    def _begin(self, errand: E, crew: ThreadPoolExecutor) -> E | None:
+    def _begin(self, errand: E, crew: ThreadPoolExecutor) -> Iterator[tuple[E, None]]:
         """Gives the errand back if it cannot be begun."""
         prepared = self._prepare(errand)
         if prepared is None:
-            return self._undone(errand)
+            yield self._undone(errand), None
+            return
         place, request = prepared
         wire = self._pool.idle(place, self._shared.check)
         if wire is not None:
             self._start(_Line(place, wire), errand, request, fresh=True)
-            return None
+            return
         self._connecting += 1
         made = crew.submit(self._pool.connect, place, self._shared.check, errand.name)
         made.add_done_callback(lambda made: self._announce(errand, place, request, made))
-        return None
 
     def _prepare(self, errand: Errand) -> tuple[Place, bytes] | None:
         try:

@@ -56,8 +56,12 @@ class Shared:
         self._files = 0
         self._helpers = 0
 
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
     def check(self) -> None:
-        if self._cancelled.is_set():
+        if self.cancelled:
             raise Unreachable("cancelled")
 
     def retries(self, name: str, check: Callable[[], None] | None = None) -> Retries:

@@ -13,12 +13,7 @@ from valohai_agent.protocol import GRANTED_PARTS, Parts, Transfer, block_id
 from valohai_agent.transfers.crew import Crew
 from valohai_agent.transfers.hashing import MAX_LAG_BYTES
 from valohai_agent.transfers.pace import Transferred
-from valohai_agent.transfers.ranges import (
-    FAST_UPLOAD_BYTES_PER_SECOND,
-    Range,
-    Ranges,
-    wants_company,
-)
+from valohai_agent.transfers.ranges import Range, Ranges, wants_company
 from valohai_agent.transfers.retries import Temporary, status_error
 from valohai_agent.transfers.upload import Source
 from valohai_agent.transfers.wire import FileBody
@@ -102,8 +97,7 @@ class _Parallel:
             started = time.monotonic()
             self._send(taken)
             moved, seconds = taken.end - taken.start, time.monotonic() - started
-            fast = FAST_UPLOAD_BYTES_PER_SECOND
-            if self._ranges.waiting and wants_company(moved=moved, seconds=seconds, fast=fast):
+            if self._ranges.waiting and wants_company(moved=moved, seconds=seconds, sending=True):
                 self._crew.add()
 
     def _send(self, taken: Range) -> None:

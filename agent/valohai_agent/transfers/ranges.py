@@ -86,6 +86,7 @@ def identity(headers: Mapping[str, str]) -> str | None:
     return f"{modified}|{headers.get('content-length', '')}" if modified else None
 
 
-def wants_company(*, moved: int, seconds: float, fast: float = FAST_BYTES_PER_SECOND) -> bool:
-    """Whether a connection was so slow (below `fast`, bytes/s) that a further one is likely to add speed."""
+def wants_company(*, moved: int, seconds: float, sending: bool = False) -> bool:
+    """Whether a connection was so slow that a further one is likely to add speed."""
+    fast = max(FAST_BYTES_PER_SECOND, FAST_UPLOAD_BYTES_PER_SECOND * sending)
     return moved > 0 and moved < fast * seconds

@@ -44,8 +44,8 @@ class SmallUpload:
     name: str
 
 
-def takes(transfer: Transfer, size: int | None) -> bool:
-    """Whether a file of that size goes by a lane."""
+def is_small(transfer: Transfer, size: int | None) -> bool:
+    """Whether a file of that size goes by a lane: of `download_small`, or of `upload_small`."""
     is_remote = urlsplit(transfer.url).scheme in ("http", "https")
     return is_remote and size is not None and size <= SMALL_BYTES
 

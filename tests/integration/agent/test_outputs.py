@@ -13,7 +13,8 @@ import pytest
 from tests.support.output_rig import Rig
 from tests.support.unruly import unruly
 from valohai_agent.errors import OutputError
-from valohai_agent.outputs import OutputSummary, upload_logs
+from valohai_agent.log_files import upload_logs
+from valohai_agent.outputs import OutputSummary
 from valohai_agent.protocol import (
     Checksums,
     GrantRequest,

@@ -1,4 +1,4 @@
-"""Asks the control plane for further and fresh parts of an upload, and to join parts that no signed request can join."""
+"""What the control plane grants for uploads: one request or parts, further and fresh parts, the joining of parts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 
 from valohai_agent.errors import OutputError
-from valohai_agent.protocol import GrantRequest, Grants, Parts
+from valohai_agent.protocol import GrantRequest, Grants, Parts, UploadGrant
 
 _NUMBERS = itertools.count(1)
 
@@ -27,3 +27,10 @@ def further_parts(
         return granted.parts
 
     return ask
+
+
+def granted(grants: Grants, request_id: str) -> UploadGrant | str:
+    """What was granted for one request, or why not."""
+    if request_id in grants.uploads:
+        return grants.uploads[request_id]
+    return grants.refused.get(request_id, "the control plane granted no place to write it")
