@@ -6,6 +6,7 @@ needs is imported then.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,10 @@ def observable(
 
     _observe.__annotations__["context"] = AssetExecutionContext  # Dagster does not resolve texts
     name = f"{project.asset_name}__observe_external"
-    return dg.multi_observable_source_asset(specs=specs, name=name, can_subset=True)(_observe)
+    with warnings.catch_warnings():  # ours to decide, and nothing that a user could do about it
+        of_this = r".*\bmulti_observable_source_asset\b"
+        warnings.filterwarnings("ignore", message=of_this, category=dg.BetaWarning)
+        return dg.multi_observable_source_asset(specs=specs, name=name, can_subset=True)(_observe)
 
 
 def known_sources() -> Mapping[str, Mapping[AssetKey, ExternalSource]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,13 @@ def test_the_sensor_tells_changes_only_and_eager_then_requests_the_step(
     assert tick() == 1
     third = dg.evaluate_automation_conditions(defs=defs, instance=instance, cursor=second.cursor)
     assert third.get_num_requested(PREP) == 1
+
+
+def test_loading_warns_of_nothing_that_is_ours_to_decide(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert sources(defs_of(tmp_path, "https://h/a.csv"))
+    assert [str(one.message) for one in caught if one.category is dg.BetaWarning] == []
 
 
 def test_external_assets_can_be_switched_off(tmp_path: Path) -> None:
