@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.integration.agent.test_inputs import Rig
+from valohai_agent.cache.shared import Share
 from valohai_agent.errors import InputError
 from valohai_agent.protocol import Checksums, JobFile, JobInput, JobPackage, Transfer
 
@@ -120,6 +121,7 @@ def test_i09_the_user_sees_ordinary_files_and_each_is_told(rig: Rig, cached: boo
     assert first["checksums"]["md5"] == hashlib.md5(FILES["sub/0.txt"]).hexdigest()
     assert sorted(report.file_id for report in rig.ready) == [f"0.{n}" for n in range(6)]
     assert not warned(rig)
+    assert rig.status[0].startswith(f"{URI}: downloaded, ")
     assert all(
         os.stat(path).st_mode & 0o777 == 0o644 for path in rig.workspace.inputs.rglob("*.txt")
     )
@@ -248,3 +250,27 @@ def test_i09_the_bytes_of_packages_count_as_those_of_their_files(rig: Rig) -> No
     fetch(rig, plain(), progress=lambda done, total: told.append((done, total)))
     total = sum(map(len, FILES.values()))
     assert told[-1] == (total, total)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_i09_a_shared_cache_has_packages_too_and_the_files_lie_on_the_worker(
+    rig: Rig, copy: bool
+) -> None:
+    """A file that is in no package lies beside the others, also where inputs are used in place on the share."""
+    (rig.path / "share").mkdir()
+    share = Share(rig.path / "share", usage=lambda path: (0, 10**15), copy=copy)
+    options = {"share": share, "tree": None if copy else Share.tree}
+    alone = JobFile(id="0.9", name="alone", uri="datum://d9", datum_id="d9", size=5)
+    files = [*job_files(), alone]
+    fetch(rig, plain(), {"0.9": rig.source("alone", b"alone")}, files, **options)
+    assert found(rig) == {**FILES, "alone": b"alone"}
+    assert rig.workspace.in_place == {}
+    for name in ("package.tar", "alone"):
+        (rig.path / "store" / name).unlink()
+    other = Rig(rig.path / "other")
+    item = JobInput(name="d", input_id="id", files=files)
+    other.fetch([item], {}, packages=[package(plain())], **options)
+    assert found(other) == {**FILES, "alone": b"alone"}
+    assert all(report.cached for report in other.ready)
+    other.cache.close()
+    share.close()
