@@ -113,6 +113,7 @@ class _Upload:
             source = Source(self._shared, self._file.fileno(), name=self.name, progress=None)
             if source.size > SMALL_BYTES:
                 raise Refused(f"{self.name}: the file has grown")
+            source.require_granted_size(self.transfer)
             self._source, self._body = source, source.small()
         return self._body
 

@@ -86,8 +86,19 @@ class Source:
         return status_error(answer.status, answer.reason, answer.headers, host, self.name, body)
 
 
+    def require_granted_size(self, transfer: Transfer) -> None:
+        """Raises Refused when the request is signed for another size than the file has by now."""
+        signed = {key.lower(): value for key, value in transfer.headers.items()}
+        if signed.get("content-length", str(self.size)) != str(self.size):
+            raise Refused(
+                f"{self.name}: the file has {self.size} bytes now, {signed['content-length']} when it was found. "
+                "Let the command end its writing before it ends, or before it makes the file read-only."
+            )
+
+
 def put(source: Source, transfer: Transfer) -> Transferred:
     """Sends the file by one request."""
+    source.require_granted_size(transfer)
     data = source.small() if source.size <= SMALL_BYTES else None
     tries = 0
 
