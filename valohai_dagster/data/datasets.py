@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from valohai_dagster.data import aliases, packages
+from valohai_dagster.data import aliases, packages, version_files
 from valohai_dagster.data.datums import Datum, hold
 from valohai_dagster.data.version_wishes import (
     DATASET_SCHEME,
@@ -169,13 +169,7 @@ def list_open(connection: sa.Connection, execution_id: str) -> list[DatasetVersi
 
 def files_of(connection: sa.Connection, version_id: str) -> list[Datum]:
     """Datums of a version by name, purged ones too."""
-    query = (
-        sa.select(t.datums)
-        .join(t.dataset_files, _F.datum_id == t.datums.c.id)
-        .where(_F.version_id == version_id)
-        .order_by(t.datums.c.name, t.datums.c.id)
-    )
-    return [Datum(**row) for row in connection.execute(query).mappings()]
+    return version_files.read(connection, t.dataset_files, version_id)
 
 
 def versions_holding(
@@ -296,7 +290,7 @@ def close_version(
     now: datetime,
 ) -> list[str]:
     """Fixes the content for good and moves the aliases that it is meant for; returns warnings."""
-    write_files(connection, version.id, datum_ids)
+    version_files.write(connection, t.dataset_files, version.id, datum_ids)
     connection.execute(
         t.dataset_versions.update()
         .where(_V.id == version.id)
@@ -314,12 +308,6 @@ def close_version(
         except RefusedError as error:
             warnings.append(f"{version.uri}: {error}; the alias was not moved")
     return warnings
-
-
-def write_files(connection: sa.Connection, version_id: str, datum_ids: Sequence[str]) -> None:
-    rows = [{"version_id": version_id, "datum_id": i} for i in dict.fromkeys(datum_ids)]
-    if rows:
-        connection.execute(t.dataset_files.insert(), rows)
 
 
 def create_version(
@@ -352,7 +340,7 @@ def create_version(
     if not made:
         raise RefusedError(f"{uri} exists already, and versions never change; choose another name")
     hold(connection, datum_ids)
-    write_files(connection, values["id"], datum_ids)
+    version_files.write(connection, t.dataset_files, values["id"], datum_ids)
     if dataset.packaging:
         packages.want(connection, values["id"], now)
     found = version_by_id(connection, values["id"])

@@ -14,6 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from valohai_dagster.data import version_files
 from valohai_dagster.data.datums import Datum
 from valohai_dagster.data.version_wishes import (
     LATEST,
@@ -143,13 +144,7 @@ def _versions(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> list
 
 def files_of(connection: sa.Connection, version_id: str) -> list[Datum]:
     """Datums of a version by name, purged ones too."""
-    query = (
-        sa.select(t.datums)
-        .join(t.model_files, _F.datum_id == t.datums.c.id)
-        .where(_F.version_id == version_id)
-        .order_by(t.datums.c.name, t.datums.c.id)
-    )
-    return [Datum(**row) for row in connection.execute(query).mappings()]
+    return version_files.read(connection, t.model_files, version_id)
 
 
 def versions_holding(
@@ -234,7 +229,7 @@ def finish_version(
     now: datetime,
 ) -> None:
     """Fixes the content for good: `creating` becomes `pending`."""
-    write_files(connection, version.id, datum_ids)
+    version_files.write(connection, t.model_files, version.id, datum_ids)
     connection.execute(
         t.model_versions.update()
         .where(_V.id == version.id)
@@ -245,12 +240,6 @@ def finish_version(
             history=[*version.history, _change(PENDING, now)],
         )
     )
-
-
-def write_files(connection: sa.Connection, version_id: str, datum_ids: Sequence[str]) -> None:
-    rows = [{"version_id": version_id, "datum_id": i} for i in dict.fromkeys(datum_ids)]
-    if rows:
-        connection.execute(t.model_files.insert(), rows)
 
 
 def create_version(
@@ -264,7 +253,7 @@ def create_version(
     """The next version, made by a person: `pending` at once."""
     model = ensure_model(connection, project_id=project_id, slug=wish.slug, now=now)
     version_id = _insert_version(connection, model, None, PENDING, now)
-    write_files(connection, version_id, datum_ids)
+    version_files.write(connection, t.model_files, version_id, datum_ids)
     values = {"tags": list(wish.tags), "release_note": wish.release_note}
     connection.execute(t.model_versions.update().where(_V.id == version_id).values(**values))
     return _versions(connection, _V.id == version_id)[0]

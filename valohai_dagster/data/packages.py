@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from valohai_dagster.data import own_uploads
+from valohai_dagster.data import own_uploads, version_files
 from valohai_dagster.data.datums import Datum
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.store import insert_ignore
@@ -109,13 +109,7 @@ def usable(connection: sa.Connection, package_ids: Collection[str]) -> set[str]:
 
 def left_to_pack(connection: sa.Connection, version_id: str) -> list[Datum]:
     """Files of the version that are in no package yet, by name."""
-    query = (
-        sa.select(t.datums)
-        .join(t.dataset_files, _F.datum_id == t.datums.c.id)
-        .where(_F.version_id == version_id, _F.package_id.is_(None))
-        .order_by(t.datums.c.name, t.datums.c.id)
-    )
-    return [Datum(**row) for row in connection.execute(query).mappings()]
+    return version_files.read(connection, t.dataset_files, version_id, _F.package_id.is_(None))
 
 
 def advice(sizes: Sequence[int]) -> str | None:
