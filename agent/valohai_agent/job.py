@@ -358,9 +358,8 @@ class JobRun:
         if status.oom_killed:
             self._usage = self._usage.model_copy(update={"oom_killed": True})
         self._console.status(f"command ended with exit code {status.code}")
-        for words in (status.message, usage_words(self._usage)):
-            if words:
-                self._console.status(words)
+        for words in filter(None, (status.message, usage_words(self._usage))):
+            self._console.status(words)
         return status
 
     def _new_collector(self, valohai_dir: str) -> OutputCollector:
