@@ -85,7 +85,6 @@ class Source:
         body = answer.read(4096) if answer.status >= 400 else b""
         return status_error(answer.status, answer.reason, answer.headers, host, self.name, body)
 
-
     def require_granted_size(self, transfer: Transfer) -> None:
         """Raises Refused when the request is signed for another size than the file has by now."""
         signed = {key.lower(): value for key, value in transfer.headers.items()}
