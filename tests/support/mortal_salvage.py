@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from typing import Any
+from typing import BinaryIO
 
 from tests.support.service import running_service
 from valohai_dagster.settings import Settings
+from valohai_dagster.stores.base import ObjectStat
 from valohai_dagster.stores.local import LocalStore
 
 
@@ -23,9 +24,10 @@ def salvage_and_die(settings: Settings) -> None:
 def _salvage(settings: Settings) -> None:
     put = LocalStore.put
 
-    def last(store: LocalStore, key: str, content: Any) -> Any:
-        put(store, key, content)
+    def last(self: LocalStore, key: str, content: BinaryIO | bytes) -> ObjectStat:
+        stored = put(self, key, content)
         os.kill(os.getpid(), signal.SIGKILL)
+        return stored
 
     LocalStore.put = last
     with running_service(settings) as service:
