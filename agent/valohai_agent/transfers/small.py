@@ -21,7 +21,8 @@ from valohai_agent.transfers.ranges import strong_etag
 from valohai_agent.transfers.upload import Source
 from valohai_agent.transfers.versions import version_of_answer
 
-_partials = (f".{uuid.uuid4().hex}-{number}.part" for number in itertools.count())
+_OURS = uuid.uuid4().hex
+_numbers = itertools.count()  # of partial files; several threads may take one at the same moment
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,7 +132,7 @@ class _Upload:
 
 
 def _write(target: Path, content: memoryview) -> None:
-    partial = target.parent / next(_partials)
+    partial = target.parent / f".{_OURS}-{os.getpid()}-{next(_numbers)}.part"
     try:
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:

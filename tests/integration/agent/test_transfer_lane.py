@@ -7,6 +7,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,21 @@ def test_hundreds_of_files_arrive_with_their_checksums_and_versions(
         assert moved.size == len(content)
         assert moved.checksums.sha256 == hashlib.sha256(content).hexdigest()
         assert moved.checksums.md5 == hashlib.md5(content).hexdigest()
+
+
+def test_several_jobs_use_lanes_at_the_same_time(
+    engine: Transferer, server: FileServer, tmp_path: Path
+) -> None:
+    server.put("f", b"content")
+
+    def job(number: int) -> int:
+        directory = tmp_path / f"job{number}"
+        directory.mkdir()
+        wants = [wanted(f"{server.url}/f", directory / str(n)) for n in range(MANY)]
+        return sum(moved is not None for moved in fetch(engine, *wants).values())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(job, range(4))) == [MANY] * 4
 
 
 def test_files_come_by_tls_too(
