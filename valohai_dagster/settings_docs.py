@@ -26,8 +26,9 @@ Every setting has a default. Settings come from, later ones winning:
 2. Environment variables: `VALOHAI_` and the name in capitals. Values inside a table are reached with `__` between
    the names (names of stores, groups and registries in small letters then), and lists and tables may be given as JSON.
 
-Keys that do not exist are refused, so that a slip cannot pass unnoticed; so are variables whose names look like a slip.
-Of other unknown `VALOHAI_` variables a warning says that nothing reads them.
+Keys that do not exist are refused, so that a slip cannot pass unnoticed; so are variables whose names differ from a
+setting's by a letter or two. Of other unknown `VALOHAI_` variables a warning says that nothing reads them; those that
+Kubernetes sets for Services, such as `VALOHAI_REDIS_PORT` for one named `valohai-redis`, are passed over.
 
 Relative paths count from the directory of `valohai.toml`, without one from the current directory.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,7 +22,11 @@ FOREIGN = frozenset(
     | {"config_dir", "debug", "host", "password", "project_dir", "table_format", "token"}
     | {"username"}  # these and the line above: the command-line client of Valohai
 )
-LIKE = 0.7  # how alike two names are when one is taken for a slip of the other
+SLIPS = {"config_file": "config"}  # that no likeness finds
+SHORT = 8  # letters; of shorter names one letter may be wrong, of others two
+KUBERNETES = re.compile(  # sets these in each pod for each Service, such as one of the name valohai-redis
+    r"(.+_)?(service_host|service_port(_\w+)?|port(_\d+_(tcp|udp|sctp)(_(proto|port|addr))?)?)"
+)
 
 
 def read_environment(model: type[BaseSettings], names: Iterable[str]) -> dict[str, Any]:
@@ -47,11 +51,10 @@ def check_names(model: type[BaseSettings], names: Iterable[str]) -> None:
         name = first.lower()
         if name in known or name in FOREIGN or name.startswith(OURS):
             continue
-        close = difflib.get_close_matches(name, known, n=1, cutoff=LIKE)
-        if close:
-            meant = "__".join([PREFIX + close[0].upper(), *rest])
+        if close := _meant(name, known, inside=bool(rest)):
+            meant = "__".join([PREFIX + close.upper(), *rest])
             problems.append(f"  - {variable}: there is no such setting; did you mean {meant}?")
-        else:
+        elif not KUBERNETES.fullmatch(name):
             log.warning(
                 "the environment variable %s is no setting; nothing reads it",
                 variable,
@@ -60,3 +63,27 @@ def check_names(model: type[BaseSettings], names: Iterable[str]) -> None:
     if problems:
         lines = ["environment variables are not valid:", *problems]
         raise ConfigurationError("\n".join([*lines, "docs/settings.md describes every setting."]))
+
+
+def _meant(name: str, known: Iterable[str], *, inside: bool) -> str | None:
+    """The setting of which the name is a slip of the pen. `inside`: the variable goes on below it, as those of tables do.
+
+    Only a letter or two may differ, since a whole word that differs is as likely another program's: refusing that
+    would stop a deployment that is right. So is a table's name in the singular when nothing goes on below it.
+    """
+    if name in SLIPS:
+        return SLIPS[name]
+    most = 1 if len(name) < SHORT else 2
+    distance, close = min((_distance(name, one), one) for one in known)
+    return close if distance <= most and (inside or f"{name}s" != close) else None
+
+
+def _distance(one: str, other: str) -> int:
+    """Letters to insert, remove or change in one to get the other."""
+    row = list(range(len(other) + 1))
+    for above, letter in enumerate(one, 1):
+        before, row = row, [above]
+        for column, wanted in enumerate(other, 1):
+            changed = before[column - 1] + (letter != wanted)
+            row.append(min(changed, before[column] + 1, row[-1] + 1))
+    return row[-1]

@@ -146,6 +146,7 @@ def test_undecodable_environment_variable_is_named(
         ("VALOHAI_GROUP__local__SLOTS", "VALOHAI_GROUPS__local__SLOTS"),
         ("VALOHAI_CONFIG_FILE", "VALOHAI_CONFIG"),
         ("VALOHAI_STAT", "VALOHAI_STATE"),
+        ("VALOHAI_HTPP_PORT", "VALOHAI_HTTP_PORT"),
     ],
 )
 def test_a_variable_that_looks_like_a_slip_is_refused(
@@ -175,6 +176,31 @@ def test_variables_of_others_pass_and_unknown_ones_are_named(
     load_settings()
     assert [record.message for record in caplog.records] == [
         "the environment variable VALOHAI_COLOUR is no setting; nothing reads it"
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    """REDIS_PORT REDIS_SERVICE_HOST REDIS_SERVICE_PORT REDIS_SERVICE_PORT_METRICS REDIS_PORT_6379_TCP
+    REDIS_PORT_6379_TCP_ADDR DATABASE_PORT DATABASE_SERVICE_HOST WEBSERVER_PORT SERVICE_HOST PORT_80_UDP""".split(),
+)
+def test_variables_that_kubernetes_sets_for_services_pass(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """Each pod of a namespace has them for each Service there, such as one named valohai-redis."""
+    monkeypatch.setenv(f"VALOHAI_{name}", "tcp://10.0.0.1:6379")
+    load_settings()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "ENVIRONMENT", "GROUP", "PUBLIC_KEY", "LOG_LEVEL"])
+def test_variables_of_other_programs_are_not_taken_for_slips(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    monkeypatch.setenv(f"VALOHAI_{name}", "x")
+    load_settings()
+    assert [record.message for record in caplog.records] == [
+        f"the environment variable VALOHAI_{name} is no setting; nothing reads it"
     ]
 
 
