@@ -195,7 +195,7 @@ class GrantPlanner:
         )
 
     def _store_for(self, details: Details, kind: str) -> str:
-        """O-15: launch choice, then the step's `upload-store`, then the default store."""
+        """O-15: what the spec names (by launch, step or project, see `build_spec`), then the default store."""
         if kind == "log":
             return self._settings.log_store_name
         return details.spec.get("upload_store") or self._settings.default_store

@@ -25,7 +25,7 @@ from valohai_dagster.data.secrets import (
 from valohai_dagster.data.survey import Survey
 from valohai_dagster.errors import RefusedError, SpecError
 from valohai_dagster.executions.ledger import Created
-from valohai_dagster.executions.reach import out_of_reach, unreachable
+from valohai_dagster.executions.reach import out_of_reach, unreachable, unwritable
 from valohai_dagster.executions.recall import true_inputs
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.trace_context import traceparent_of
@@ -74,8 +74,7 @@ def prepare(
 
     Raises `ProblemsError` or `RefusedError` with everything that is wrong.
     """
-    if spec.upload_store is not None:
-        stores[spec.upload_store]  # raises for an unknown one, before the work is done
+    _require_writable(spec, stores, settings)
     variables, secret_names = _variables(spec, variables_of)
     groups = spec.environment_variable_groups
     unknown = unknown_groups(conn, groups) if groups else []
@@ -147,6 +146,17 @@ def _reached_packages(
         packages=[one for one in resolved.packages if one.id not in away],
         sources={ident: source for ident, source in sources.items() if ident not in away},
     )
+
+
+def _require_writable(spec: ExecutionSpec, stores: Stores, settings: Settings) -> None:
+    """Refuses a store that could not take the outputs (O-15), before the work is done."""
+    problem = unwritable(spec.upload_store or settings.default_store, stores)
+    if problem is not None:
+        raise SpecError(
+            f"step {spec.step!r} has no place for its outputs, which is named by `upload_store` at launch, else by "
+            "`upload-store` of the step, by `upload_store` of the project, by `default_store` of the settings:",
+            [problem],
+        )
 
 
 def _require_reach(

@@ -1,4 +1,4 @@
-"""Which stores the workers of a group can reach.
+"""Which stores an execution can use: those that take its outputs, and those that the workers of its group can reach.
 
 Stores behind a network are reached by their signed URLs. A local store is a directory: its grants are of use only
 where the same directory is mounted.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from valohai_dagster.errors import StoreUnknown
 from valohai_dagster.settings import GroupSettings
 from valohai_dagster.stores.registry import Stores
 
@@ -32,3 +33,17 @@ def unreachable(
         first.setdefault(store, what)
     found = ((what, out_of_reach(s, stores, group_name, group)) for s, what in first.items())
     return [f"{what}: {why}" for what, why in found if why is not None]
+
+
+def unwritable(store: str, stores: Stores) -> str | None:
+    """Why the store of that name takes no outputs, and which ones do; None when it takes them."""
+    try:
+        if not stores[store].readonly:
+            return None
+    except StoreUnknown as error:
+        return str(error)
+    others = sorted(name for name in stores if not stores[name].readonly)
+    return (
+        f"the store {store!r} can only be read (its kind, or readonly = true in [stores.{store}]); "
+        f"stores that take outputs are {', '.join(others) or 'none'}"
+    )

@@ -54,6 +54,7 @@ class StepConfig:
     inputs: Mapping[str, Sequence[str] | str] = field(default_factory=dict)
     image: str | None = None
     environment: str | None = None
+    upload_store: str | None = None  # O-15; None: the step's
     environment_variables: Mapping[str, str] = field(default_factory=dict)
     environment_variable_groups: Sequence[str] | None = None  # None: those of the step (Y-17)
     tags: Sequence[str] = ()
@@ -89,10 +90,12 @@ def build_spec(
     commit: CommitRef,
     ids: LaunchIds,
     upstream: UpstreamValues = NO_UPSTREAM,
+    upload_store: str | None = None,
 ) -> ExecutionSpec:
     """Raise SpecError naming every problem at once: unknown names, bounds, missing values.
 
-    Values come, weakest first, from the step, from the edges and from `config`. Variables that the step requires
+    Values come, weakest first, from the step, from the edges and from `config`. `upload_store` is the project's
+    default, for a step and a launch that name none (O-15). Variables that the step requires
     (Y-51) and that have no value here are listed in the spec for the execution service, which knows the secrets.
     """
     step, problems = definition.step, list[str]()
@@ -122,7 +125,7 @@ def build_spec(
         environment_variable_groups=_groups(step, config),
         required_environment_variables=_required(step, variables),
         mounts=[_mount(mount) for mount in step.mounts],
-        upload_store=step.upload_store,
+        upload_store=config.upload_store or step.upload_store or upload_store,
         time_limit_seconds=limits[0],
         no_output_timeout_seconds=limits[1],
         stop_condition=step.stop_condition,

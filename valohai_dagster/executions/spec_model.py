@@ -75,7 +75,9 @@ class ExecutionSpec(Spec):
     environment_variable_groups: list[str] = Field(default_factory=list)
     required_environment_variables: list[str] = Field(default_factory=list, description="Y-51.")
     mounts: list[JobMount] = Field(default_factory=list)
-    upload_store: str | None = None
+    upload_store: str | None = Field(
+        None, description="Store of the outputs; None = the default of the deployment (O-15)."
+    )
     time_limit_seconds: float | None = None
     no_output_timeout_seconds: float | None = None
     stop_condition: str | None = Field(None, description="Expression on metadata (M-40).")

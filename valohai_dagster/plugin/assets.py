@@ -56,6 +56,7 @@ def load_valohai_project(
     checks: Mapping[str, Sequence[MetricCheck]] | None = None,
     retry_policy: PerStep[dg.RetryPolicy] = None,
     pool: PerStep[str] = None,
+    upload_store: PerStep[str] = None,
     external_assets: bool = True,
     strict: bool = False,
     open_backend: Callable[[], Backend] | None = None,
@@ -67,7 +68,7 @@ def load_valohai_project(
     `dagster.Definitions.merge`. `group_name`, `owners` and `tags` apply to all assets; without a group, steps are
     grouped by their `category`, else by project. `open_backend` is for tests.
 
-    The other options are for Dagster alone, since valohai.yaml has no words for them. Each is one value for all
+    The other options are what valohai.yaml has no words for. Each is one value for all
     steps, or a mapping by step name in which `*` stands for the rest:
 
     - `partitions_def`: partitions of the asset; `backfill_policy`: whether a range of them is one execution.
@@ -76,6 +77,7 @@ def load_valohai_project(
     - `partition_mappings`: by step and its upstream step, where Dagster's default mapping is not what is meant.
     - `checks`: asset checks by step, see `MetricCheck`.
     - `retry_policy` for failed executions, and the `pool` that limits how many run at once.
+    - `upload_store`: where outputs go of steps without an `upload-store` of their own, unless the launch chooses.
 
     Default URIs of inputs that lie outside (a bucket, a web server, a datum alias) become observable assets that the
     steps depend on, unless `external_assets` is False.
@@ -88,6 +90,7 @@ def load_valohai_project(
         "checks": checks,
         "retry_policy": retry_policy,
         "pool": pool,
+        "upload_store": upload_store,
     }
     try:
         project = _load(source, revision, yaml_path, name, auth, cache_dir)
@@ -224,6 +227,7 @@ def step_asset(
         checks=options.checks,
         partition_parameter=options.partition_parameter,
         sources=sources,
+        upload_store=options.upload_store,
     )
     deployed = DeployedStep(project=project, tag=tag, open_backend=open_backend)
     key = dg.AssetKey(tag.asset_key)
@@ -248,6 +252,7 @@ def step_asset(
             step,
             fed=frozenset((edge.target_type, edge.target_key) for edge in tag.edges),
             partition_parameter=options.partition_parameter,
+            upload_store=options.upload_store,
         ),
         op_tags={STEP_TAG: tag.to_text()},
         retry_policy=options.retry_policy,

@@ -94,6 +94,7 @@ class StepDeclarations(dg.Model, dg.Resolvable):
     retry_backoff: Literal["linear", "exponential"] | None = None
     retry_jitter: Literal["full", "plus_minus"] | None = None
     pool: str | None = None
+    upload_store: str | None = None
 
     def options(self) -> dict[str, Any]:
         """By the names of `load_valohai_project`; without those that are not set."""
@@ -103,6 +104,7 @@ class StepDeclarations(dg.Model, dg.Resolvable):
             "backfill_policy": self._backfill_policy(),
             "retry_policy": self._retry_policy(),
             "pool": self.pool,
+            "upload_store": self.upload_store,
         }
         return {name: value for name, value in found.items() if value is not None}
 

@@ -29,8 +29,10 @@ def config_schema(
     *,
     fed: frozenset[tuple[str, str]] = frozenset(),
     partition_parameter: str | None = None,
+    upload_store: str | None = None,
 ) -> Shape:
     """The step's schema. `fed` holds `("parameter" | "input", name)` that upstream assets may bring.
+    `upload_store` is the project's default (O-15).
 
     A parameter or input that must have a value and has none, and that no edge feeds, is required, so the launch
     is refused before a run exists (Y-36, Y-41).
@@ -47,7 +49,7 @@ def config_schema(
         fields["inputs"] = _group(
             inputs, "URIs of the step's inputs: http(s)://, datum://, store://, file:// ..."
         )
-    return Shape({**fields, **_common_fields(step)})
+    return Shape({**fields, **_common_fields(step, upload_store)})
 
 
 def _group(fields: dict[str, Field], description: str) -> Field:
@@ -55,7 +57,7 @@ def _group(fields: dict[str, Field], description: str) -> Field:
     return Field(Shape(fields), description=description)
 
 
-def _common_fields(step: StepDefinition) -> dict[str, Field]:
+def _common_fields(step: StepDefinition, upload_store: str | None) -> dict[str, Field]:
     raw = step.step
     variables = "; ".join(_variable_text(v) for v in raw.environment_variables.values())
     groups = raw.environment_variable_groups
@@ -64,6 +66,11 @@ def _common_fields(step: StepDefinition) -> dict[str, Field]:
         "environment": _optional(
             String,
             f"Environment (worker group) to run on. Default: {raw.environment or 'the default group'}",
+        ),
+        "upload_store": _optional(
+            String,
+            f"Store of the outputs. Default: {raw.upload_store or upload_store or 'that of the deployment'}; "
+            "see `valohai-dagster stores ls`.",
         ),
         "environment_variables": Field(
             Map(String, Noneable(String)),
@@ -282,6 +289,7 @@ def step_config(
         inputs=inputs,
         image=config.get("image"),
         environment=config.get("environment"),
+        upload_store=config.get("upload_store"),
         environment_variables={k: v for k, v in variables.items() if v is not None},
         environment_variable_groups=config.get("environment_variable_groups"),
         time_limit=config.get("time_limit"),

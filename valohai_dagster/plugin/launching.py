@@ -93,6 +93,7 @@ def spec_of(
         commit=commit,
         ids=replace(ids, partition_key=partitions.label),
         upstream=resolve_upstream(tag.step, tag.edges, upstream),
+        upload_store=tag.upload_store,
     )
     if not archive_warnings:
         return spec

@@ -1,4 +1,4 @@
-"""What is declared beside valohai.yaml, step by step: partitions, checks, retries, pools.
+"""What is declared beside valohai.yaml, step by step: partitions, checks, retries, pools, stores.
 
 Each may be one value for all steps or a mapping by step name, where `*` stands for the steps that are not named.
 Everything that is wrong with them is found here, when the project is loaded.
@@ -36,6 +36,7 @@ class Declarations(TypedDict, total=False):
     checks: Mapping[str, Sequence[MetricCheck]] | None
     retry_policy: PerStep[dg.RetryPolicy]
     pool: PerStep[str]
+    upload_store: PerStep[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class StepOptions:
     checks: Sequence[MetricCheck] = ()
     retry_policy: dg.RetryPolicy | None = None
     pool: str | None = None
+    upload_store: str | None = None
 
 
 def options_by_step(project: Project, declared: Declarations) -> dict[str, StepOptions]:

@@ -90,6 +90,7 @@ class StepTag:
     checks: tuple[MetricCheck, ...] = ()
     partition_parameter: str | None = None
     sources: tuple[TaggedSource, ...] = ()
+    upload_store: str | None = None  # the project's default (O-15)
 
     def to_text(self) -> str:
         data = {
@@ -112,6 +113,7 @@ class StepTag:
             "checks": [check.to_dict() for check in self.checks],
             "partition_parameter": self.partition_parameter,
             "sources": [asdict(source) for source in self.sources],
+            "upload_store": self.upload_store,
         }
         return json.dumps(data, separators=(",", ":"), ensure_ascii=False, default=str)
 
@@ -125,6 +127,7 @@ def step_tag(
     checks: Sequence[MetricCheck] = (),
     partition_parameter: str | None = None,
     sources: Sequence[TaggedSource] = (),
+    upload_store: str | None = None,
 ) -> StepTag:
     """The tag of one step of a loaded project. It holds no credentials."""
     edges = edges_into(project, step.name)
@@ -149,6 +152,7 @@ def step_tag(
         checks=tuple(checks),
         partition_parameter=partition_parameter,
         sources=tuple(sources),
+        upload_store=upload_store,
     )
 
 
@@ -194,6 +198,7 @@ def read_step_tag(text: str) -> StepTag:
             TaggedSource(**{**source, "key": tuple(source["key"])})
             for source in data.get("sources") or ()
         ),
+        upload_store=data.get("upload_store"),
     )
 
 
@@ -209,6 +214,7 @@ def tag_at(tag: StepTag, project: Project) -> StepTag:
         checks=tag.checks,
         partition_parameter=tag.partition_parameter,
         sources=tag.sources,
+        upload_store=tag.upload_store,
         parents=_parents(fresh.upstream, tag.sources),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 
 from valohai_dagster.errors import ConfigurationError, StoreUnknown
 from valohai_dagster.settings import Settings
@@ -107,8 +108,11 @@ def make_store(name: str, section: StoreSettings) -> Store:
 
 
 def _unknown(name: str, known: Iterable[str]) -> StoreUnknown:
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1)
+    meant = f"did you mean {close[0]!r}? " if close else ""
     return StoreUnknown(
-        f"there is no store {name!r} in the settings; known are {', '.join(sorted(known)) or 'none'}. "
+        f"there is no store {name!r} in the settings; {meant}known are {', '.join(names) or 'none'}. "
         f"Add [stores.{name}] to valohai.toml. "
         "A service that runs already takes the file over once nothing runs, or at once after `valohai-dagster down`",
         store=name,

@@ -6,6 +6,7 @@ import itertools
 import socket
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,7 +25,7 @@ from valohai_dagster.executions.spec_model import InputSpec
 from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
 from valohai_dagster.records import tables as t
 from valohai_dagster.settings import GroupSettings, Settings
-from valohai_dagster.settings_stores import S3StoreSettings
+from valohai_dagster.settings_stores import LocalStoreSettings, S3StoreSettings
 from valohai_dagster.stores.registry import open_stores
 
 _NUMBERS = itertools.count(1)  # of agents
@@ -319,6 +320,49 @@ def test_a_defect_in_signing_is_said_instead_of_asked_about_for_ever(
 
     monkeypatch.setattr(signing._Signing, "put", broken)
     assert "a defect" in lease.want(wanted("x", 1)).refused["want-x"]
+
+
+# -- the store of outputs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen", ["s3", "local", None])
+def test_o15_outputs_go_to_the_store_of_the_spec_else_to_the_default_of_the_deployment(
+    service: RunningService, redis_server: RedisServer, chosen: str | None
+):
+    lease = lease_of(service, redis_server, upload_store=chosen)
+    granted = lease.want(wanted("x", 1), wanted("stdout", 1, "log")).uploads
+    with service.records.read() as conn:
+        found = conn.execute(sa.select(t.grants.c.upload_id, t.grants.c.store)).all()
+    stores = {row.upload_id: row.store for row in found}
+    assert stores[granted["want-x"].upload_id] == (chosen or service.settings.default_store)
+    assert stores[granted["want-stdout"].upload_id] == service.settings.log_store_name
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ("locals", "no store 'locals' in the settings; did you mean 'local'?"),
+        ("zzz", "no store 'zzz' in the settings; known are local, s3, theirs"),
+        ("theirs", "'theirs' can only be read"),
+        (None, "'theirs' can only be read"),
+    ],
+)
+def test_o15_a_store_that_takes_no_outputs_is_refused_before_anything_runs(
+    remote: Settings, tmp_path: Path, chosen: str | None, words: str
+):
+    theirs = LocalStoreSettings(path=tmp_path / "theirs", readonly=True)
+    values = {"stores": {**remote.stores, "theirs": theirs}}
+    if chosen is None:
+        values |= {"default_store": "theirs", "log_store": "local", "code_store": "local"}
+    with running_service(static_settings(remote, **values)) as service:
+        spec = make_spec(upload_store=chosen)
+        service.client.submit(spec)
+        view = ExecutionView.model_validate(service.final(spec.execution_id).data)
+    assert view.status is ExecutionStatus.error
+    assert view.started_at is None
+    assert words in str(view.reason)
+    if "read" in words:
+        assert "stores that take outputs are local, s3" in str(view.reason)
 
 
 # -- local stores ----------------------------------------------------------------------------------------------

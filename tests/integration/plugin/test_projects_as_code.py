@@ -22,6 +22,7 @@ from valohai_dagster import (
 from valohai_dagster.errors import RefusedError, ServiceUnavailable
 from valohai_dagster.plugin.git_sensor import build_git_sensor
 from valohai_dagster.plugin.reload import reload_code_location
+from valohai_dagster.plugin.step_tag import STEP_TAG, read_step_tag
 
 YAML = """
 - step:
@@ -193,7 +194,12 @@ def test_the_component_declares_partitions_checks_retries_and_pools(
         "retry_delay_seconds": 5,
         "retry_backoff": "exponential",
     }
-    attributes = {"source": str(project), "pool": "gpu", "steps": {"train": train}}
+    attributes = {
+        "source": str(project),
+        "pool": "gpu",
+        "upload_store": "models",
+        "steps": {"train": train},
+    }
     with create_defs_folder_sandbox() as sandbox:
         path = sandbox.scaffold_component(
             component_cls=ValohaiProjectComponent,
@@ -210,6 +216,17 @@ def test_the_component_declares_partitions_checks_retries_and_pools(
     policy = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL)
     op: Any = asset.op
     assert (op.retry_policy, op.pool) == (policy, "gpu")
+    assert read_step_tag(op.tags[STEP_TAG]).upload_store == "models"
+
+
+def test_o15_a_project_names_the_store_of_its_outputs(project: Path, tmp_path: Path) -> None:
+    stores = {"*": "models", "train": "archive"}
+    for given, expected in (("models", "models"), (stores, "archive"), (None, None)):
+        defs = load_valohai_project(
+            project, cache_dir=tmp_path / "cache", name="digits", upload_store=given
+        )
+        op: Any = defs.resolve_assets_def(AssetKey(["digits", "train"])).op
+        assert read_step_tag(op.tags[STEP_TAG]).upload_store == expected
 
 
 def test_options_that_do_not_fit_the_project_become_one_asset_that_tells(

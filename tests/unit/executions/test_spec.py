@@ -299,3 +299,26 @@ def test_a_step_definition_travels_as_json() -> None:
 def test_a_step_definition_of_a_newer_version_is_refused() -> None:
     with pytest.raises(ValueError, match="version 99"):
         StepDefinition.from_dict({"v": 99})
+
+
+@pytest.mark.parametrize(
+    ("launch", "step", "project", "chosen"),
+    [
+        ("a", "b", "c", "a"),
+        (None, "b", "c", "b"),
+        (None, None, "c", "c"),
+        (None, None, None, None),  # the execution service knows the deployment's
+        ("a", None, None, "a"),
+    ],
+)
+def test_o15_the_launch_chooses_the_store_then_the_step_then_the_project(
+    launch: str | None, step: str | None, project: str | None, chosen: str | None
+) -> None:
+    made = build_spec(
+        define(**({"upload-store": step} if step else {})),
+        StepConfig(upload_store=launch),
+        commit=COMMIT,
+        ids=IDS,
+        upload_store=project,
+    )
+    assert made.upload_store == chosen

@@ -250,3 +250,13 @@ def test_k72_groups_that_are_not_given_are_the_steps_and_an_empty_list_is_none_o
         assert (config.time_limit, config.no_output_timeout) == (None, None)
         assert (config.priority, config.fail_fast) == (0, False)
         assert config.remote_debug is None
+
+
+def test_o15_the_store_of_outputs_is_chosen_in_the_launchpad(step: StepDefinition) -> None:
+    schema: Any = config_schema(step, upload_store="models")
+    given = valid({"upload_store": "archive"})
+    assert step_config(step, resolve(schema, given).value, given).upload_store == "archive"
+    assert step_config(step, resolve(schema, valid({})).value, {}).upload_store is None
+    assert "Default: models;" in schema.fields["upload_store"].description
+    schema = config_schema(step)
+    assert "Default: that of the deployment;" in schema.fields["upload_store"].description

@@ -146,3 +146,11 @@ def test_only_what_may_go_away_by_itself_is_retried() -> None:
     assert not wrong.allow_retries
     assert "Next: correct this" in wrong.description
     assert "parameter `x` is bad" in str(wrong.metadata["problems"].value)
+
+
+def test_o15_the_projects_store_counts_where_the_launch_names_none() -> None:
+    tag = tag_of(PARTITIONED, upload_store="models")
+    given = {"day": "x"}
+    assert spec(tag, config(parameters=given)).upload_store == "models"
+    launched = spec(tag, config(parameters=given, upload_store="archive"))
+    assert launched.upload_store == "archive"

@@ -44,7 +44,9 @@ def test_what_is_written_is_read_again() -> None:
         max_retries=3, delay=1.5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.FULL
     )
     check = MetricCheck(name="good", condition="accuracy > 0.9", blocking=True, severity="WARN")
-    tag = tag_of(retry=policy, checks=[check], partition_parameter="learning-rate")
+    tag = tag_of(
+        retry=policy, checks=[check], partition_parameter="learning-rate", upload_store="models"
+    )
     read = read_step_tag(tag.to_text())
     assert read == tag
     assert read.retry is not None
@@ -65,12 +67,13 @@ def test_values_that_other_steps_take_are_exported() -> None:
 
 def test_a_tag_of_an_older_code_location_is_read() -> None:
     old = json.loads(tag_of().to_text())
-    for key in ("upstream", "exported", "partition_parameter"):
+    for key in ("upstream", "exported", "partition_parameter", "upload_store"):
         del old[key]
     read = read_step_tag(json.dumps(old))
     assert read.upstream == {"Prepare data": ("digits", "Prepare_data")}
     assert read.exported == {}
     assert read.partition_parameter is None
+    assert read.upload_store is None
 
 
 def test_other_steps_still_get_what_they_take_from_another_commit() -> None:
@@ -85,11 +88,12 @@ def test_a_newer_tag_is_refused_with_both_versions() -> None:
 
 
 def test_the_tag_at_another_commit_has_its_step_and_keeps_what_was_declared() -> None:
-    tag = tag_of(checks=[MetricCheck(name="good", condition="a > 1")])
+    tag = tag_of(checks=[MetricCheck(name="good", condition="a > 1")], upload_store="models")
     other = project_of(TWO_STEPS.replace("train.py", "train2.py"), commit="b" * 40)
     found = tag_at(tag, other)
     assert found.step.step.command == "python train2.py {parameters}"
     assert found.commit.identifier == "b" * 40
     assert found.code_version.startswith("b" * 13)
     assert found.checks == tag.checks
+    assert found.upload_store == "models"
     assert found.asset_key == tag.asset_key
