@@ -29,7 +29,7 @@ from pydantic_settings.sources import PydanticBaseSettingsSource
 from valohai_dagster.errors import ConfigurationError, RefusedError
 from valohai_dagster.settings_base import Section
 from valohai_dagster.settings_environment import read_environment
-from valohai_dagster.settings_file import anchor_paths, merge_tables, read_toml
+from valohai_dagster.settings_file import anchor_paths, file_state, merge_tables, read_toml
 from valohai_dagster.settings_problems import explain
 from valohai_dagster.settings_registries import RegistrySettings
 from valohai_dagster.settings_retention import RetentionSettings
@@ -429,23 +429,22 @@ def find_config(start: Path | None = None, environ: Mapping[str, str] = os.envir
 
 
 def load_settings(config: Path | None = None) -> Settings:
-    """The settings of this process; read again only when the file's path, its time or the environment changed."""
+    """The settings of this process; read again only when the file's path, its state or the environment changed."""
     config = config.absolute() if config is not None else find_config()
     relevant = tuple(
         sorted((k, v) for k, v in os.environ.items() if k.upper().startswith("VALOHAI_"))
     )
-    stamp = config.stat().st_mtime_ns if config is not None and config.exists() else 0
-    return _load(config, Path.cwd(), stamp, relevant)
+    return _load(config, Path.cwd(), file_state(config), relevant)
 
 
 @lru_cache(maxsize=8)
 def _load(
-    config: Path | None, cwd: Path, stamp: int, environ: tuple[tuple[str, str], ...]
+    config: Path | None, cwd: Path, state: tuple[int, int], environ: tuple[tuple[str, str], ...]
 ) -> Settings:
     base = config.parent if config is not None else cwd
     data = merge_tables(read_toml(config), read_environment(Settings, dict(environ)))
-    state = dict(environ).get("VALOHAI_STATE")
-    data["state_dir"] = base / Path(state or data.get("state_dir") or STATE_NAME).expanduser()
+    state_dir = dict(environ).get("VALOHAI_STATE")
+    data["state_dir"] = base / Path(state_dir or data.get("state_dir") or STATE_NAME).expanduser()
     data = anchor_paths(data, base)
     try:
         return Settings(**data, config_file=config)

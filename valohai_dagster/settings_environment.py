@@ -24,8 +24,10 @@ FOREIGN = frozenset(
 )
 SLIPS = {"config_file": "config"}  # that no likeness finds
 SHORT = 8  # letters; of shorter names one letter may be wrong, of others two
-KUBERNETES = re.compile(  # sets these in each pod for each Service, such as one of the name valohai-redis
-    r"(.+_)?(service_host|service_port(_\w+)?|port(_\d+_(tcp|udp|sctp)(_(proto|port|addr))?)?)"
+KUBERNETES = (
+    re.compile(  # sets these in each pod for each Service, such as one of the name valohai-redis
+        r"(.+_)?(service_host|service_port(_\w+)?|port(_\d+_(tcp|udp|sctp)(_(proto|port|addr))?)?)"
+    )
 )
 
 

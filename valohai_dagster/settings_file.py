@@ -30,6 +30,15 @@ def read_toml(config: Path | None) -> dict[str, Any]:
         ) from error
 
 
+def file_state(config: Path | None) -> tuple[int, int]:
+    """Its time and size, which change with it; zeros when it is not there."""
+    try:
+        found = config.stat() if config is not None else None
+    except OSError:
+        found = None
+    return (found.st_mtime_ns, found.st_size) if found is not None else (0, 0)
+
+
 def merge_tables(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     """`high` laid over `low`, table by table."""
     merged = dict(low)

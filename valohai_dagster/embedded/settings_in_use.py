@@ -14,16 +14,15 @@ from typing import Any
 from pydantic import BaseModel, SecretStr
 
 from valohai_dagster.settings import Settings
+from valohai_dagster.settings_file import file_state
 
 UNLIKE = frozenset({"config_file"})  # says where they are from, not what they are
 
 
 def file_stamp(config: Path | None) -> str:
     """Changes with the settings file; empty without one."""
-    try:
-        return f"{config}@{config.stat().st_mtime_ns}" if config is not None else ""
-    except OSError:
-        return ""
+    time, size = file_state(config)
+    return f"{config}@{time}-{size}" if time else ""
 
 
 def digests(settings: Settings, salt: str | None = None) -> dict[str, str]:

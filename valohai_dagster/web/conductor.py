@@ -44,6 +44,7 @@ class Ending(Enum):
     told = "told to"
     idle = "idle"
     changed = "the settings have changed"
+    failed = "a part of it has failed"
 
 
 def run_conductor(settings: Settings, *, on_demand: bool) -> Ending:
@@ -117,18 +118,22 @@ async def _serve_until_told(
         asyncio.create_task(stop.wait()),
     ]
     changed = asyncio.create_task(
-        in_use.until_changed(lambda: service.working or driving.busy, every=IDLE_LOOK_SECONDS)
+        in_use.until_changed(
+            lambda: service.working or service.packager.busy or driving.busy,
+            every=IDLE_LOOK_SECONDS,
+        )
     )
-    tasks.append(changed)
+    endings = {changed: Ending.changed}
     if on_demand:
-        tasks.append(asyncio.create_task(_until_idle(service, driving, settings)))
+        endings[asyncio.create_task(_until_idle(service, driving, settings))] = Ending.idle
+    tasks += endings
     in_use.announce()
     log.info("serving at %s", settings.base_url, extra={"action": "serve"})
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    if changed in done:
-        ending = Ending.changed
+    if any(task.exception() for task in done):
+        ending = Ending.failed  # whatever runs goes on without it
     else:
-        ending = Ending.idle if on_demand and tasks[-1] in done else Ending.told
+        ending = next((why for task, why in endings.items() if task in done), Ending.told)
     await _wind_down(settings, service, server, tasks, ending)
     return ending
 
