@@ -202,7 +202,7 @@ def _upload(
     project_id: str | None,
     **values: Any,
 ) -> None:
-    """Fills `made`; a file that was stored but cannot be recorded is deleted again."""
+    """Fills `made`; a file that was stored but could not be recorded is swept later."""
     stop = threading.Event()
     secret_key = load_secret_key(here.settings)
 
@@ -230,13 +230,10 @@ def _upload(
             note=partial(note, datum_name),
             **values,
         )
-        try:
-            with here.records.write() as connection:
-                own_uploads.settle_datum(connection, datum)
-                datums.create_datum(connection, datum)
-        except BaseException:
-            store.delete(datum.key)
-            raise
+        # Where that fails, the sweep decides by what the records say: they may have it although no answer came.
+        with here.records.write() as connection:
+            own_uploads.settle_datum(connection, datum)
+            datums.create_datum(connection, datum)
         made[path] = datum
         return path, datum
 

@@ -23,7 +23,7 @@ class Ref:
 
 @dataclass(frozen=True, kw_only=True)
 class Packaged:
-    """What is known of the packages of one version. `warning`: why there are none although somebody wants them."""
+    """What is known of the packages of one version. `warning`: why some or all are missing although somebody wants them."""
 
     by_datum: Mapping[str, Ref] = field(default_factory=dict)
     warning: str | None = None
@@ -33,8 +33,9 @@ def look_up(connection: sa.Connection, version: DatasetVersion) -> Packaged:
     known = packages.packaging_of(connection, version.id)
     if known is None or known.state == packages.DROPPED:
         return Packaged()
-    if known.state != packages.MADE:
-        return Packaged(warning=_warning(version, known))
+    warning = _warning(version, known)
+    if known.state not in (packages.MADE, packages.FAILED):
+        return Packaged(warning=warning)
     found = packages.packages_of(connection, version.id)
     usable = packages.usable(connection, [one.id for one in found])
     refs = {
@@ -44,7 +45,8 @@ def look_up(connection: sa.Connection, version: DatasetVersion) -> Packaged:
     }
     members = packages.members_of(connection, version.id)
     return Packaged(
-        by_datum={i: refs[package] for i, package in members.items() if package in refs}
+        by_datum={i: refs[package] for i, package in members.items() if package in refs},
+        warning=warning,
     )
 
 
@@ -71,4 +73,4 @@ def _warning(version: DatasetVersion, known: packages.Packaging) -> str | None:
         what = f"could not be packed; {again}"
     else:
         what = "cannot be packed for now, which is tried again"
-    return f"{version.uri} {what}. Its files are fetched one by one. The cause: {known.problem}"
+    return f"{version.uri} {what}. Files that are in no package are fetched one by one. The cause: {known.problem}"

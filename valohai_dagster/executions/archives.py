@@ -80,12 +80,13 @@ def record_commit(conn: sa.Connection, project: str, commit: CommitRef, now: dat
 
 def _key_for(conn: sa.Connection, archive: Archive, store: str, now: datetime) -> str:
     project_id = ensure_project(conn, archive.project, now)
-    mine = sa.and_(_C.project_id == project_id, _C.identifier == archive.commit.identifier)
-    same = sa.and_(mine, _C.archive_store == store, _C.archive_sha256 == archive.sha256)
-    told = t.commits.update().where(same).values(used_at=now).returning(_C.archive_key)
-    known = conn.execute(told).scalar_one_or_none()
-    if known is not None:
-        return known
+    content = sa.and_(_C.archive_store == store, _C.archive_sha256 == archive.sha256)
+    # Of other commits too: with the last that has this content its archive would go before this one is recorded.
+    told = t.commits.update().where(_C.project_id == project_id, content).values(used_at=now)
+    rows = conn.execute(told.returning(_C.identifier, _C.archive_key))
+    known = {row.identifier: row.archive_key for row in rows}
+    if known:
+        return known.get(archive.commit.identifier) or min(known.values())
     keys = (archive_key(archive.project, archive.sha256, number) for number in count())
     return next(key for key in keys if not own_uploads.is_going(conn, store, key))
 

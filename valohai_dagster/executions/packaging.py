@@ -66,12 +66,21 @@ class Packager:
     def __init__(self, core: ServiceCore) -> None:
         self._core = core
         self._stop = threading.Event()
+        self._writing = False
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="packages")
 
     def close(self) -> None:
-        """Waits for nothing: a store may hang, and what it has by then is swept."""
+        """Waits for nothing: a store may hang, and what it has by then is swept.
+
+        Only the end of the process waits for the thread, as that of the interpreter does for every pool.
+        """
         self._stop.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a package is being written, which would have to begin anew elsewhere."""
+        return self._writing
 
     async def step(self) -> None:
         if not await self.look():
@@ -146,9 +155,10 @@ class Packager:
     async def _written(
         self, version_id: str, holder: str, files: Sequence[Datum], place: _Place
     ) -> Written:
-        """On a thread, while the claim and the upload are renewed."""
+        """On a thread, while the claim and the upload are renewed. Who leaves early does not wait for the store: the
+        thread ends by itself, and what comes after it on the same thread finds it ended."""
         stores, stop = self._core.stores, threading.Event()
-        self._stop = stop
+        self._stop, self._writing = stop, True
         target = stores.get(place.store)
         work = self._on_thread(
             lambda: _write(lambda: write_package(files, stores, target, place.key, stop=stop))
@@ -165,8 +175,8 @@ class Packager:
             raise _NotOurs from None
         finally:
             stop.set()
-            if not work.done():
-                await asyncio.wait({work})
+            work.cancel()  # its answer has nowhere to go once the loop is closed
+            self._writing = False
 
     async def _renewed(self, version_id: str, holder: str, place: _Place) -> bool:
         core, now = self._core, self._core.clock()

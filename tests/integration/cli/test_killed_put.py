@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from tests.support.faulty_proxy import Asked, Fault, FaultyProxy, faulty_proxy
 from tests.support.servers.s3_stores import PART_BYTES, s3_client, s3_store
 from valohai_dagster.cli import data, stores
-from valohai_dagster.data import own_uploads
+from valohai_dagster.data import datums, own_uploads
 from valohai_dagster.data.transfers import Mover
 from valohai_dagster.errors import RefusedError, StoreConflict
 from valohai_dagster.records import tables as t
@@ -142,6 +142,38 @@ def test_a_put_that_is_killed_before_its_record_leaves_no_object(
     later(records)
     run(stores.app, "sweep", "--json")
     assert (list(bucket.list()), rows(records)) == ([], [])
+
+
+def test_a_put_that_gets_no_answer_to_its_commit_keeps_what_was_recorded(
+    records: Records, bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database has the record, only its answer is lost, as when it is restarted at that moment."""
+    (tmp_path / "small").write_bytes(b"12345")
+    recorded: list[Any] = []
+    write, create = Records.write, datums.create_datum
+
+    def noted(conn: sa.Connection, datum: Any) -> None:
+        create(conn, datum)
+        recorded.append(datum)
+
+    @contextmanager
+    def without_answer(self: Records) -> Iterator[sa.Connection]:
+        known = len(recorded)
+        with write(self) as conn:
+            yield conn
+        if len(recorded) > known:
+            raise ConnectionError("the server closed the connection")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datums, "create_datum", noted)
+        patch.setattr(Records, "write", without_answer)
+        with pytest.raises(ConnectionError):
+            run(data.app, "put", str(tmp_path / "small"), "--json")
+    later(records)
+    run(stores.app, "sweep", "--json")
+    (known,) = run(data.app, "ls", "--json")
+    assert (known["id"], rows(records)) == (recorded[0].id, [])
+    assert bucket.stat(recorded[0].key) is not None
 
 
 def test_an_upload_in_parts_that_was_begun_and_not_noted_is_aborted(

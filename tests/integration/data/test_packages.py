@@ -346,6 +346,23 @@ def test_i09_a_version_without_packages_works_file_by_file_and_the_cause_is_told
         assert told.endswith("The cause: the disk is broken")
 
 
+def test_i09_packages_that_were_made_before_packing_failed_are_used(place: Place) -> None:
+    version, files = packed(place)
+    f = t.dataset_files.c
+    with place.records.write() as connection:
+        connection.execute(
+            t.dataset_files.update().where(f.datum_id == files[2].id).values(package_id=None)
+        )
+        failed = {"state": packages.FAILED, "problem": "the disk is broken"}
+        connection.execute(t.packagings.update().values(**failed))
+    resolved = place.resolve(spec())
+    (package,) = resolved.packages
+    assert package.files == [file.id for file in resolved.inputs[0].files[:2]]
+    (told,) = resolved.warnings
+    assert f"{version.uri} could not be packed" in told
+    assert "Files that are in no package are fetched one by one" in told
+
+
 def test_o23_advice_is_given_for_few_or_large_files() -> None:
     assert packages.advice([1000] * 1000) is None
     assert "it has 999 files" in (packages.advice([1000] * 999) or "")

@@ -220,6 +220,30 @@ def test_o23_a_package_that_nobody_wants_any_more_is_not_finished(
     assert stored(service) == []
 
 
+def test_o23_a_store_that_hangs_does_not_keep_the_conductor(
+    service: RunningService, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told to go, it leaves the unfinished package to the sweep."""
+    writing, store_answers = threading.Event(), threading.Event()
+
+    def hang(*args: Any, **kwargs: Any) -> Any:
+        writing.set()
+        store_answers.wait()
+        raise Stopped
+
+    monkeypatch.setattr(packaging, "write_package", hang)
+    make_version(service, redis_server)
+    try:
+        assert writing.wait(20)
+        assert service.service is not None
+        assert service.service.packager.busy
+        service.leave()
+        assert not service.service.packager.busy
+    finally:
+        store_answers.set()
+    assert len(uploads(service)) == 1
+
+
 def test_o23_what_cannot_be_packed_is_told_to_whoever_reads_the_version(
     service: RunningService, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

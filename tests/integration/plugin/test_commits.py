@@ -355,6 +355,35 @@ def test_a_launch_in_the_middle_of_a_removal_publishes_under_another_key(
 
 
 @pytest.mark.usefixtures("much_later")
+def test_an_archive_that_another_commit_is_about_to_share_stays(
+    conductor: Conductor, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retention comes right after the launch has found it in the store, and does all it does before the launch goes on."""
+    tag = old_and_new(conductor, work, tmp_path)
+    work.write("train.py", "print(1)\n")
+    same = work.commit()
+    remote(work)
+    later = MUCH_LATER + timedelta(days=8)
+    plans = [plan_records(conductor.records, RETAIN, later)]
+    assert [item.name for item in plans[0].of("code")] == [f"commit {tag.commit.identifier[:13]}"]
+    stat = conductor.stores.code.stat
+
+    def meanwhile(key: str) -> Any:
+        found = stat(key)
+        if plans:
+            carry_out(conductor.records, conductor.stores, RETAIN, plans.pop(), later)
+        return found
+
+    monkeypatch.setattr(conductor.stores.code, "stat", meanwhile)
+    monkeypatch.setattr(commits, "utcnow", lambda: later)
+    found = conductor.find(tag, commit=same)
+    assert plans == []
+    assert found.commit.identifier != tag.commit.identifier
+    assert conductor.content(found, "train.py") == "print(1)\n"
+    assert len(list(conductor.stores.code.list("commits/"))) == 2
+
+
+@pytest.mark.usefixtures("much_later")
 def test_a_removal_between_upload_and_record_makes_the_launch_upload_again(
     conductor: Conductor, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
