@@ -48,6 +48,11 @@ class InputGrants:
                 self._ask([file_id, *stale[: MAX_GRANT_REQUESTS - 1]])
             return self._grants.get(file_id)
 
+    def known(self, file_id: str) -> Transfer | None:
+        """The one that is there, however good."""
+        with self._lock:
+            return self._grants.get(file_id)
+
     def another(self, file_id: str, denied: Transfer) -> Transfer | None:
         """A fresh one in place of one that was denied; what was renewed meanwhile counts as such."""
         with self._lock:

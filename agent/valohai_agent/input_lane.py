@@ -7,21 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 
 from valohai_agent.cache.local import InputCache, Wanted
-from valohai_agent.cache.locks import Waiting
+from valohai_agent.cache.locks import HeldNames
 from valohai_agent.errors import AgentError
 from valohai_agent.input_plan import InputFile, Placed
 from valohai_agent.input_ways import LocalWay, Source
+from valohai_agent.protocol import name_digest
 from valohai_agent.transfer import SmallDownload
 
-AT_ONCE = 256  # files whose names are held: each takes a file descriptor
-
-
-class _Busy(Exception):
-    """Somebody else fetches that content just now."""
-
-
-def _refuse() -> None:
-    raise _Busy
+AT_ONCE = 256  # files whose grants are asked for, and whose names are held, together
 
 
 class InputLane:
@@ -33,47 +26,60 @@ class InputLane:
     def takes(self, item: InputFile) -> bool:
         """Whether it is worth a try: a small file whose server need not be asked what it has."""
         known = self._cache is None or self._source.wanted(item).names
-        return bool(known) and self._source.is_small(item)
+        return bool(known) and self._source.may_be_small(item)
 
     def bring(self, files: Sequence[InputFile]) -> Iterator[tuple[InputFile, Placed | None]]:
         """Each file as it ends; None for one that `LocalWay.bring` shall see to."""
         for start in range(0, len(files), AT_ONCE):
-            yield from self._bring(files[start : start + AT_ONCE])
+            with contextlib.ExitStack() as stack:
+                names = None
+                if self._cache is not None:
+                    with contextlib.suppress(OSError):
+                        names = stack.enter_context(self._cache.fetching_some())
+                yield from self._bring(files[start : start + AT_ONCE], names)
 
-    def _bring(self, files: Sequence[InputFile]) -> Iterator[tuple[InputFile, Placed | None]]:
-        """Names are held until all of these files are there, so that nobody else fetches one meanwhile."""
-        with contextlib.ExitStack() as held:
-            free = [item for item in files if self._hold(item, held)]
-            hits = self._way.hits(free)
-            began = time.monotonic()
-            asked: dict[SmallDownload, tuple[InputFile, Wanted]] = {}
-            for item in free:
+    def _bring(
+        self, files: Sequence[InputFile], names: HeldNames | None
+    ) -> Iterator[tuple[InputFile, Placed | None]]:
+        """Each name is held until its file is there or is left to others, so that nobody else fetches it meanwhile."""
+        began = time.monotonic()
+        free = [item for item in files if self._hold(item, names)]
+        asked = self._ask(free)
+        tried = {item for item, _ in asked.values()}
+        for item in free:
+            if item not in tried:
+                self._give_back(item, names)
+        for item in files:
+            if item not in tried:
+                yield item, None
+        for download, moved in self._source.fetch_small(asked):
+            item, wanted = asked[download]
+            placed = None
+            if moved is not None:
+                seconds = (time.monotonic() - began) / len(asked)
                 with contextlib.suppress(AgentError, OSError):
-                    if item not in hits:
-                        wanted = self._source.wanted(item)
-                        asked[self._way.small(item)] = item, wanted
-            placed = {item for item, _ in asked.values()}
-            for item in files:
-                if item not in placed:
-                    yield item, None
-            each = 1 / max(1, len(asked))
-            for download, moved in self._source.fetch_small(asked):
-                item, wanted = asked[download]
-                if moved is None:
-                    yield item, None
-                    continue
-                seconds = (time.monotonic() - began) * each
-                try:
-                    yield item, self._way.keep(item, wanted, download.target, moved, seconds)
-                except (AgentError, OSError):
-                    yield item, None
+                    placed = self._way.keep(item, wanted, download.target, moved, seconds)
+            self._give_back(item, names)
+            yield item, placed
 
-    def _hold(self, item: InputFile, held: contextlib.ExitStack) -> bool:
+    def _ask(self, files: Sequence[InputFile]) -> dict[SmallDownload, tuple[InputFile, Wanted]]:
+        """What is to be fetched: neither here by now, nor without a grant for a server."""
+        hits = self._way.hits(files)
+        asked = {}
+        for item in files:
+            with contextlib.suppress(AgentError, OSError):
+                if item not in hits and self._source.is_small(item):
+                    asked[self._way.small(item)] = item, self._source.wanted(item)
+        return asked
+
+    def _hold(self, item: InputFile, names: HeldNames | None) -> bool:
         if self._cache is None:
             return True
-        try:
-            name = self._source.wanted(item).names[0]
-            held.enter_context(self._cache.fetching(name, Waiting(check=_refuse)))
-        except (_Busy, OSError):
-            return False
-        return True
+        return names is not None and names.take(name_digest(self._name(item)))
+
+    def _give_back(self, item: InputFile, names: HeldNames | None) -> None:
+        if names is not None:
+            names.give_back(name_digest(self._name(item)))
+
+    def _name(self, item: InputFile) -> str:
+        return self._source.wanted(item).names[0]

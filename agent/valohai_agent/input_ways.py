@@ -35,7 +35,13 @@ from valohai_agent.input_versions import (
 )
 from valohai_agent.local_files import disk_errors, require_space
 from valohai_agent.protocol import Checksums, Transfer
-from valohai_agent.transfer import SmallDownload, Transferer, Transferred, is_small
+from valohai_agent.transfer import (
+    SMALL_BYTES,
+    SmallDownload,
+    Transferer,
+    Transferred,
+    is_small,
+)
 
 log = logging.getLogger(__name__)
 
@@ -117,10 +123,15 @@ class Source:
         )
 
     # -- many small ones -------------------------------------------------------------------------------------------
+    def may_be_small(self, item: InputFile) -> bool:
+        """Whether a lane of the transferer may be able to fetch it; asks nobody."""
+        grant = self._grants.known(item.file.id)
+        size = item.file.size
+        return size is not None and size <= SMALL_BYTES if grant is None else is_small(grant, size)
+
     def is_small(self, item: InputFile) -> bool:
-        """Whether a lane of the transferer can fetch it."""
-        grant = self._grants.get(item.file.id)
-        return grant is not None and is_small(grant, item.file.size)
+        """Whether it surely is. Raises InputError."""
+        return is_small(self._grant(item), item.file.size)
 
     def small_download(self, item: InputFile, target: Path) -> SmallDownload:
         """Raises InputError."""

@@ -265,7 +265,11 @@ class _Fetch:
         def one(item: InputFile) -> Placed:
             if item.file.id in self.refused:
                 raise InputError(f"{item.label}: {self.refused[item.file.id]}")
-            placed = bring(item)
+            try:
+                placed = bring(item)
+            except BaseException:
+                self.grants.settle(item.file.id)
+                raise
             settle(item, placed)
             return placed
 

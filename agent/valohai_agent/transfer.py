@@ -38,6 +38,7 @@ from valohai_agent.transfers.wire import Patience
 
 __all__ = [
     "PARALLEL_FILES",
+    "SMALL_BYTES",
     "Progress",
     "SmallDownload",
     "SmallUpload",

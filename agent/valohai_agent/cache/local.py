@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from valohai_agent.cache.index import Content, Index
-from valohai_agent.cache.locks import Waiting, held, held_name, try_lock
+from valohai_agent.cache.locks import HeldNames, Waiting, held, held_name, try_lock
 from valohai_agent.cache.placing import copy_file
 from valohai_agent.cache.worth import Kept, Room, choose
 from valohai_agent.checksums import Hasher
@@ -137,6 +137,10 @@ class InputCache:
         """Holds a name while it is looked up and filled, so that a content is fetched once."""
         with held_name(self._locks / "names", name_digest(name), waiting):
             yield
+
+    def fetching_some(self) -> HeldNames:
+        """As `fetching`, for many names (by `name_digest`) of which those that somebody else holds are left to him."""
+        return HeldNames(self._locks / "names")
 
     @contextlib.contextmanager
     def arrivals(self) -> Iterator[Path]:

@@ -92,15 +92,51 @@ def held_name(path: Path, digest: str, waiting: Waiting | None = None) -> Iterat
     waiting = waiting or Waiting()
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        while not _locked_byte(fd, int(digest[:15], 16)):
+        while not _locked_byte(fd, _place(digest)):
             waiting.pause()
         yield
     finally:
         os.close(fd)
 
 
+class HeldNames:
+    """Some of the names that `held_name` holds, by one descriptor; nobody is waited for. Of one thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._held: set[int] = set()
+
+    def __enter__(self) -> HeldNames:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def take(self, digest: str) -> bool:
+        """False while somebody has it, this object too; always where the system has no such locks."""
+        place = _place(digest)
+        if not RANGES or place in self._held or not _locked_byte(self._fd, place):
+            return False
+        self._held.add(place)
+        return True
+
+    def give_back(self, digest: str) -> None:
+        place = _place(digest)
+        if place in self._held:
+            self._held.remove(place)
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _byte(fcntl.F_UNLCK, place))
+
+
+def _place(digest: str) -> int:
+    return int(digest[:15], 16)
+
+
+def _byte(kind: int, place: int) -> bytes:
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, place, 1, 0)
+
+
 def _locked_byte(fd: int, place: int) -> bool:
-    wanted = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0)
+    wanted = _byte(fcntl.F_WRLCK, place)
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
     except (BlockingIOError, PermissionError):

@@ -23,14 +23,16 @@ from valohai_agent.protocol import Transfer
 from valohai_agent.transfers.pace import Shared, Transferred
 from valohai_agent.transfers.pool import Place
 from valohai_agent.transfers.retries import Temporary
-from valohai_agent.transfers.wire import Wire, parse_head
+from valohai_agent.transfers.wire import Wire, content_length, parse_head
 
 SMALL_BYTES = 1024 * 1024  # of a file that goes this way: it is held in memory
 CONNECTIONS = 32  # of one lane
 CONNECTING = 4  # of these at a time
 HEAD_BYTES = 64 * 1024
 SLICE_SECONDS = 0.25  # how late a cancellation is noticed
-PATIENCE_SECONDS = 20.0  # for one errand
+PATIENCE_SECONDS = 20.0  # with a silent server
+LONGEST_SECONDS = 180.0  # of one errand, however slowly it moves
+REST_SECONDS = 60.0  # without lanes after one was given up
 FAILURES = 8  # in a row: then the server has trouble, and nothing else is tried here
 NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -69,10 +71,11 @@ class _Line:
         self.view = memoryview(self.buffer)
         self.out = memoryview(b"")
         self.have = self.content = self.need = 0
-        self.since = 0.0
+        self.since = self.moved_at = 0.0
 
     def begin(self, request: bytes) -> None:
-        self.out, self.since = memoryview(request), time.monotonic()
+        self.out = memoryview(request)
+        self.since = self.moved_at = time.monotonic()
         self.have = self.content = self.need = 0
         self.headers: dict[str, str] = {}
         self.status = 0
@@ -82,6 +85,7 @@ class _Line:
         try:
             while self.out:
                 self.out = self.out[self.sock.send(self.out) :]
+                self.moved_at = time.monotonic()
         except NOT_NOW:
             return False
         return True
@@ -96,6 +100,7 @@ class _Line:
             if not count:
                 raise Temporary("the connection broke off")
             self.have += count
+            self.moved_at = time.monotonic()
             if not self.need:
                 self._look_for_head()
         return True
@@ -107,10 +112,10 @@ class _Line:
                 raise Temporary("the answer is not HTTP")
             return
         self.status, _, self.headers = parse_head(str(self.view[:at], "latin-1"))
-        length = "0" if self.status == 204 else self.headers.get("content-length", "")
+        length = 0 if self.status == 204 else content_length(self.headers)
         self.content = at + 4
-        self.need = self.content + (int(length) if length.isdigit() else 0)
-        if not length.isdigit() or self.need > len(self.buffer):
+        self.need = self.content + (length or 0)
+        if length is None or self.need > len(self.buffer):
             self.headers["connection"] = "close"
             self.need = self.content
 
@@ -131,6 +136,7 @@ class Lane(Generic[E]):
         self._bell.setblocking(False)
         self._selector.register(self._bell, selectors.EVENT_READ)
         self._busy: dict[_Line, E] = {}
+        self._waiting: deque[E] = deque()
         self._connecting = 0
         self._failed = 0
 
@@ -139,7 +145,10 @@ class Lane(Generic[E]):
 
         When the transferer was cancelled, all that is left comes back undone.
         """
-        waiting = deque(errands)
+        waiting = self._waiting = deque(errands)
+        if time.monotonic() < self._shared.lanes_rest_until:
+            yield from ((errand, None) for errand in waiting)
+            waiting.clear()
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
             crew = stack.enter_context(ThreadPoolExecutor(CONNECTING, "connect"))
@@ -164,12 +173,16 @@ class Lane(Generic[E]):
             self._failed = FAILURES
             for line in list(self._busy):
                 yield self._drop(line), None
-        while waiting and self._failed >= FAILURES:
-            yield self._undone(waiting.popleft()), None
+        if waiting and self._failed >= FAILURES:
+            self._shared.lanes_rest_until = time.monotonic() + REST_SECONDS
+            while waiting:
+                yield self._undone(waiting.popleft()), None
 
     def _close(self) -> None:
         for line, errand in self._busy.items():
             line.wire.close()
+            errand.close()
+        for errand in self._waiting:
             errand.close()
         with contextlib.suppress(Empty):
             while True:
@@ -288,8 +301,9 @@ class Lane(Generic[E]):
         return False
 
     def _overdue(self) -> Iterator[tuple[E, None]]:
-        before = time.monotonic() - PATIENCE_SECONDS
-        for line in [line for line in self._busy if line.since < before]:
+        now = time.monotonic()
+        silent, slow = now - PATIENCE_SECONDS, now - LONGEST_SECONDS
+        for line in [one for one in self._busy if one.moved_at < silent or one.since < slow]:
             yield self._drop(line), None
 
     def _drop(self, line: _Line) -> E:

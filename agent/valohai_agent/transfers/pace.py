@@ -52,6 +52,7 @@ class Shared:
         self.algorithms = algorithms
         self._attempts, self._sleep, self._cancelled = attempts, sleep, cancelled
         self._max_connections = max_connections
+        self.lanes_rest_until = 0.0  # time.monotonic()
         self._lock = threading.Lock()
         self._files = 0
         self._helpers = 0

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import functools
-import os
 import re
-import socket
-import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
-from urllib.parse import SplitResult, unquote, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
-import certifi
-
-from valohai_agent.errors import Refused, Unreachable
+from valohai_agent.errors import Refused
 from valohai_agent.protocol import Transfer
-from valohai_agent.transfers.retries import Temporary
+from valohai_agent.transfers.connecting import Place, basic_auth, connect
 from valohai_agent.transfers.wire import (
-    BROKE_OFF,
-    NO_ANSWER,
     Answer,
     FileBody,
     Patience,
@@ -34,15 +25,6 @@ KEPT_CONNECTIONS = 32  # per server; more than that are closed after use
 REDIRECTS = 5
 URL = re.compile(r"(https?)://([^/?#]*)([^#]*)", re.IGNORECASE)
 REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
-
-
-class Place(NamedTuple):
-    """Whom to connect to. `proxy` is its URL, or empty."""
-
-    scheme: str
-    host: str
-    port: int
-    proxy: str
 
 
 class Server(NamedTuple):
@@ -130,7 +112,7 @@ class Pool:
 
     def connect(self, place: Place, check: Callable[[], None], name: str) -> Wire:
         """A new connection. Raises Temporary, Unreachable."""
-        return Wire(_connect(place, self._patience, name), self._patience, check)
+        return Wire(connect(place, self._patience, check, name), self._patience, check)
 
     def give_back(self, place: Place, wire: Wire, *, usable: bool) -> None:
         """Keeps the connection for the next request if it can serve one."""
@@ -195,10 +177,10 @@ def _server(url: str, name: str) -> Server:
     place = Place(scheme, host, port or (443 if scheme == "https" else 80), _proxy(scheme, host))
     authority = parts.netloc.rpartition("@")[2]
     lines = {"host": f"Host: {authority}", "accept-encoding": "Accept-Encoding: identity"}
-    _basic(lines, "Authorization", parts)
+    basic_auth(lines, "Authorization", parts)
     if not (place.proxy and scheme == "http"):
         return Server(place, "", lines)
-    _basic(lines, "Proxy-Authorization", urlsplit(place.proxy))
+    basic_auth(lines, "Proxy-Authorization", urlsplit(place.proxy))
     return Server(place, f"http://{authority}", lines)
 
 
@@ -235,79 +217,3 @@ def _ascii(target: str) -> str:
 
 def _escaped(character: str) -> str:
     return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogateescape"))
-
-
-def _basic(lines: dict[str, str], header: str, parts: SplitResult) -> None:
-    if parts.username is not None:
-        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        lines[header.lower()] = f"{header}: Basic {base64.b64encode(pair.encode()).decode()}"
-
-
-def _connect(place: Place, patience: Patience, name: str) -> socket.socket:
-    if place.proxy:
-        through = urlsplit(place.proxy)
-        address = (through.hostname or "", through.port or 8080)
-    else:
-        address = (place.host, place.port)
-    try:
-        sock = socket.create_connection(address, patience.connect_seconds)
-    except TimeoutError as error:
-        seconds = f"{patience.connect_seconds:g} s"
-        raise Temporary(f"no connection to {_whom(place)} within {seconds}") from error
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "no such name"
-        raise Temporary(f"no connection to {_whom(place)}: {reason}") from error
-    try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if place.scheme == "https":
-            if place.proxy:
-                _tunnel(sock, place, patience)
-            sock.settimeout(patience.connect_seconds)
-            return tls_context().wrap_socket(sock, server_hostname=place.host)
-        return sock
-    except ssl.SSLCertVerificationError as error:
-        sock.close()
-        raise Unreachable(f"{name}: the TLS certificate was not accepted") from error
-    except TimeoutError as error:
-        sock.close()
-        raise Temporary(NO_ANSWER) from error
-    except OSError as error:
-        sock.close()
-        raise Temporary(BROKE_OFF) from error
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _whom(place: Place) -> str:
-    return "the proxy" if place.proxy else f"{place.host}:{place.port}"
-
-
-def _tunnel(sock: socket.socket, place: Place, patience: Patience) -> None:
-    """Asks the proxy for a way to the server; the proxy sees only its name."""
-    host = f"[{place.host}]" if ":" in place.host else place.host
-    lines = {"host": f"Host: {host}:{place.port}"}
-    _basic(lines, "Proxy-Authorization", urlsplit(place.proxy))
-    wire = Wire(sock, patience, lambda: None)
-    wire.send(
-        "\r\n".join([f"CONNECT {host}:{place.port} HTTP/1.1", *lines.values(), "", ""]).encode(
-            "latin-1"
-        )
-    )
-    status, _, _ = wire.head()
-    if status != 200:
-        raise Temporary(f"the proxy answered HTTP {status}")
-
-
-@functools.cache
-def tls_context() -> ssl.SSLContext:
-    """Verifies certificates against the system's, certifi's and those that the environment names."""
-    context = ssl.create_default_context(cafile=certifi.where())
-    context.load_default_certs()
-    named = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-    if named:
-        if os.path.isdir(named):
-            context.load_verify_locations(capath=named)
-        else:
-            context.load_verify_locations(cafile=named)
-    return context

@@ -110,10 +110,11 @@ class _Upload:
 
     def body(self) -> bytes | None:
         if self._source is None:
+            self.close()
             self._file = self.wanted.opens()
-            source = Source(self._shared, self._file.fileno(), name=self.name, progress=None)
-            if source.size > SMALL_BYTES:
+            if os.fstat(self._file.fileno()).st_size > SMALL_BYTES:
                 raise Refused(f"{self.name}: the file has grown")
+            source = Source(self._shared, self._file.fileno(), name=self.name, progress=None)
             source.require_granted_size(self.transfer)
             self._source, self._body = source, source.small()
         return self._body

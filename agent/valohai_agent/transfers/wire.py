@@ -7,6 +7,7 @@ Waiting happens in short slices, between which `check` may end it. URLs never ap
 from __future__ import annotations
 
 import os
+import re
 import select
 import socket
 import ssl
@@ -18,6 +19,9 @@ from dataclasses import dataclass, field
 from valohai_agent.local_files import Shrunk
 from valohai_agent.transfers.retries import Temporary
 
+STATUS = re.compile(r"[0-9]{3}")
+LENGTH = re.compile(r"[0-9]{1,18}")
+CHUNK = re.compile(rb"\s*([0-9A-Fa-f]{1,15})\s*(?:;|$)")
 BUFFER_BYTES = (
     128 * 1024
 )  # a longer head of an answer is not HTTP; a small file comes with its head in one piece
@@ -59,7 +63,6 @@ class Wire:
 
     def __init__(self, sock: socket.socket, patience: Patience, check: Callable[[], None]) -> None:
         self.check = check
-        self.fresh = True
         self._sock = sock
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._patience = patience
@@ -68,6 +71,7 @@ class Wire:
         self._start = self._end = 0
         self._watch_from, self._watched = time.monotonic(), 0
         self.block()
+        self.fresh = True
 
     def close(self) -> None:
         self._sock.close()
@@ -78,7 +82,8 @@ class Wire:
         return self._sock
 
     def block(self) -> None:
-        """As it was made."""
+        """As it was made, but that it was used."""
+        self.fresh = False
         seconds = min(SLICE_SECONDS, self._patience.read_seconds)
         _set_slice(self._sock, seconds, kernel=not self._tls)
 
@@ -252,7 +257,7 @@ def parse_head(text: str) -> tuple[int, str, dict[str, str]]:
     lines = text.split("\r\n")
     version, _, rest = lines[0].partition(" ")
     code, _, reason = rest.partition(" ")
-    if not version.startswith("HTTP/") or not code.isdigit():
+    if not version.startswith("HTTP/") or not STATUS.fullmatch(code):
         raise Temporary("the answer is not HTTP")
     headers = {}
     for line in lines[1:]:
@@ -261,6 +266,16 @@ def parse_head(text: str) -> tuple[int, str, dict[str, str]]:
     if version == "HTTP/1.0":
         headers.setdefault("connection", "close")
     return int(code), reason.strip(), headers
+
+
+def content_length(headers: Mapping[str, str]) -> int | None:
+    """Of an answer's body, in bytes. Raises Temporary when it is no number that can be meant."""
+    text = headers.get("content-length")
+    if text is None:
+        return None
+    if not LENGTH.fullmatch(text):
+        raise Temporary("the answer is not HTTP")
+    return int(text)
 
 
 def _set_slice(sock: socket.socket, seconds: float, *, kernel: bool) -> None:
@@ -288,9 +303,8 @@ class Answer:
         self._ended = False
         if bodyless or status in (204, 304):
             self._chunked, self._left, self._ended = False, 0, True
-        length = headers.get("content-length", "")
-        if length.isdigit() and not self._chunked:
-            self.length = int(length)
+        if not self._chunked:
+            self.length = content_length(headers)
         if not self._ended:
             self._left = self.length
             self._ended = self._left == 0
@@ -334,10 +348,10 @@ class Answer:
 
     def _read_chunked(self, view: memoryview) -> int:
         if not self._chunk:
-            try:
-                self._chunk = int(self.wire.line().split(b";")[0], 16)
-            except ValueError as error:
-                raise Temporary("the answer is not HTTP") from error
+            found = CHUNK.match(self.wire.line())
+            if found is None:
+                raise Temporary("the answer is not HTTP")
+            self._chunk = int(found[1], 16)
             if not self._chunk:
                 while self.wire.line():
                     pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,12 @@ import pytest
 from tests.support.file_server import FileServer, serving
 from tests.support.tls import Authority
 from tests.support.unruly import Unruly, unruly
+from valohai_agent.errors import Unreachable
 from valohai_agent.protocol import Checksums, Transfer, UploadGrant
 from valohai_agent.transfer import SmallDownload, SmallUpload, Transferer, Transferred
-from valohai_agent.transfers import lane, pool
+from valohai_agent.transfers import connecting, lane
 from valohai_agent.transfers.upload import Source
+from valohai_agent.transfers.wire import Patience
 
 MANY = 300
 
@@ -87,14 +90,14 @@ def test_files_come_by_tls_too(
 ) -> None:
     authority = Authority(tmp_path / "authority")
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(authority.certificate))
-    pool.tls_context.cache_clear()
+    connecting.tls_context.cache_clear()
     with serving(tmp_path / "https", certificate=authority.issue("files")) as server:
         contents = {f"f{number}": os.urandom(200_000) for number in range(40)}
         for name, content in contents.items():
             server.put(name, content)
         downloads = [wanted(f"{server.url}/{name}", tmp_path / name) for name in contents]
         assert all(fetch(engine, *downloads).values())
-    pool.tls_context.cache_clear()
+    connecting.tls_context.cache_clear()
     assert {name: (tmp_path / name).read_bytes() for name in contents} == contents
 
 
@@ -134,6 +137,70 @@ def test_a_server_in_trouble_is_left_alone_after_a_few_failures(
         assert len(server.requests) < lane.FAILURES + lane.CONNECTIONS
 
 
+def test_after_a_lane_was_given_up_the_next_one_tries_nothing(
+    engine: Transferer, server: FileServer, tmp_path: Path
+) -> None:
+    server.put("f", b"content")
+    with unruly(data=b"x", storm=1 << 30) as troubled:
+        fetch(engine, *[wanted(troubled.url(), tmp_path / f"f{n}") for n in range(MANY)])
+    assert fetch(engine, wanted(f"{server.url}/f", tmp_path / "f")) == {"f": None}
+    assert not server.seen
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "HTTP/1.1 20² OK\r\nContent-Length: 1",
+        "HTTP/1.1 200 OK\r\nContent-Length: " + "9" * 5000,
+        "HTTP/1.1 200 OK\r\nContent-Length: -1",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5",
+        "nonsense",
+    ],
+)
+def test_an_answer_that_is_not_http_is_no_defect_of_ours(
+    engine: Transferer, tmp_path: Path, head: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        answering = threading.Thread(target=_answer_all, args=(listener, head))
+        answering.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/f"
+        assert fetch(engine, wanted(url, tmp_path / "f")) == {"f": None}
+        ordinary = Transferer(attempts=1)
+        with pytest.raises(Unreachable, match=r"not HTTP|broke off"):
+            ordinary.download(Transfer(url=url), tmp_path / "f", name="f")
+        ordinary.close()
+        answering.join()
+
+
+def _answer_all(listener: socket.socket, head: str) -> None:
+    """Both requests."""
+    for _ in range(2):
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(f"{head}\r\n\r\nx".encode("latin-1"))
+
+
+def test_giving_up_does_not_wait_for_a_connection(tmp_path: Path) -> None:
+    """A server that takes the connection and never answers the TLS greeting, for which there would be an hour."""
+    cancelled = threading.Event()
+    patience = Patience(connect_seconds=3600)
+    engine = Transferer(cancelled=cancelled, patience=patience)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/f"
+        with ThreadPoolExecutor(2) as pool:
+            by_lane = pool.submit(fetch, engine, wanted(url, tmp_path / "f"))
+            one = pool.submit(engine.download, Transfer(url=url), tmp_path / "g", name="g")
+            greeted = [listener.accept()[0] for _ in range(2)]
+            cancelled.set()
+            assert by_lane.result() == {"f": None}
+            with pytest.raises(Unreachable, match="cancelled"):
+                one.result()
+        for connection in greeted:
+            connection.close()
+    engine.close()
+
+
 def test_one_failure_stops_no_other(engine: Transferer, server: FileServer, tmp_path: Path) -> None:
     server.put("good", b"good")
     names = ["good", "missing", "good", "missing", "good"]
@@ -151,10 +218,10 @@ def test_nobody_there_and_no_url_come_back_undone(engine: Transferer, tmp_path: 
     ) == {"a": None, "b": None}
 
 
-def test_a_silent_server_is_given_up(
+def test_a_server_that_drips_is_given_up(
     engine: Transferer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lane, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(lane, "LONGEST_SECONDS", 0.1)
     with unruly(data=b"x" * 10, drip=True) as server:
         assert fetch(engine, wanted(server.url(), tmp_path / "f")) == {"f": None}
 
@@ -223,6 +290,19 @@ def test_an_upload_that_is_refused_or_signed_for_another_size_comes_back(
         assert server.stored is None
     assert stormed is None
     assert other is None
+
+
+def test_a_file_that_has_grown_comes_back_and_leaves_no_thread(
+    engine: Transferer, tmp_path: Path
+) -> None:
+    path = tmp_path / "f"
+    with path.open("wb") as file:
+        file.truncate(40 * 1024 * 1024)
+    with unruly() as server:
+        before = threading.active_count()
+        ((_, moved),) = engine.upload_small([sending(server, path)])
+        assert threading.active_count() == before
+    assert moved is None
 
 
 def test_a_file_that_changes_while_it_is_sent_is_no_output(

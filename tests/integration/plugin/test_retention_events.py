@@ -211,7 +211,7 @@ def test_the_command_says_when_nothing_is_set_and_what_may_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = CliRunner()
-    refused = runner.invoke(app, ["plan"])
+    refused = runner.invoke(app, ["run", "--yes"])
     assert isinstance(refused.exception, RefusedError)
     config = tmp_path / "valohai.toml"
     config.write_text("[retention]\nlogs_days = 1\n")
