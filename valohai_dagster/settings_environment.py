@@ -24,10 +24,9 @@ FOREIGN = frozenset(
 )
 SLIPS = {"config_file": "config"}  # that no likeness finds
 SHORT = 8  # letters; of shorter names one letter may be wrong, of others two
-KUBERNETES = (
-    re.compile(  # sets these in each pod for each Service, such as one of the name valohai-redis
-        r"(.+_)?(service_host|service_port(_\w+)?|port(_\d+_(tcp|udp|sctp)(_(proto|port|addr))?)?)"
-    )
+# Set in each pod for each Service of its namespace, such as one of the name valohai-redis.
+KUBERNETES = re.compile(
+    r"(.+_)?(service_host|service_port(_\w+)?|port(_\d+_(tcp|udp|sctp)(_(proto|port|addr))?)?)"
 )
 
 
