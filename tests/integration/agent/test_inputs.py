@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import tarfile
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -110,6 +112,15 @@ def test_k33_inputs_json_describes_what_was_placed(rig: Rig) -> None:
     assert entry["metadata"] == [{"k": 1}]
     assert (rig.workspace.inputs / "d/sub/ü x.bin").read_bytes() == data
     assert rig.ready[0].checksums.sha256 == sha256
+
+
+def test_i20_i26_an_archive_lies_below_its_inputs_name_as_it_is(rig: Rig) -> None:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("inside"))
+    rig.fetch([_input("d", _file("1", "a.tar.gz"))], {"1": rig.source("a", content.getvalue())})
+    assert [path.name for path in (rig.workspace.inputs / "d").iterdir()] == ["a.tar.gz"]
+    assert (rig.workspace.inputs / "d/a.tar.gz").read_bytes() == content.getvalue()
 
 
 def test_i31_four_lines_per_downloaded_file_with_decimal_sizes(rig: Rig) -> None:

@@ -265,7 +265,7 @@ def test_o05_a_live_file_that_could_not_be_stored_is_stored_at_the_end(rig: Rig)
     assert rig.reports[0].live
 
 
-def test_the_thread_takes_live_files_by_itself(rig: Rig) -> None:
+def test_o04_the_thread_takes_live_files_by_itself(rig: Rig) -> None:
     arrived = threading.Event()
     rig.collector._report = lambda report: (rig.reports.append(report), arrived.set())[0]
     rig.collector.start_live(interval_seconds=0.02)

@@ -73,7 +73,7 @@ def service(settings: Settings, namespaces: None) -> Iterator[RunningService]:
         stop_agents(service)
 
 
-def test_o11_i01_k33_a_sidecar_makes_a_dataset_version_that_the_next_execution_reads(
+def test_o11_o14_i01_k33_a_sidecar_makes_a_dataset_version_that_the_next_execution_reads(
     service: RunningService, project: Path
 ) -> None:
     made, _ = run(service, project, "make")
