@@ -30,6 +30,7 @@ Level = Literal["ok", "note", "warn", "fail"]
 LOW_DISK_BYTES = 2 * 10**9
 MAX_CLOCK_OFFSET_SECONDS = 5.0
 HTTP_SECONDS = 3.0
+POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +171,7 @@ def store_uses(settings: Settings) -> list[tuple[str, str]]:
 def check_service(settings: Settings) -> Iterator[Finding]:
     """The conductor: started here when the deployment starts it on demand."""
     from valohai_dagster.embedded.conductor import (
+        START_SECONDS,
         ensure_conductor,
         log_path,
         other_settings,
@@ -179,8 +181,7 @@ def check_service(settings: Settings) -> Iterator[Finding]:
     info = ensure_conductor(settings)
     url = info.url if info else settings.base_url
     try:
-        answer = httpx.get(f"{url}/health", timeout=HTTP_SECONDS)
-        answer.raise_for_status()
+        await_health(url, START_SECONDS if info else 0.0)
     except httpx.HTTPError as error:
         hint = (
             f"its log is {log_path(settings)}"
@@ -197,6 +198,20 @@ def check_service(settings: Settings) -> Iterator[Finding]:
         return
     who = f"pid {info.pid}, " if info else ""
     yield Finding(part="service", level="ok", text=f"conductor {who}{url}")
+
+
+def await_health(url: str, seconds: float) -> None:
+    """Until the service at `url` says that it is well. One that was just started refuses connections, or is slow, for a
+    while: it is asked again for so long. Raises `httpx.HTTPError` with the last answer."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            httpx.get(f"{url}/health", timeout=HTTP_SECONDS).raise_for_status()
+            return
+        except httpx.TransportError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(POLL_SECONDS)
 
 
 def check_groups(settings: Settings) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from valohai_agent.protocol import Checksums
+from valohai_dagster.cli import dataset_packages
 from valohai_dagster.cli.data_place import (
     AsJson,
     Deployment,
@@ -87,7 +88,8 @@ def put(
             _upload(here, found, made, target, project_id, tags=tag or (), **values)
         order = {path: number for number, (path, _) in enumerate(found)}
         stored = [made[path] for path in sorted(made, key=order.__getitem__)]
-        _name_them(here, stored, project_id, alias, version)
+        versions = _name_them(here, stored, project_id, alias, version)
+        dataset_packages.start_packing(here, versions)
     if as_json:
         print_json([datum_dict(datum, [alias] if alias else []) for datum in stored])
         return
@@ -249,7 +251,9 @@ def _interruptible(what: str) -> Iterator[dict[Path, datums.Datum]]:
     made: dict[Path, datums.Datum] = {}
     try:
         yield made
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not made:
+            typer.echo(f"{what} was interrupted; nothing was stored", err=True)
         if made:
             typer.echo(
                 f"{what} ended early; stored as datums: {counted(len(made), 'file')}", err=True
@@ -287,9 +291,10 @@ def _name_them(
     project_id: str | None,
     alias: str | None,
     version: str | None,
-) -> None:
+) -> list[str]:
+    """Ids of the versions that were made."""
     if project_id is None or not made or (alias is None and version is None):
-        return
+        return []
     with here.records.write() as connection:
         if alias is not None:
             aliases.set_alias(
@@ -297,9 +302,11 @@ def _name_them(
             )
         if version is not None:
             ids = [datum.id for datum in made]
-            datasets.create_version(
+            new = datasets.create_version(
                 connection, project_id=project_id, uri=version, datum_ids=ids, now=now()
             )
+            return [new.id]
+    return []
 
 
 def _metadata(text: str | None) -> dict[str, Any]:

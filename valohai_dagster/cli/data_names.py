@@ -32,7 +32,9 @@ Name = Annotated[str, typer.Argument(help="The alias.")]
 @alias_app.command("set")
 def set_alias(
     name: Name,
-    reference: Annotated[str, typer.Argument(help="The datum: id, datum://ID or another alias.")],
+    reference: Annotated[
+        str, typer.Argument(help="The datum: id, name, datum://ID or another alias.")
+    ],
     project: Project = None,
 ) -> None:
     """Makes or moves an alias; what it pointed to before stays in its history."""

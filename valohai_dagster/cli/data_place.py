@@ -23,9 +23,7 @@ from valohai_dagster.records.tables import projects
 from valohai_dagster.settings import Settings, load_settings
 from valohai_dagster.stores.registry import Stores, open_stores
 
-REFERENCE = (
-    "datum://ID, an id, an alias, dataset://NAME/VERSION, model://SLUG/NUMBER, or a name with *."
-)
+REFERENCE = "datum://ID, an id, an alias, a name (with * too), dataset://NAME/VERSION, or model://SLUG/NUMBER."
 Project = Annotated[
     str | None,
     typer.Option(
@@ -159,6 +157,7 @@ def datum_dict(datum: datums.Datum, names: Sequence[str] = ()) -> dict[str, Any]
         "metadata": datum.metadata,
         "properties": datum.properties,
         "adopted": datum.adopted,
+        "version": datum.version,
         "ctime": datum.ctime.isoformat(),
         "purged": datum.purged,
     }

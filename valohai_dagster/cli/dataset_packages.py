@@ -14,6 +14,7 @@ from valohai_dagster.data import datasets, packages
 from valohai_dagster.data.datums import require_content
 from valohai_dagster.data.package_removal import remove_packages
 from valohai_dagster.data.version_wishes import DATASET_SCHEME, split_dataset_uri
+from valohai_dagster.embedded.conductor import ensure_conductor
 
 
 def packaging(
@@ -56,10 +57,22 @@ def _switch_version(here: Deployment, uri: str, project_id: str, *, on: bool) ->
         elif packages.packaging_of(connection, version.id) is not None:
             removals = packages.drop(connection, version.id, "it was switched off", now())
     remove_packages(here.records, here.stores, removals)
-    what = "is packed by the next conductor that is free" if on else "is not packed"
+    what = "is to be packed" if on else "is not packed"
     typer.echo(f"{version.uri} {what}")
     if note:
         typer.echo(f"note: {note}", err=True)
+    if on:
+        start_packing(here, [version.id])
+
+
+def start_packing(here: Deployment, version_ids: Sequence[str]) -> None:
+    """Sees to it that somebody writes the packages of those versions that want some, and says who; not for long."""
+    with here.records.read() as connection:
+        if not packages.packagings_of(connection, version_ids):
+            return
+    info = ensure_conductor(here.settings)
+    who = f"the conductor (pid {info.pid})" if info else "the next conductor that is free"
+    typer.echo(f"{who} packs it in the background; `data datasets show` tells how far", err=True)
 
 
 def described(connection: sa.Connection, version_ids: Sequence[str]) -> dict[str, dict[str, Any]]:

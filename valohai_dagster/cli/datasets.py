@@ -156,6 +156,7 @@ def create(
             )
             for one in alias or []:
                 datasets.point_alias(connection, made, name=one, now=now())
+        dataset_packages.start_packing(here, [made.id])
     if as_json:
         print_json({**_as_dict(made, {}), "aliases": alias or [], "files": len(found)})
     else:

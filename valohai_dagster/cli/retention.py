@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Remove what is older than the settings under [retention] keep. Records and lineage stay.",
+    help="Remove what is older than the settings under \\[retention] keep. Records and lineage stay.",
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 NOTHING_SET = (

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from valohai_dagster.data import aliases, packages, version_files
 from valohai_dagster.data.datums import Datum, hold
+from valohai_dagster.data.projects_known import project_missing
 from valohai_dagster.data.version_wishes import (
     DATASET_SCHEME,
     LATEST,
@@ -97,7 +98,8 @@ def get_version(
     """
     name, wanted = split_dataset_uri(reference)
     if project_id is None:
-        raise NotFoundError(f"{reference}: a dataset belongs to a project; name the project too")
+        why = "a dataset belongs to a project"
+        raise project_missing(connection, reference, why, t.datasets.c.name, name)
     dataset = get_dataset(connection, project_id, name)
     found = find_version(connection, dataset, wanted) if wanted else None
     if found is None:

@@ -12,12 +12,14 @@ import sqlalchemy as sa
 
 from valohai_agent.protocol import Checksums
 from valohai_dagster.data import aliases
+from valohai_dagster.data.projects_known import project_missing
 from valohai_dagster.errors import NotFoundError, RefusedError
 from valohai_dagster.records.tables import datum_aliases, datums
 from valohai_dagster.stores.registry import Stores
 
 SCHEME = "datum://"
 CHUNK = 500  # rows of one statement with a list of ids
+VERSION_CHARS = 255  # of a version, that the records keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class Datum:
     metadata: dict[str, Any] = field(default_factory=dict)
     properties: dict[str, Any] = field(default_factory=dict)
     adopted: bool = False
+    version: str | None = None  # as the store called the content when it was adopted
     live: bool = False
     file_ctime: datetime | None = None
     file_mtime: datetime | None = None
@@ -53,6 +56,11 @@ class Datum:
     @property
     def checksums(self) -> Checksums:
         return Checksums(md5=self.md5, sha1=self.sha1, sha256=self.sha256)
+
+    @property
+    def trusted_version(self) -> str | None:
+        """The version that alone tells the content; None when a sha256 does, or nothing."""
+        return None if self.sha256 else self.version
 
 
 def create_datum(connection: sa.Connection, datum: Datum) -> None:
@@ -80,16 +88,14 @@ def get_datum(connection: sa.Connection, reference: str, *, project_id: str | No
             )
         return datum
     if project_id is None:
-        raise NotFoundError(
-            f"{SCHEME}{name}: not a datum id, and an alias belongs to a project; name the project too"
-        )
+        why = "not a datum id, and an alias belongs to a project"
+        raise project_missing(connection, SCHEME + name, why, datum_aliases.c.name, name)
     target = aliases.find_alias(connection, project_id, name)
     datum = find_datum(connection, target) if target else None
     if datum is None:
         raise NotFoundError(
             f"{SCHEME}{name}: this project has no datum alias {name!r}; an output gets one by `valohai.alias` "
-            "in its metadata, an upload by `valohai-dagster data put --alias`. Files are found by their name with a "
-            f"wildcard, such as {name + '*'!r}, or by their id (`valohai-dagster data ls`)"
+            "in its metadata, an upload by `valohai-dagster data put --alias`; `valohai-dagster data ls` shows ids"
         )
     return datum
 
@@ -226,6 +232,15 @@ def delete_content(stores: Stores, datum: Datum, *, adopted_too: bool = False) -
         return False
     stores.get(datum.store).delete(datum.key)
     return True
+
+
+def replaced(datum: Datum, what: str) -> RefusedError:
+    """The refusal of an adopted object that is another one now; `what`: how that was seen. A datum never changes."""
+    return RefusedError(
+        f"{datum.uri} ({datum.name}): the object {datum.key} of the store {datum.store!r} was replaced since it was "
+        f"adopted: {what}. Put the old content back, or make a datum of what is there now: `valohai-dagster data "
+        "adopt` with its URL"
+    )
 
 
 def require_content(datum: Datum) -> Datum:

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from valohai_dagster.data import version_files
 from valohai_dagster.data.datums import Datum
+from valohai_dagster.data.projects_known import project_missing
 from valohai_dagster.data.version_wishes import (
     LATEST,
     MODEL_SCHEME,
@@ -89,7 +90,8 @@ def get_version(
     """
     slug, wanted = split_model_uri(reference)
     if project_id is None:
-        raise NotFoundError(f"{reference}: a model belongs to a project; name the project too")
+        why = "a model belongs to a project"
+        raise project_missing(connection, reference, why, t.models.c.slug, slug)
     model = get_model(connection, project_id, slug)
     versions = list_versions(connection, model.id)
     if wanted == LATEST:

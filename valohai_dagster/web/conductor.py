@@ -200,7 +200,12 @@ async def _wind_down(
 
 async def _until_idle(service: ExecutionService, driving: Driving, settings: Settings) -> None:
     patience = timedelta(seconds=settings.idle_exit_seconds)
-    while service.idle_for() < patience or driving.busy or is_kept_alive(settings):
+    while (
+        service.idle_for() < patience
+        or service.packager.busy
+        or driving.busy
+        or is_kept_alive(settings)
+    ):
         await asyncio.sleep(IDLE_LOOK_SECONDS)
 
 
@@ -223,6 +228,7 @@ def _listen(settings: Settings) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((settings.http_host, port))
+            listener.listen()  # who is told the address at once need not wait for the server: it answers when it is up
         except OSError:
             listener.close()
             continue

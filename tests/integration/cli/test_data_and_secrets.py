@@ -70,7 +70,7 @@ def test_bad_requests_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
         (("put", "f", "--alias", " "), "is no datum alias"),
         (("put", "f", "f", "--name", "x"), "--name needs exactly one file"),
         (("get", "nope", "-p", "gone"), "no project 'gone'"),
-        (("get", "nope"), "name the project too"),
+        (("get", "nope"), "no project has a datum of this id, alias or name"),
         (("get", "00000000-0000-4000-8000-000000000000"), "no datum with this id"),
     ]
     for arguments, expected in wrong:

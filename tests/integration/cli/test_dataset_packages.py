@@ -16,7 +16,9 @@ ME = "me"
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deployment whose conductors others start, so that none packs what a test says it packs itself."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VALOHAI_REDIS_URL", "redis://127.0.0.1:1")
 
 
 def pack(here: Deployment, uri: str, problem: str | None = None) -> None:
@@ -68,7 +70,8 @@ def test_o23_a_version_is_packed_and_shown_and_its_packages_go_when_switched_off
     run("datasets", "create", "faces/v1", uri)
     assert shown() is None
     done = run("datasets", "packaging", "faces/v1", "on")
-    assert "dataset://faces/v1 is packed by the next conductor that is free" in done.stdout
+    assert "dataset://faces/v1 is to be packed" in done.stdout
+    assert "the next conductor that is free packs it in the background" in done.stderr
     assert "note: it has 1 file, and packages are worth it from 1,000 on" in done.stderr
     assert shown()["state"] == "wanted"
     with deployment() as here:
