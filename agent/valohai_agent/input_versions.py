@@ -37,6 +37,22 @@ def cut_short(file: JobFile, names: Sequence[str], moved: Transferred) -> str | 
     )
 
 
+def replaced(file: JobFile, names: Sequence[str], moved: Transferred) -> str | None:
+    """What is wrong with a datum without checksums whose source calls it otherwise now; None when nothing is.
+
+    A datum never changes: what is there now is another content, which must not be kept under its names.
+    """
+    known = looked_up(file, names)
+    if file.datum_id is None or known in (None, str(file.size)) or file.checksums.sha256:
+        return None
+    if not moved.version.contradicts(known):
+        return None
+    return (
+        f"it was replaced in its store since it was adopted: its version is {moved.version.like(known)}, was {known}. "
+        "Put the old content back, or adopt what is there now (`valohai-dagster data adopt` with its URL) and use that"
+    )
+
+
 def version_met(file: JobFile, names: Sequence[str], moved: Transferred) -> str | None:
     """What the source called the content that it sent; None when it did not say."""
     known = looked_up(file, names)

@@ -31,6 +31,7 @@ from valohai_agent.input_versions import (
     cut_short,
     looked_up,
     names_met,
+    replaced,
     version_met,
 )
 from valohai_agent.local_files import disk_errors, require_space
@@ -109,7 +110,8 @@ class Source:
     ) -> Arrived:
         """What the downloaded file is, and whether another one than was wanted. Raises ChecksumMismatch."""
         readable(target)
-        if damaged := cut_short(item.file, wanted.names, moved):
+        damaged = cut_short(item.file, wanted.names, moved)
+        if damaged := damaged or replaced(item.file, wanted.names, moved):
             target.unlink()
             raise ChecksumMismatch(f"{item.label}: {damaged}")
         if changed := change(item.file, wanted.names, moved):

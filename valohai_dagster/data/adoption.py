@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 import sqlalchemy as sa
 
 from valohai_agent.protocol import Checksums
-from valohai_dagster.data.datums import CHUNK, Datum, new_id
+from valohai_dagster.data.datums import CHUNK, VERSION_CHARS, Datum, new_id
 from valohai_dagster.data.input_spec import InputSpec
 from valohai_dagster.data.placement import place
 from valohai_dagster.data.survey import Pattern, look, no_store, pattern_of
@@ -197,20 +197,21 @@ def read_checksums(candidate: Candidate, progress: Progress | None = None) -> Ch
 
 
 def _known(connection: sa.Connection, part: Sequence[Candidate]) -> dict[str, Datum]:
-    """Datums with content at these places, the oldest of each, by URI."""
+    """Datums with content at these places, the oldest of each, by URI; not those of what was there before."""
     uris = {(c.store.name, c.stat.key): c.uri for c in part}
+    versions = {c.uri: c.stat.version[:VERSION_CHARS] for c in part}
     c = datums.c
     query = (
         sa.select(datums)
         .where(c.key.in_([key for _, key in uris]), c.purged.is_(False))
         .order_by(c.ctime.desc())
     )
-    rows = connection.execute(query).mappings()
-    return {
-        uris[row["store"], row["key"]]: Datum(**row)
-        for row in rows
-        if (row["store"], row["key"]) in uris
-    }
+    known: dict[str, Datum] = {}
+    for row in connection.execute(query).mappings():
+        uri = uris.get((row["store"], row["key"]))
+        if uri is not None and row["version"] in (None, versions[uri]):
+            known[uri] = Datum(**row)
+    return known
 
 
 def _datum(
@@ -231,6 +232,7 @@ def _datum(
         ctime=now,
         tags=list(dict.fromkeys(tags)),
         adopted=True,
+        version=stat.version[:VERSION_CHARS] or None,
         file_mtime=stat.mtime,
         **(checksums or Checksums()).model_dump(),
     )

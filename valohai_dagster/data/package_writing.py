@@ -20,7 +20,7 @@ from typing import BinaryIO, cast
 from valohai_agent.checksums import Hasher
 from valohai_agent.package_files import BLOCK, footprint
 from valohai_agent.protocol import Checksums
-from valohai_dagster.data.datums import Datum, require_content
+from valohai_dagster.data.datums import VERSION_CHARS, Datum, replaced, require_content
 from valohai_dagster.errors import RefusedError, StoreError
 from valohai_dagster.stores.base import Store
 from valohai_dagster.stores.registry import Stores
@@ -178,16 +178,24 @@ def _read_ahead(
 
 def _whole(datum: Datum, stores: Stores) -> bytes:
     """One byte more than there should be tells that it is too long."""
-    require_content(datum)
-    with stores.get(datum.store).open(datum.key) as source:
+    with _unchanged(datum, stores).open(datum.key) as source:
         return source.read(datum.size + 1)
 
 
 def _chunks(datum: Datum, stores: Stores) -> Iterator[bytes]:
-    require_content(datum)
-    with stores.get(datum.store).open(datum.key) as source:
+    with _unchanged(datum, stores).open(datum.key) as source:
         while chunk := source.read(CHUNK_BYTES):
             yield chunk
+
+
+def _unchanged(datum: Datum, stores: Stores) -> Store:
+    """The store of the datum. An adopted object without checksums must have the version that it had then."""
+    require_content(datum)
+    store, version = stores.get(datum.store), datum.trusted_version
+    found = store.stat(datum.key) if version is not None else None
+    if version is not None and found is not None and found.version[:VERSION_CHARS] != version:
+        raise replaced(datum, f"its version is {found.version}, was {version}")
+    return store
 
 
 class _Check:

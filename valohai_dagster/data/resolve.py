@@ -340,7 +340,11 @@ def _job_file(file_id: str, found: _Found) -> JobFile:
 def _cache_key(found: _Found) -> str | None:
     if found.datum is not None:
         datum = found.datum  # without checksums its id stands for its content, which never changes
-        return f"sha256:{datum.sha256}" if datum.sha256 else f"{datum.uri}@{datum.size}"
+        return (
+            f"sha256:{datum.sha256}"
+            if datum.sha256
+            else f"{datum.uri}@{datum.trusted_version or datum.size}"
+        )
     return f"{found.uri}@{found.version}" if found.version else None
 
 

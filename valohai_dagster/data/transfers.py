@@ -10,10 +10,17 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from valohai_agent.errors import Conflict, DiskFull, NotFound, TransferError, Unreachable
+from valohai_agent.errors import (
+    ChecksumMismatch,
+    Conflict,
+    DiskFull,
+    NotFound,
+    TransferError,
+    Unreachable,
+)
 from valohai_agent.protocol import GRANTED_PARTS, Checksums, Parts, UploadGrant
 from valohai_agent.transfer import Transferer, Transferred
-from valohai_dagster.data.datums import Datum, new_id, require_content
+from valohai_dagster.data.datums import Datum, new_id, replaced, require_content
 from valohai_dagster.data.own_uploads import Noted
 from valohai_dagster.errors import (
     RefusedError,
@@ -215,7 +222,7 @@ def fetch_datum(
 ) -> None:
     """Writes the content to `target`, whole or not at all, and checks its checksums.
 
-    A file that is there with that content is left alone.
+    Where those are unknown, the version that an adopted object had is compared. A file that is there with that content is left alone.
     """
     require_content(datum)
     if _is_same(target, datum):
@@ -230,15 +237,31 @@ def fetch_datum(
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RefusedError(f"cannot write {target}: {error.strerror}") from error
-    mover.fetch(
-        stores.get(datum.store),
-        datum.key,
-        target,
-        name=f"{datum.uri} ({datum.name})",
-        expected=datum.checksums,
-        size=datum.size,
-        progress=progress,
-    )
+    _fetch_checked(datum, target, stores.get(datum.store), mover, progress)
+
+
+def _fetch_checked(
+    datum: Datum, target: Path, store: Store, mover: Mover, progress: Progress | None
+) -> None:
+    """An object that was adopted and replaced since is refused before anything is at `target`."""
+    version = datum.trusted_version
+    place = target if version is None else target.with_name(f".{datum.id}.part")
+    values = {"expected": datum.checksums, "size": datum.size, "progress": progress}
+    try:
+        moved = mover.fetch(store, datum.key, place, name=f"{datum.uri} ({datum.name})", **values)
+        if version is None:
+            return
+        if moved.version.contradicts(version):
+            found = moved.version.like(version)
+            raise replaced(datum, f"its version is {found}, was {version}")
+        place.replace(target)
+    except StoreError as error:
+        if datum.adopted and isinstance(error.__cause__, ChecksumMismatch):
+            raise replaced(datum, str(error.__cause__)) from error
+        raise
+    finally:
+        if place != target:
+            place.unlink(missing_ok=True)
 
 
 def local_path(directory: Path, datum: Datum) -> Path:

@@ -268,6 +268,9 @@ datums = sa.Table(
     sa.Column("metadata", sa.JSON, nullable=False, default=dict),
     sa.Column("properties", sa.JSON, nullable=False, default=dict, server_default="{}"),  # O-24
     sa.Column("adopted", sa.Boolean, nullable=False, default=False, server_default=sa.false()),
+    sa.Column(
+        "version", sa.String(255)
+    ),  # what the store called an adopted content: ETag, generation
     sa.Column("live", sa.Boolean, nullable=False, default=False),
     sa.Column("ctime", UtcDateTime, nullable=False),
     sa.Column("file_ctime", UtcDateTime),

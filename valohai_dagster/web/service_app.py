@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from valohai_dagster.data import datums
 from valohai_dagster.data.trace import trace
 from valohai_dagster.errors import StoreError
 from valohai_dagster.observability.prometheus import CONTENT_TYPE, EXTRA
@@ -91,6 +92,18 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _replaced(row: Any, store: Store) -> Response | None:
+    """The refusal of an adopted object whose store calls it otherwise now."""
+    try:
+        found = store.stat(row.key)
+    except StoreError as error:
+        return PlainTextResponse(f"{error}\n", 503)
+    if found is None or found.version[: datums.VERSION_CHARS] == row.version:
+        return None
+    text = f"{row.name} was replaced in its store since it was adopted: its version is {found.version}, was {row.version}"
+    return PlainTextResponse(f"{text}; adopt it again for what is there now\n", 409)
+
+
 class _Files:
     """Plain functions in Starlette's thread pool: they read the database and the stores."""
 
@@ -118,7 +131,10 @@ class _Files:
         store = self._store(row.store)
         if isinstance(store, Response):
             return store
-        return file_answer(request, store, row.key, name=row.name, size=row.size, headers=headers)
+        refusal = _replaced(row, store) if row.version else None
+        return refusal or file_answer(
+            request, store, row.key, name=row.name, size=row.size, headers=headers
+        )
 
     def log(self, request: Request) -> Response:
         params = request.path_params

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -27,6 +28,16 @@ class Version:
     def confirms(self, known: str) -> bool:
         """Whether the content is the one that was called so before."""
         return known in (self.asked, self.etag, self.generation, self.dated)
+
+    def contradicts(self, known: str) -> bool:
+        """Whether the content is surely another one: the source told the same kind of thing, and it differs."""
+        if known.isdecimal():
+            told = self.generation
+        elif re.fullmatch(r"\d+-\d+", known):  # may look like the ETag of an upload in parts, too
+            told = self.dated
+        else:
+            told = None if known.startswith("W/") else self.etag
+        return told is not None and not self.confirms(known)
 
     def like(self, known: str | None) -> str | None:
         """The word for this content that says the same kind of thing as `known`; None when the source told nothing.

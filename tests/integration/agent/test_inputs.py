@@ -386,3 +386,20 @@ def test_a_datum_of_another_size_is_refused(rig: Rig) -> None:
     file = _file("1", "a", datum_id="1", size=3)
     with pytest.raises(InputError, match="3"):
         rig.fetch([_input("d", file)], {"1": rig.source("a", b"1234")})
+
+
+def test_i32_an_adopted_object_that_was_replaced_is_refused_and_not_kept(
+    rig: Rig, web: Web
+) -> None:
+    """A datum never changes: the run would use, and every later one would find, what nobody has named."""
+    web.answers["/a"] = [answers.content(b"hello X", ETag='"new"')]
+    values = {"uri": "datum://1", "datum_id": "1", "size": 7}
+    file = _file("1", "a", cache_key="datum://1@old", **values)
+    with pytest.raises(InputError, match=r"replaced in its store .* its version is new, was old"):
+        rig.fetch([_input("d", file)], {"1": Transfer(url=web.url("/a"))})
+    web.answers["/a"] = [answers.content(b"hello 0", ETag='"old"')]
+    for _ in range(2):
+        rig.new_workspace()
+        rig.fetch([_input("d", file)], {"1": Transfer(url=web.url("/a"))})
+        assert (rig.workspace.inputs / "d/a").read_bytes() == b"hello 0"
+    assert [(one.cached, one.version) for one in rig.ready] == [(False, "old"), (True, "old")]

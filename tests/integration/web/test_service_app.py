@@ -182,3 +182,15 @@ def test_a_store_that_is_gone_from_the_settings_is_named(site: Site) -> None:
         connection.execute(sa.update(t.datums).values(store="nowhere"))
     answer = site.get(f"/datum/{ident}")
     assert (answer.status_code, "nowhere" in answer.text) == (503, True)
+
+
+def test_i40_a_replaced_object_is_not_sent_for_the_adopted_one(site: Site) -> None:
+    now = site.datum("a.txt", b"hello", adopted=True)
+    found = site.store.stat(f"data/{now}/a.txt")
+    assert found is not None
+    for version, status in ((found.version, 200), ("9a3f", 409)):
+        with site.records.write() as conn:
+            conn.execute(t.datums.update().where(t.datums.c.id == now).values(version=version))
+        answer = site.get(f"/datum/{now}")
+        assert answer.status_code == status
+    assert "was 9a3f; adopt it again" in answer.text
