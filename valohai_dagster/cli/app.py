@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": ("doctor", "doctor"),
     "project": ("project", "app"),
     "why": ("why", "why"),
+    "logs": ("logs", "logs"),
     "outputs": ("outputs", "outputs"),
     "metrics": ("metrics", "metrics"),
     "data": ("data", "app"),

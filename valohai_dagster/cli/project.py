@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+import sqlalchemy as sa
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from valohai_dagster.cli.data_place import deployment, print_rows
 from valohai_dagster.errors import ProjectError
 from valohai_dagster.projects.lint import check_config
 from valohai_dagster.projects.problems import Problem, errors_of
 from valohai_dagster.projects.project import GitAuth, fetch_project, load_project
+from valohai_dagster.records import tables as t
 from valohai_dagster.settings import load_settings
 
 app = typer.Typer(
@@ -57,6 +61,36 @@ def _reload(location: str) -> None:
 
     reload_code_location(load_settings().webserver_address, location)
     typer.echo(f"reloaded the code location {location}")
+
+
+@app.command("ls")
+def list_(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
+    """List the projects that the records know: those of executions, and those that `data put --project` has made."""
+    with deployment() as here, here.records.read() as connection:
+        rows = [
+            {
+                "name": row.name,
+                "executions": row.executions,
+                "files": row.files,
+                "created": row.ctime.strftime("%Y-%m-%d %H:%M"),
+            }
+            for row in connection.execute(_known())
+        ]
+    print_rows(
+        rows, ("name", "executions", "files", "created"), as_json=as_json, empty="no projects"
+    )
+
+
+def _known() -> sa.Select[Any]:
+    p, e, d = t.projects.c, t.executions.c, t.datums.c
+    executions = sa.select(sa.func.count()).where(e.project_id == p.id).scalar_subquery()
+    files = (
+        sa.select(sa.func.count())
+        .where(d.project_id == p.id, d.purged.is_(False), d.withdrawn.is_(False))
+        .scalar_subquery()
+    )
+    query = sa.select(p.name, p.ctime, executions.label("executions"), files.label("files"))
+    return query.order_by(p.name)
 
 
 @app.command()

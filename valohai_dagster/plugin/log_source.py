@@ -91,6 +91,16 @@ class ServiceLogs:
                 self._records = open_records(self._load())
             return self._records
 
+    def close(self) -> None:
+        """Lets go of the records and of Redis; what is read afterwards opens them again."""
+        with self._lock:
+            records, self._records = self._records, None
+            client, self._redis = self._redis, None
+        if records is not None:
+            records.close()
+        if client is not None:
+            client.close()
+
     # -- LogSource ----------------------------------------------------------------------------------------------
     def read(
         self, section: LogSection, stream: Stream, offset: int, limit: int | None

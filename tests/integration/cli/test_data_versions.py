@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from typer.testing import CliRunner, Result
 
 from valohai_dagster.cli import data, data_files, transfer_batch
+from valohai_dagster.cli.app import app as root
 from valohai_dagster.cli.data_place import now
 from valohai_dagster.data import transfers
 from valohai_dagster.errors import NotFoundError, RefusedError, StoreError
@@ -343,3 +344,58 @@ def test_bad_requests_say_what_is_wrong() -> None:
         RefusedError, match="name the project with --project; known are demo, other"
     ):
         run("datasets", "create", "d")
+
+
+def test_a_plain_name_means_the_file_wherever_files_are_named() -> None:
+    uri = put("img.txt")
+    for reference in ("img.txt", "datum://img.txt", uri[8:18]):
+        assert loads("info", reference)[0]["uri"] == uri
+    run("alias", "set", "best", "img.txt")
+    run("tag", "add", "small", "img.txt")
+    run("datasets", "create", "faces/v1", "img.txt")
+    run("get", "img.txt", "-o", "copy.txt")
+    assert Path("copy.txt").read_text() == "x"
+    assert loads("info", "best")[0]["tags"] == ["small"]
+    with pytest.raises(NotFoundError, match=r"img: this project has no datum of this id, alias"):
+        run("info", "img")
+    assert loads("info", "img.txt")[0]["name"] == "img.txt"
+
+
+def test_a_name_of_several_files_is_refused_with_their_ids() -> None:
+    one, other = put("a.txt", "1"), put("a.txt", "2")
+    put("A.txt", "3")
+    with pytest.raises(RefusedError, match=r"several files fit .*; say which one") as caught:
+        run("rm", "a.txt", "--yes")
+    assert one in str(caught.value)
+    assert other in str(caught.value)
+    assert str(caught.value).count("datum://") == 2, "names are told apart by their letters' case"
+    run("rm", one, "--yes")
+    run("rm", "a.txt", "--yes")
+    with pytest.raises(RefusedError, match="several files"):
+        run("info", "a.txt")
+    assert [file["name"] for file in loads("ls", "a.txt")] == ["A.txt"]
+
+
+def test_an_alias_goes_before_a_name_of_that_kind() -> None:
+    named, other = put("best"), put("other.txt")
+    assert loads("info", "best")[0]["uri"] == named
+    run("alias", "set", "best", other)
+    assert loads("info", "best")[0]["uri"] == other
+
+
+def test_with_a_second_project_messages_say_how_and_where() -> None:
+    uri = put("a.txt")
+    run("alias", "set", "best", uri)
+    run("datasets", "create", "faces/v1", uri)
+    Path("b.txt").write_text("b")
+    run("put", "b.txt", "-p", "slip")
+    where = r"with --project NAME: known are demo, slip; '{}' is in demo"
+    with pytest.raises(NotFoundError, match=where.format("best")):
+        run("info", "best")
+    with pytest.raises(NotFoundError, match=where.format("faces")):
+        run("get", "dataset://faces/v1")
+    assert loads("info", "a.txt")[0]["uri"] == uri, "a name that there is once needs no project"
+    assert loads("info", "best", "-p", "demo")[0]["uri"] == uri
+    listed = RUNNER.invoke(root, ["project", "ls", "--json"], catch_exceptions=False)
+    rows = [(row["name"], row["files"], row["executions"]) for row in json.loads(listed.stdout)]
+    assert rows == [("demo", 1, 0), ("slip", 1, 0)]

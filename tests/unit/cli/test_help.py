@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
-import click
 import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -15,14 +15,12 @@ from valohai_dagster.cli.app import app
 PLAIN = re.compile(r"(?<!\\)\[/?[a-z#@][^\[\]]*\]")
 
 
-def commands(command: click.Command, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+def commands(command: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
     yield path, command
-    if isinstance(command, click.Group):
-        context = click.Context(command)
+    if hasattr(command, "list_commands"):
+        context = command.context_class(command)
         for name in command.list_commands(context):
-            below = command.get_command(context, name)
-            assert below is not None
-            yield from commands(below, *path, name)
+            yield from commands(command.get_command(context, name), *path, name)
 
 
 ALL = dict(commands(get_command(app)))
