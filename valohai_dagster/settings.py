@@ -33,6 +33,7 @@ from valohai_dagster.settings_file import anchor_paths, file_state, merge_tables
 from valohai_dagster.settings_problems import explain
 from valohai_dagster.settings_registries import RegistrySettings
 from valohai_dagster.settings_retention import RetentionSettings
+from valohai_dagster.settings_sections import placed
 from valohai_dagster.settings_stores import StoreSettings
 
 CONFIG_NAME = "valohai.toml"
@@ -442,16 +443,16 @@ def _load(
     config: Path | None, cwd: Path, state: tuple[int, int], environ: tuple[tuple[str, str], ...]
 ) -> Settings:
     base = config.parent if config is not None else cwd
-    data = merge_tables(read_toml(config), read_environment(Settings, dict(environ)))
+    written, source = read_toml(config), config or f"no {CONFIG_NAME} found"
+    overlaid = placed(read_environment(Settings, dict(environ)), written, dict(environ), source)
+    data = merge_tables(written, overlaid)
     state_dir = dict(environ).get("VALOHAI_STATE")
     data["state_dir"] = base / Path(state_dir or data.get("state_dir") or STATE_NAME).expanduser()
     data = anchor_paths(data, base)
     try:
         return Settings(**data, config_file=config)
     except ValidationError as error:
-        raise ConfigurationError(
-            explain(error, config or f"no {CONFIG_NAME} found", Settings)
-        ) from None
+        raise ConfigurationError(explain(error, source, Settings)) from None
 
 
 def _names(names: Any) -> str:

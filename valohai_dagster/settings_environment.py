@@ -75,11 +75,11 @@ def _meant(name: str, known: Iterable[str], *, inside: bool) -> str | None:
     if name in SLIPS:
         return SLIPS[name]
     most = 1 if len(name) < SHORT else 2
-    distance, close = min((_distance(name, one), one) for one in known)
-    return close if distance <= most and (inside or f"{name}s" != close) else None
+    letters, close = min((distance(name, one), one) for one in known)
+    return close if letters <= most and (inside or f"{name}s" != close) else None
 
 
-def _distance(one: str, other: str) -> int:
+def distance(one: str, other: str) -> int:
     """Letters to insert, remove or change in one to get the other."""
     row = list(range(len(other) + 1))
     for above, letter in enumerate(one, 1):

@@ -181,8 +181,19 @@ def test_variables_of_others_pass_and_unknown_ones_are_named(
 
 @pytest.mark.parametrize(
     "name",
-    """REDIS_PORT REDIS_SERVICE_HOST REDIS_SERVICE_PORT REDIS_SERVICE_PORT_METRICS REDIS_PORT_6379_TCP
-    REDIS_PORT_6379_TCP_ADDR DATABASE_PORT DATABASE_SERVICE_HOST WEBSERVER_PORT SERVICE_HOST PORT_80_UDP""".split(),
+    [
+        "REDIS_PORT",
+        "REDIS_SERVICE_HOST",
+        "REDIS_SERVICE_PORT",
+        "REDIS_SERVICE_PORT_METRICS",
+        "REDIS_PORT_6379_TCP",
+        "REDIS_PORT_6379_TCP_ADDR",
+        "DATABASE_PORT",
+        "DATABASE_SERVICE_HOST",
+        "WEBSERVER_PORT",
+        "SERVICE_HOST",
+        "PORT_80_UDP",
+    ],
 )
 def test_variables_that_kubernetes_sets_for_services_pass(
     here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
@@ -202,6 +213,66 @@ def test_variables_of_other_programs_are_not_taken_for_slips(
     assert [record.message for record in caplog.records] == [
         f"the environment variable VALOHAI_{name} is no setting; nothing reads it"
     ]
+
+
+@pytest.mark.parametrize(
+    ("variable", "what"),
+    [
+        ("VALOHAI_STORES__bucket__SECRET_ACCESS_KEY", "store 'bucket'"),
+        ("VALOHAI_REGISTRIES__hub__PASSWORD", "registry 'hub'"),
+    ],
+)
+def test_a_secret_of_a_section_that_is_not_here_is_left_out_by_name(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    variable: str,
+    what: str,
+) -> None:
+    """It is set for every directory that a person works in."""
+    write(here, "[stores.models]\npath = 'models'\n")
+    monkeypatch.setenv(variable, "s3cret")
+    assert set(load_settings().stores) == {"models", "local"}
+    assert f"{variable} is for a {what}" in caplog.text
+    assert str(here) in caplog.text
+    assert "s3cret" not in caplog.text
+
+
+def test_a_slip_in_the_name_of_a_store_names_the_variable_and_the_store(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(here, "[stores.bucket]\nkind = 's3'\nbucket = 'b'\naccess_key_id = 'id'\n")
+    monkeypatch.setenv("VALOHAI_STORES__buket__SECRET_ACCESS_KEY", "s3cret")
+    expected = (
+        "VALOHAI_STORES__buket__SECRET_ACCESS_KEY: there is no store 'buket'; did you mean 'bucket'"
+    )
+    with pytest.raises(ConfigurationError, match=expected) as caught:
+        load_settings()
+    assert "known are bucket, local" in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_names_of_stores_that_differ_in_a_digit_are_no_slips(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(here, "[stores.data1]\npath = 'a'\n")
+    monkeypatch.setenv("VALOHAI_STORES__data2__READONLY", "true")
+    assert "data2" not in load_settings().stores
+    assert "VALOHAI_STORES__data2__READONLY" in caplog.text
+
+
+def test_a_store_of_variables_alone_and_one_with_capitals_in_the_file(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(here, "[stores.Models]\npath = 'models'\n")
+    monkeypatch.setenv("VALOHAI_STORES__other__PATH", "other")
+    monkeypatch.setenv("VALOHAI_STORES__local__READONLY", "true")
+    monkeypatch.setenv("VALOHAI_STORES__local__PATH", "files")
+    monkeypatch.setenv("VALOHAI_STORES__models__READONLY", "true")
+    stores = load_settings().stores
+    assert set(stores) == {"Models", "other", "local"}
+    assert stores["Models"].readonly
+    assert not caplog.records
 
 
 def test_passwords_are_neither_in_the_repr_nor_in_validation_errors(
