@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 import sqlalchemy as sa
@@ -14,6 +14,7 @@ from valohai_dagster.cli.render import size_text
 from valohai_dagster.data.printable import printable, version_words
 from valohai_dagster.data.trace import DEPTH, Edge, Node, Trace, find_roots
 from valohai_dagster.data.trace import trace as build_trace
+from valohai_dagster.data.trace_folding import cut, fold
 from valohai_dagster.errors import NotFoundError
 from valohai_dagster.records.engine import open_records
 from valohai_dagster.records.tables import projects
@@ -34,9 +35,15 @@ def trace(
     project: Annotated[
         str | None, typer.Option("--project", "-p", help="Project that an alias or name is of.")
     ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Name each of many files that were made and used alike.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the graph as JSON.")] = False,
 ) -> None:
-    """Traces a file both ways: the executions, inputs and commits behind it, and what uses it."""
+    """Traces a file both ways: the executions, inputs and commits behind it, and what uses it.
+
+    Many files that were made by the same execution and read by the same inputs are one line; --all names each.
+    """
     settings = load_settings()
     records, stores = open_records(settings), open_stores(settings)
     try:
@@ -46,6 +53,8 @@ def trace(
             found = build_trace(connection, roots, up=up or both, down=down or both, depth=depth)
     finally:
         records.close()
+    if not every:
+        found = cut(fold(found))
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
         return
@@ -92,27 +101,40 @@ def lines_of(found: Trace, *, up: bool, down: bool) -> list[str]:
             out += _section("made from", found, root, upwards=True)
         if down:
             out += _section("used by", found, root, upwards=False)
+    if any(node.count > 1 for node in found.nodes.values()):
+        out.append("Files that were made and used alike share a line; --all names each of them.")
     if found.truncated:
-        out.append("There is more; go on from one of the last with `data trace`, or use --depth.")
+        more = f"{found.left_out:,} more things are" if found.left_out else "There is more that is"
+        out.append(
+            f"{more} not shown; go on from one of the last with `data trace`, or use --depth."
+        )
     return out
 
 
 def _section(title: str, found: Trace, root: str, *, upwards: bool) -> list[str]:
-    lines = list(_tree(found, root, upwards, 2, {root}))
+    links: dict[str, list[tuple[str, Edge]]] = {}
+    for edge in found.edges:
+        here, there = (edge.target, edge.source) if upwards else (edge.source, edge.target)
+        links.setdefault(here, []).append((there, edge))
+    lines = list(_tree(found, links, root, 2, {root}))
     return [f"  {title}:", *lines] if lines else [f"  {title}: nothing that the records know"]
 
 
-def _tree(found: Trace, key: str, upwards: bool, depth: int, seen: set[str]) -> Iterator[str]:
-    for edge in found.edges:
-        here, there = (edge.target, edge.source) if upwards else (edge.source, edge.target)
-        if here != key:
-            continue
+def _tree(
+    found: Trace,
+    links: Mapping[str, Sequence[tuple[str, Edge]]],
+    key: str,
+    depth: int,
+    seen: set[str],
+) -> Iterator[str]:
+    """`links`: what the node leads to this way."""
+    for there, edge in links.get(key, ()):
         again = there in seen
         seen.add(there)
         text = _words(found.nodes[there], edge)
         yield "  " * depth + text + (" (see above)" if again else "")
         if not again:
-            yield from _tree(found, there, upwards, depth + 1, seen)
+            yield from _tree(found, links, there, depth + 1, seen)
 
 
 def _words(node: Node, edge: Edge | None = None) -> str:
@@ -129,6 +151,13 @@ def _words(node: Node, edge: Edge | None = None) -> str:
         version = version_words(facts["version"]) if facts.get("version") else ""
         known = version or facts.get("sha256") or "version unknown"
         return f"{label}{printable(str(facts['uri']))} ({printable(known)[:60]})"
+    if node.count > 1:
+        parts = [size_text(facts["size"]), f"{', '.join(map(printable, facts['names']))}, ..."]
+        parts += [f"{facts['purged']:,} purged"] if facts.get("purged") else []
+        where = f" of {printable(str(facts['uri']))}" if node.kind == "sources" else ""
+        return (
+            f"{label}{title}{where} ({': '.join(parts[:2])}{''.join(f'; {p}' for p in parts[2:])})"
+        )
     if node.kind in ("dataset", "model"):
         return f"{label}{facts['uri']}"
     parts = [size_text(facts.get("size", 0)), str(facts.get("uri", ""))]

@@ -1,13 +1,14 @@
 """Where a file comes from and what became of it (A-52), as a graph over the records.
 
 Files are made by executions, which read other files: so the graph alternates, and it has no cycles, since a file is there
-before it is read. It is cut at a depth and at a number of nodes, never silently.
+before it is read. It is cut at a depth and at a number of nodes, never silently. `trace_folding` makes it readable.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,22 +19,28 @@ from valohai_dagster.errors import NotFoundError, RefusedError
 from valohai_dagster.records import tables as t
 from valohai_dagster.stores.registry import Stores
 
-MAX_NODES = 400
+MOST_READ = 20_000  # files, and as many executions
+MOST_LINKS = 100_000  # of one kind, that one step follows
+MOST_ROOTS = 100
 DEPTH = 6  # executions on a way, each way
 BATCH = 500  # ids in one query
 SHORTEST_PREFIX = 8  # characters of a datum id that are enough
 
-Kind = Literal["file", "execution", "outside", "dataset", "model"]
+Kind = Literal["file", "execution", "outside", "dataset", "model", "files", "sources"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """One thing. `id` is unique within its kind; `facts` are for people, in order, without empty ones."""
+    """One thing, or `count` files of a kind (`files`, from outside: `sources`).
+
+    `id` is unique within its kind; `facts` are for people, in order, without empty ones.
+    """
 
     kind: Kind
     id: str
     title: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    count: int = 1
 
     @property
     def key(self) -> str:
@@ -55,13 +62,14 @@ class Trace:
     nodes: dict[str, Node] = field(default_factory=dict)
     edges: list[Edge] = field(default_factory=list)
     truncated: bool = False  # there is more than is shown
+    left_out: int = 0  # things of that which were met; what only they lead to is not counted
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "roots": list(self.roots),
             "nodes": [
                 {"key": node.key, "kind": node.kind, "id": node.id, "title": node.title}
-                | {"facts": dict(node.facts)}
+                | {"count": node.count, "facts": dict(node.facts)}
                 for node in self.nodes.values()
             ],
             "edges": [
@@ -69,6 +77,7 @@ class Trace:
                 for edge in self.edges
             ],
             "truncated": self.truncated,
+            "left_out": self.left_out,
         }
 
 
@@ -79,9 +88,12 @@ def trace(
     up: bool = True,
     down: bool = True,
     depth: int = DEPTH,
-    most: int = MAX_NODES,
+    most: int = MOST_READ,
 ) -> Trace:
-    """The graph around nodes (by key, see `find_roots`); `depth` counts executions each way."""
+    """The graph around nodes (by key, see `find_roots`); `depth` counts executions each way.
+
+    `most` executions and `most` other things are read, so that a file's many siblings never hide who made them.
+    """
     builder = _Builder(conn, tuple(roots), most)
     builder.add(_load(conn, roots))
     for wanted, step in ((up, builder.up), (down, builder.down)):
@@ -104,15 +116,20 @@ class _Builder:
         self._conn, self._most = conn, most
         self.trace = Trace(roots=roots)
         self._edges: set[tuple[str, str, str]] = set()
+        self._counts: Counter[bool] = Counter()  # nodes that are executions, and that are not
+        self._left_out: set[str] = set()
 
     def add(self, nodes: Iterable[Node]) -> set[str]:
         """Keys of those that are in the trace now."""
         kept: set[str] = set()
         for node in nodes:
             if node.key not in self.trace.nodes:
-                if len(self.trace.nodes) >= self._most:
-                    self.trace.truncated = True
+                is_execution = node.kind == "execution"
+                if self._counts[is_execution] >= self._most:
+                    self._left_out.add(node.key)
+                    self.trace.truncated, self.trace.left_out = True, len(self._left_out)
                     continue
+                self._counts[is_execution] += 1
                 self.trace.nodes[node.key] = node
             kept.add(node.key)
         return kept
@@ -138,6 +155,7 @@ class _Builder:
 
     def _take(self, found: Sequence[tuple[Edge, Node | None]], end: str, dry: bool) -> list[str]:
         keys = list(dict.fromkeys(getattr(edge, end) for edge, _ in found))
+        self.trace.truncated |= len(found) >= MOST_LINKS
         if dry:
             return [key for key in keys if key not in self.trace.nodes]
         known = {node.key: node for _, node in found if node is not None}
@@ -158,6 +176,19 @@ def _ids(keys: Iterable[str], kind: str) -> list[str]:
     return [key.partition(":")[2] for key in keys if key.startswith(f"{kind}:")]
 
 
+def _rows(
+    conn: sa.Connection, ids: Sequence[str], query: Callable[[Sequence[str]], sa.Select[Any]]
+) -> Iterator[Any]:
+    """Rows of the query for these ids, no more than MOST_LINKS."""
+    room = MOST_LINKS
+    for batch in _batches(ids):
+        rows = conn.execute(query(batch).limit(room)).all()
+        yield from rows
+        room -= len(rows)
+        if room <= 0:
+            return
+
+
 def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
     for start in range(0, len(ids), BATCH):
         yield ids[start : start + BATCH]
@@ -165,57 +196,40 @@ def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
 
 def _makers(conn: sa.Connection, files: Sequence[str]) -> Found:
     c = t.datums.c
-    rows = [
-        row
-        for batch in _batches(files)
-        for row in conn.execute(
-            sa.select(c.id, c.execution_id).where(c.id.in_(batch), c.execution_id.is_not(None))
-        )
-    ]
+    query = sa.select(c.id, c.execution_id).where(c.execution_id.is_not(None))
+    rows = _rows(conn, files, lambda batch: query.where(c.id.in_(batch)))
     return [(Edge(source=f"execution:{r.execution_id}", target=f"file:{r.id}"), None) for r in rows]
 
 
 def _made(conn: sa.Connection, executions: Sequence[str]) -> Found:
     c = t.datums.c
-    return [
-        (Edge(source=f"execution:{row.execution_id}", target=f"file:{row.id}"), None)
-        for batch in _batches(executions)
-        for row in conn.execute(
-            sa.select(c.id, c.execution_id).where(c.execution_id.in_(batch)).order_by(c.name)
-        )
-    ]
+    query = sa.select(c.id, c.execution_id).order_by(c.name)
+    rows = _rows(conn, executions, lambda batch: query.where(c.execution_id.in_(batch)))
+    return [(Edge(source=f"execution:{r.execution_id}", target=f"file:{r.id}"), None) for r in rows]
 
 
 def _read(conn: sa.Connection, executions: Sequence[str]) -> Found:
     """Inputs of executions: datums, and what came from outside as it was then."""
     c = t.execution_inputs.c
-    out: Found = []
-    for batch in _batches(executions):
-        query = sa.select(t.execution_inputs).where(c.execution_id.in_(batch))
-        for row in conn.execute(query.order_by(c.input, c.name)):
-            out.append(_input_edge(row))
-    return out
+    query = sa.select(t.execution_inputs).order_by(c.input, c.name)
+    rows = _rows(conn, executions, lambda batch: query.where(c.execution_id.in_(batch)))
+    return [_input_edge(row) for row in rows]
 
 
 def _readers(conn: sa.Connection, files: Sequence[str]) -> Found:
     c = t.execution_inputs.c
-    return [
-        _input_edge(row)
-        for batch in _batches(files)
-        for row in conn.execute(sa.select(t.execution_inputs).where(c.datum_id.in_(batch)))
-    ]
+    query = sa.select(t.execution_inputs)
+    rows = _rows(conn, files, lambda batch: query.where(c.datum_id.in_(batch)))
+    return [_input_edge(row) for row in rows]
 
 
 def _outside_readers(conn: sa.Connection, nodes: Iterable[Node | None]) -> Found:
     """Executions that read the same content from the same place."""
     uris = [node.facts["uri"] for node in nodes if node is not None and node.kind == "outside"]
     c = t.execution_inputs.c
+    query = sa.select(t.execution_inputs).where(c.datum_id.is_(None))
     return [
-        _input_edge(row)
-        for batch in _batches(uris)
-        for row in conn.execute(
-            sa.select(t.execution_inputs).where(c.uri.in_(batch), c.datum_id.is_(None))
-        )
+        _input_edge(row) for row in _rows(conn, uris, lambda batch: query.where(c.uri.in_(batch)))
     ]
 
 
@@ -241,23 +255,19 @@ _CONTAINERS: Mapping[str, Any] = {
 
 def _contents(conn: sa.Connection, versions: Sequence[str], kind: str) -> Found:
     files = _CONTAINERS[kind][0].c
+    query = sa.select(files.datum_id, files.version_id)
     return [
         (Edge(source=f"file:{row.datum_id}", target=f"{kind}:{row.version_id}"), None)
-        for batch in _batches(versions)
-        for row in conn.execute(
-            sa.select(files.datum_id, files.version_id).where(files.version_id.in_(batch))
-        )
+        for row in _rows(conn, versions, lambda batch: query.where(files.version_id.in_(batch)))
     ]
 
 
 def _containers(conn: sa.Connection, datum_ids: Sequence[str], kind: str) -> Found:
     files = _CONTAINERS[kind][0].c
+    query = sa.select(files.datum_id, files.version_id)
     return [
         (Edge(source=f"file:{row.datum_id}", target=f"{kind}:{row.version_id}", label="in"), None)
-        for batch in _batches(datum_ids)
-        for row in conn.execute(
-            sa.select(files.datum_id, files.version_id).where(files.datum_id.in_(batch))
-        )
+        for row in _rows(conn, datum_ids, lambda batch: query.where(files.datum_id.in_(batch)))
     ]
 
 
@@ -395,7 +405,7 @@ def _by_content(conn: sa.Connection, name: str, project_id: str | None) -> Seque
     if len(digest) != 64:
         return ()
     c = t.datums.c
-    query = sa.select(c.id).where(c.sha256 == digest).order_by(c.ctime).limit(MAX_NODES // 4)
+    query = sa.select(c.id).where(c.sha256 == digest).order_by(c.ctime).limit(MOST_ROOTS)
     return conn.execute(query).scalars().all()
 
 
@@ -418,7 +428,7 @@ def _by_uri(conn: sa.Connection, uri: str, stores: Stores) -> list[str]:
         uri = store.uri(key)
     c = t.execution_inputs.c
     query = sa.select(c.execution_id).where(c.uri == uri, c.datum_id.is_(None)).distinct()
-    readers = conn.execute(query.limit(MAX_NODES // 4)).scalars().all()
+    readers = conn.execute(query.limit(MOST_ROOTS)).scalars().all()
     if not found and not readers:
         raise NotFoundError(f"{uri}: no datum lies there, and no execution has read it")
     return [*(f"file:{ident}" for ident in found), *(f"execution:{ident}" for ident in readers)]

@@ -21,6 +21,7 @@ from starlette.routing import Route
 
 from valohai_dagster.data import datums
 from valohai_dagster.data.trace import trace
+from valohai_dagster.data.trace_folding import cut, fold
 from valohai_dagster.errors import StoreError
 from valohai_dagster.observability.prometheus import CONTENT_TYPE, EXTRA
 from valohai_dagster.records import tables as t
@@ -32,6 +33,7 @@ from valohai_dagster.web.file_answers import file_answer
 from valohai_dagster.web.trace_page import HEADERS, trace_page
 
 RenderMetrics = Callable[[], Awaitable[bytes | None]]
+MOST_DRAWN = 5000  # boxes of a trace with every file
 
 
 def make_app(
@@ -167,15 +169,18 @@ class _Files:
             return PlainTextResponse(f"{error}\n", 503)
 
     def datum_trace(self, request: Request) -> Response:
-        return self._trace(f"file:{request.path_params['datum_id'].lower()}")
+        return self._trace(request, f"file:{request.path_params['datum_id'].lower()}")
 
     def execution_trace(self, request: Request) -> Response:
-        return self._trace(f"execution:{request.path_params['execution_id'].lower()}")
+        return self._trace(request, f"execution:{request.path_params['execution_id'].lower()}")
 
-    def _trace(self, root: str) -> Response:
+    def _trace(self, request: Request, root: str) -> Response:
+        """`?all=1` draws every file, as far as a browser bears it."""
         with self._records.read() as conn:
             found = trace(conn, [root])
         if root not in found.nodes:
             return PlainTextResponse(f"the records have no {root.replace(':', ' ')}\n", 404)
+        every = request.query_params.get("all") == "1"
+        found = cut(found, MOST_DRAWN) if every else cut(fold(found))
         page = trace_page(found, webserver_url=self._webserver_url())
         return HTMLResponse(page, headers=HEADERS)

@@ -14,6 +14,7 @@ from valohai_agent.protocol import utcnow
 from valohai_dagster.cli.trace import lines_of, roots_of
 from valohai_dagster.data.aliases import set_alias
 from valohai_dagster.data.trace import Trace, trace
+from valohai_dagster.data.trace_folding import cut
 from valohai_dagster.data.trace_layout import place
 from valohai_dagster.errors import NotFoundError, RefusedError
 from valohai_dagster.records import tables as t
@@ -142,9 +143,10 @@ def test_depth_and_size_are_bounded_and_said(story: Story) -> None:
     near = story.trace("plot.png", down=False, depth=1)
     assert titles(near) == {"plot.png", "evaluate #3", "model.pkl", "table.csv"}
     assert near.truncated
-    few = story.trace("table.csv", most=3)
-    assert len(few.nodes) == 3
+    few = cut(story.trace("table.csv"), 3)
+    assert [node.kind for node in few.nodes.values()] == ["file", "execution", "execution"]
     assert few.truncated
+    assert few.left_out == len(story.trace("table.csv").nodes) - 3
     assert not story.trace("table.csv").truncated
 
 
