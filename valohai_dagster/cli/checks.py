@@ -200,7 +200,7 @@ def check_service(settings: Settings) -> Iterator[Finding]:
     yield Finding(part="service", level="ok", text=f"conductor {who}{url}")
 
 
-def await_health(url: str, seconds: float) -> None:
+def await_health(url: str, seconds: float, *, sleep: Callable[[float], None] = time.sleep) -> None:
     """Until the service at `url` says that it is well. One that was just started refuses connections, or is slow, for a
     while: it is asked again for so long. Raises `httpx.HTTPError` with the last answer."""
     deadline = time.monotonic() + seconds
@@ -211,7 +211,7 @@ def await_health(url: str, seconds: float) -> None:
         except httpx.TransportError:
             if time.monotonic() >= deadline:
                 raise
-        time.sleep(POLL_SECONDS)
+        sleep(POLL_SECONDS)
 
 
 def check_groups(settings: Settings) -> Iterator[Finding]:

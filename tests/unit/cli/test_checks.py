@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 
 from valohai_dagster.cli import checks
@@ -87,32 +84,3 @@ def test_docker_is_not_asked_for_when_no_group_uses_it(here: Settings) -> None:
     }
     (finding,) = checks.check_docker(Settings(**values))
     assert finding.level == "ok"
-
-
-def test_the_doctor_waits_for_a_service_that_comes_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real socket that refuses connections until the second look."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    looks: list[float] = []
-
-    def answer() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            connection.recv(65536)
-            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
-
-    server = threading.Thread(target=answer)
-
-    def come_up(seconds: float) -> None:
-        looks.append(seconds)
-        listener.listen()
-        server.start()
-
-    monkeypatch.setattr(checks.time, "sleep", come_up)
-    with pytest.raises(httpx.ConnectError):
-        checks.await_health(url, 0.0)
-    checks.await_health(url, 60.0)
-    server.join()
-    listener.close()
-    assert len(looks) == 1
