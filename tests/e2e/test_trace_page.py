@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.e2e.conftest import ARTIFACTS
 from valohai_dagster.data.trace import Edge, Node, Trace
 from valohai_dagster.data.trace_folding import cut, fold
 from valohai_dagster.web.trace_page import HEADERS, trace_page
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from playwright.sync_api import Page
 
 MEASURE = """() => {
@@ -60,8 +61,8 @@ PLACES = """() => {
 
 
 def thousands(each: int) -> Trace:
-    """`each` files -> an execution -> as many files, of which the first is traced."""
-    trace = Trace(roots=("file:out-0",))
+    """`each` files -> an execution -> as many files, of which one in the middle is traced."""
+    trace = Trace(roots=("file:out-1000",))
     facts = {"status": "complete", "commit": "c0ffee"}
     for ident in ("many", "work"):
         node = Node(kind="execution", id=ident, title=f"{ident} #1", facts=facts)
@@ -82,21 +83,23 @@ def opened(page: Page, trace: Trace) -> None:
     """As a browser gets it from the service, with its headers."""
     answer = {"body": trace_page(trace), "headers": HEADERS, "content_type": "text/html"}
     page.route("http://trace.example/**", lambda route: route.fulfill(**answer))
-    page.goto("http://trace.example/datum/out-0/trace")
+    page.goto("http://trace.example/datum/out-1000/trace")
 
 
 @pytest.mark.parametrize("width", [1400, 700])
-def test_a52_the_traced_file_is_in_view_among_thousands(page: Page, width: int) -> None:
+def test_a52_the_traced_file_is_in_view_among_thousands(
+    page: Page, artifacts: Path, width: int
+) -> None:
     page.set_viewport_size({"width": width, "height": 1000})
     trace = thousands(2000)
     opened(page, cut(trace, 5000))
-    page.screenshot(path=ARTIFACTS / f"trace-all-{width}.png")
+    page.screenshot(path=artifacts / f"trace-all-{width}.png")
     assert page.evaluate(PLACES)
     opened(page, cut(fold(trace)))
-    page.screenshot(path=ARTIFACTS / f"trace-folded-{width}.png")
+    page.screenshot(path=artifacts / f"trace-folded-{width}.png")
     assert page.evaluate(PLACES)
     assert sorted(page.locator("svg .title").all_text_contents()) == [
-        "1,999 files", "2,000 files", "many #1", "out0.txt", "work #1",
+        "1,999 files", "2,000 files", "many #1", "out1000.txt", "work #1",
     ]  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def lines_of(found: Trace, *, up: bool, down: bool) -> list[str]:
     if found.truncated:
         more = f"{found.left_out:,} more things are" if found.left_out else "There is more that is"
         out.append(
-            f"{more} not shown; go on from one of the last with `data trace`, or use --depth."
+            f"{more} not shown; go on from one of the last with `data trace`, or use --depth or --all."
         )
     return out
 

@@ -162,6 +162,17 @@ def test_a52_the_trace_page_escapes_what_users_named(site: Site) -> None:
     assert site.get("/datum/nobody/trace").status_code == 404
 
 
+def test_a52_many_alike_are_one_box_and_each_can_be_drawn(site: Site) -> None:
+    execution(site.records, "e1")
+    for n in range(9):
+        site.datum(f"o{n}.txt", b"x", execution_id="e1")
+    folded, every = (site.get(f"/execution/e1/trace{query}").text for query in ("", "?all=1"))
+    assert "9 files" in folded
+    assert '<a href="?all=1">' in folded
+    assert "9 files" not in every
+    assert all(f">o{n}.txt<" in every for n in range(9))
+
+
 def execution(records: Records, ident: str, *, logs: dict[str, Any] | None = None) -> None:
     """A finished execution with one attempt."""
     with records.write() as connection:
