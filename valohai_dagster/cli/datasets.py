@@ -89,7 +89,7 @@ def show(
         return
     cells = []
     for row in rows:
-        closed = (row["closed_at"] or "")[:16]
+        closed = (row["closed_at"] or "")[:16].replace("T", " ")
         names = ", ".join(row["aliases"])
         packages = dataset_packages.in_words(row["packages"])
         cells.append([row["name"], row["state"], closed, names, packages, row["execution"] or ""])

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from valohai_dagster.cli.checks import store_finding, store_uses
+from valohai_dagster.cli.checks import check_stores, store_finding, store_uses
 from valohai_dagster.cli.render import cell_text, counted, in_columns
 from valohai_dagster.data import own_uploads
 from valohai_dagster.data.secrets import load_secret_key
@@ -71,19 +71,26 @@ def list_(
 
 @app.command()
 def check(
-    name: Annotated[str, typer.Argument(help="Name of the store in the settings.")],
+    name: Annotated[
+        str | None, typer.Argument(help="Name of the store in the settings. Default: all of them.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the finding as JSON.")] = False,
 ) -> None:
     """Writes, reads and deletes a small object, by signed requests too, as `doctor` does. Exit code 1 if that fails."""
     settings = load_settings()
-    finding = store_finding(settings, open_store(settings, name))
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(finding), indent=2))
+    if name is None:
+        findings = list(check_stores(settings))
     else:
-        typer.echo(f"{finding.level}  {finding.text}")
-        if finding.hint:
-            typer.echo(f"  -> {finding.hint}")
-    if finding.level == "fail":
+        findings = [store_finding(settings, open_store(settings, name))]
+    if as_json:
+        described = [dataclasses.asdict(finding) for finding in findings]
+        typer.echo(json.dumps(described if name is None else described[0], indent=2))
+    else:
+        for finding in findings:
+            typer.echo(f"{finding.level}  {finding.text}")
+            if finding.hint:
+                typer.echo(f"  -> {finding.hint}")
+    if any(finding.level == "fail" for finding in findings):
         sys.exit(1)
 
 

@@ -94,6 +94,17 @@ def test_o24_datasets_have_versions_aliases_and_properties() -> None:
         run("datasets", "alias", "rm", "faces/best")
 
 
+def test_a_list_that_is_cut_says_how_many_are_left() -> None:
+    put("a.txt")
+    put("b.txt")
+    put("c.txt")
+    result = run("ls", "--limit", "2")
+    assert "1 more; --limit 3 shows them too" in result.stderr
+    assert "a.txt" not in result.stdout
+    assert "more" not in run("ls", "--limit", "3").stderr
+    assert len(loads("ls", "--limit", "1")) == 1
+
+
 def test_t17_models_are_numbered_approved_and_described() -> None:
     uri = put("weights")
     for note in ("first", "second"):
@@ -302,6 +313,20 @@ def test_an_interrupted_put_leaves_whole_datums_only(monkeypatch: pytest.MonkeyP
     assert loads("datasets", "ls") == []
     root = Path("state/store/data")
     assert len([path for path in root.rglob("*") if path.is_file()]) == len(stored)
+
+
+def test_an_interrupted_put_of_one_file_says_that_nothing_was_stored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def store_file(path: Path, **values: Any) -> Any:
+        raise KeyboardInterrupt
+
+    Path("a").write_text("a")
+    monkeypatch.setattr(data_files.transfers, "store_file", store_file)
+    result = RUNNER.invoke(data.app, ["put", "a"])
+    assert result.exit_code == 130
+    assert "put was interrupted; nothing was stored" in result.stderr
+    assert loads("ls") == []
 
 
 def test_a_failed_download_leaves_nothing_half(tmp_path: Path) -> None:

@@ -145,6 +145,8 @@ def test_one_store_is_checked(deployment: S3Store, monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 0
     assert json.loads(result.stdout)["level"] == "ok"
     monkeypatch.setenv("VALOHAI_STORES__models__BUCKET", "nobody-made-this")
+    every = json.loads(run("check", "--json").stdout)
+    assert {finding["text"].split()[0] for finding in every} == {"models", "local"}
     result = run("check", "models")
     assert result.exit_code == 1
     assert "write failed" in result.stdout
