@@ -115,6 +115,14 @@ class InputNews:
         if self._progress is not None and self._done:
             self._progress(done, self._total)
 
+    def words(self) -> str | None:
+        """`inputs: 12 files, 3 from cache`; None when there were none."""
+        with self._lock:
+            files = sum(one.files for one in self._sums.values())
+            cached = sum(one.cached for one in self._sums.values())
+        noun = "file" if files == 1 else "files"
+        return f"inputs: {files:,} {noun}, {cached:,} from cache" if files else None
+
     def _resize(self, item: InputFile, size: int) -> None:
         """The file may be larger or smaller than it was when somebody looked."""
         if self._total is not None and item.file.size is not None:

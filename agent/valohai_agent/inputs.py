@@ -72,6 +72,7 @@ class InputFetcher:
         self._transferer, self._options = transferer, options
         self._status, self._warn, self._on_ready = status, warn or status, on_ready
         self._renew, self._progress = renew, progress
+        self.words: str | None = None  # afterwards: what `InputNews.words` says of all files
 
     def fetch(
         self,
@@ -125,7 +126,9 @@ class InputFetcher:
             if planned:
                 scratch = (arrivals or self._workspace.run) / "packages"
                 fetch.unpack(self._package_way(source, switch, scratch, news), planned)
-            return fetch.run(files)
+            placed = fetch.run(files)
+            self.words = news.words()
+            return placed
 
     def _package_way(
         self, source: Source, switch: ShareSwitch, scratch: Path, news: InputNews

@@ -11,7 +11,7 @@ from valohai_agent.cache.shared import Share, ShareTree
 from valohai_agent.config_files import switch
 from valohai_agent.inputs import InputFetcher, InputOptions
 from valohai_agent.lease import Lease
-from valohai_agent.protocol import Grants
+from valohai_agent.protocol import Grants, Phase, PhaseChanged
 from valohai_agent.transfer import Transferer
 from valohai_agent.workspace import Workspace
 
@@ -60,7 +60,10 @@ class JobInputs:
             progress=progress,
         )
         job = lease.job
-        return fetcher.fetch(job.inputs, grants.inputs, grants.refused, job.packages)
+        described = fetcher.fetch(job.inputs, grants.inputs, grants.refused, job.packages)
+        if fetcher.words is not None:  # one line in the run's events
+            lease.report(PhaseChanged(phase=Phase.downloading, message=fetcher.words))
+        return described
 
     def clear(self) -> int:
         """VH_CLEAN: everything that nobody uses goes; gives the bytes (K-22)."""

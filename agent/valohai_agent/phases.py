@@ -16,6 +16,7 @@ RATE_WINDOW = timedelta(seconds=10)  # the rate is that of the last so many seco
 RATE_STEP = timedelta(seconds=0.5)  # between two remembered points
 LOG_EVERY = timedelta(seconds=15)  # lines about progress in the log
 SAY_EVERY = timedelta(seconds=5)  # lines about what is tried again
+TELL_EVERY = timedelta(seconds=30)  # of these that are events of the run
 SHOWN_SERVERS = 3
 MOVING = frozenset({Phase.downloading, Phase.uploading})
 
@@ -41,6 +42,7 @@ class PhaseClock:
         self._rate = Rate()
         self._logged_at: datetime | None = None
         self._said_at: datetime | None = None
+        self._told_at: datetime | None = None
         self._moved: tuple[int | None, int | None] = (None, None)
 
     @property
@@ -79,7 +81,7 @@ class PhaseClock:
             self._log(text)
 
     def waits(self, text: str) -> None:
-        """What is about to be tried again, from any thread; the log gets the first of it and then some now and then."""
+        """What is about to be tried again, from any thread; log and events get the first of it and then some now and then."""
         if self._current is None:
             return
         phase, now = self._current[0], self._clock.now()
@@ -87,10 +89,15 @@ class PhaseClock:
             said = self._said_at is None or now - self._said_at >= SAY_EVERY
             if said:
                 self._said_at = now
+            told = self._told_at is None or now - self._told_at >= TELL_EVERY
+            if told:
+                self._told_at = now
             done, total = self._moved
         if phase is not Phase.running:  # the command goes on, whatever its live outputs wait for
             words = f"{phase.value}, {text}"
-            self._progress(PhaseChanged(phase=phase, message=words, done=done, total=total))
+            if told:
+                self._changed(PhaseChanged(phase=phase, message=words))
+            self._progress(PhaseChanged(phase=phase, message=words, done=done or 0, total=total))
         if said:
             self._log(text)
 

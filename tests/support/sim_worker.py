@@ -31,6 +31,7 @@ class Play:
     sidecars: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by output
     metadata: Sequence[Mapping[str, Any]] = ()
     phases: Sequence[p.Phase] = ()  # before `running`, each with some progress
+    retried: Sequence[str] = ()  # what is told of further tries of a download
     outcome: p.Outcome = p.Outcome.complete
     exit_code: int | None = 0
     reason: str | None = None
@@ -130,6 +131,8 @@ class SimWorker:
             for done in range(0, 101, 25):
                 text = f"{phase.value} {done} %"
                 lease.report(p.PhaseChanged(phase=phase, message=text, done=done, total=100))
+        for text in play.retried:
+            lease.report(p.PhaseChanged(phase=p.Phase.downloading, message=text))
         if play.versions is not None:
             _tell_inputs(lease, play.versions)
         lease.report(p.PhaseChanged(phase=p.Phase.running))

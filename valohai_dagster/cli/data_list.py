@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import sqlalchemy as sa
@@ -33,6 +34,8 @@ from valohai_dagster.data.references import find_datums
 from valohai_dagster.errors import RefusedError
 from valohai_dagster.records import tables as t
 
+COUNTED = 10_000  # of the files that are not listed; more are not counted
+
 
 def list_(
     name: Annotated[
@@ -57,13 +60,13 @@ def list_(
     with deployment() as here:
         project_id = here.project_id(project)
         with here.records.read() as connection:
-            found = _listed(
+            listed = partial(
+                _listed,
                 connection,
                 here,
                 name=name,
                 project=project,
                 dataset=dataset,
-                limit=limit,
                 filters={
                     "project_id": project_id,
                     "execution_ids": find_executions(connection, execution) if execution else None,
@@ -71,11 +74,23 @@ def list_(
                     "purged": purged,
                 },
             )
+            found, left = listed(limit=limit + 1), 0
+            if len(found) > limit and not _is_version(name):
+                left = len(listed(limit=limit + COUNTED)) - limit
+                found = found[:limit]
             names = datums.aliases_of(connection, [datum.id for datum in found])
     if as_json:
         print_json([datum_dict(datum, names.get(datum.id, [])) for datum in found])
     else:
         print_datums(found, names)
+    if left > 0:
+        least = "at least " if left == COUNTED else ""
+        typer.echo(f"{least}{left:,} more; --limit {limit + left} shows them too", err=True)
+
+
+def _is_version(name: str | None) -> bool:
+    """Whose files are all listed."""
+    return name is not None and name.startswith(("dataset://", "model://"))
 
 
 def _listed(
@@ -88,7 +103,7 @@ def _listed(
     limit: int,
     filters: dict[str, Any],
 ) -> list[datums.Datum]:
-    if name is not None and name.startswith(("dataset://", "model://")):
+    if name is not None and _is_version(name):
         return find_datums(connection, name, project_id=here.only_project(project))
     among = None
     if dataset is not None:

@@ -274,8 +274,10 @@ def _deps(tag: StepTag, options: StepOptions) -> list[dg.AssetDep]:
 
 
 def kinds_of(step: StepDefinition) -> set[str]:
-    text = "\n".join(step.step.command or [])
-    return {"docker", "python"} if _PYTHON.search(text) else {"docker"}
+    """What runs it, as far as that is the same wherever it runs: the worker's runtime need not be Docker."""
+    command = step.step.command or []
+    text = command if isinstance(command, str) else "\n".join(command)
+    return {"valohai", "python"} if _PYTHON.search(text) else {"valohai"}
 
 
 def description_of(project: Project, step: StepDefinition) -> str:

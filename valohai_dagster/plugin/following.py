@@ -14,6 +14,7 @@ from typing import Any
 import dagster as dg
 from dagster import AssetExecutionContext, DagsterExecutionInterruptedError
 
+from valohai_agent.checksums import decimal_size
 from valohai_dagster.errors import ServiceUnavailable
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.stream import EventKind, ExecutionView, FollowEvent
@@ -28,6 +29,8 @@ from valohai_dagster.plugin.compute_logs import ValohaiComputeLogManager
 from valohai_dagster.plugin.results import numeric_metrics
 
 OBSERVE_SECONDS = 60.0  # between two observations of running metrics, and before the first
+TOLD_OUTPUTS = 100  # of one execution; above that, outputs are counted: a row of the event log costs milliseconds
+COUNT_SECONDS = 60.0  # between two counts of them
 Interrupts = (DagsterExecutionInterruptedError, KeyboardInterrupt)
 
 
@@ -64,6 +67,9 @@ class Follower:
         self._seen: set[tuple[Any, ...]] = (
             set()
         )  # following again after an interrupt replays the stream
+        self._status: Any = None
+        self._standing = ""  # what the last snapshot said
+        self._outputs = OutputCount(clock)
         self._stopping = False
         self._mirror = Mirror(context.instance.compute_log_manager, backend, spec.execution_id)
 
@@ -118,19 +124,29 @@ class Follower:
         if event.kind is EventKind.progress or identity in self._seen:
             return
         self._seen.add(identity)
+        before, self._status = self._status, event.data.get("status") or self._status
         if event.kind is EventKind.metadata:
             self._latest.update(event.data.get("latest") or {})
         elif event.kind is EventKind.warning:
             self._context.log.warning(self._named(event.message))
         elif event.kind is EventKind.snapshot:
-            self._tell_snapshot(event)
+            self._tell_snapshot(event, before)
+        elif event.kind is EventKind.output:
+            if words := self._outputs.add(event):
+                self._say(words)
         elif event.message:
+            if event.kind is EventKind.final and (words := self._outputs.words()):
+                self._say(words)
             self._say(event.message)
 
-    def _tell_snapshot(self, event: FollowEvent) -> None:
+    def _tell_snapshot(self, event: FollowEvent, before: Any) -> None:
+        """Silence is answered by a snapshot each time; one that says nothing new would read like another start."""
         self._latest.update(event.data.get("latest_metadata") or {})
-        status = event.data.get("status")
-        self._say(event.message or f"the execution is {getattr(status, 'value', status)}")
+        status = getattr(self._status, "value", self._status)
+        words = event.message or f"the execution is {status}"
+        if self._status != before or words not in (status, self._standing):
+            self._say(words)
+        self._standing = words
 
     def _say(self, message: str) -> None:
         if self._stopping:
@@ -164,6 +180,34 @@ class Follower:
         }
         key = dg.AssetKey(self._spec.asset_key or [])
         observe(self._context, dg.AssetObservation(asset_key=key, metadata=metadata))
+
+
+class OutputCount:
+    """Which stored outputs become a line: the first ones each, the others together now and then."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._files = self._bytes = 0
+        self._told_at = clock()
+
+    def add(self, event: FollowEvent) -> str | None:
+        """The line to write, if any."""
+        self._files += 1
+        self._bytes += int(event.data.get("size") or 0)
+        if self._files <= TOLD_OUTPUTS:
+            self._told_at = self._clock()
+            return event.message
+        if self._clock() - self._told_at < COUNT_SECONDS:
+            return None
+        self._told_at = self._clock()
+        return f"stored {self._files:,} outputs so far, {decimal_size(self._bytes)}"
+
+    def words(self) -> str | None:
+        """What all of them came to, where not each had a line."""
+        if self._files <= TOLD_OUTPUTS:
+            return None
+        size = decimal_size(self._bytes)
+        return f"stored {self._files:,} outputs, {size}; the first {TOLD_OUTPUTS} are named above"
 
 
 class Mirror:

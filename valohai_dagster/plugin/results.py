@@ -161,11 +161,31 @@ def _tables(view: ExecutionView) -> dict[str, MetadataValue[Any]]:
         rows = [{"name": name, "value": _cell(value)} for name, value in view.parameters.items()]
         out["parameters"] = _table({"name": "string", "value": "string"}, rows)
     if view.inputs:
+        cached = [i.cached for i in view.inputs if i.cached is not None]
         out["inputs"] = _input_table(view)
-    out["outputs"] = _output_table(view.outputs)
-    out["output_count"] = MetadataValue.int(len(view.outputs))
-    out["output_bytes"] = MetadataValue.int(sum(d.size for d in view.outputs))
-    return out
+        out |= _cut("inputs", view.inputs, "the records have all")
+        out["input_count"] = MetadataValue.int(len(view.inputs))
+        out["input_bytes"] = MetadataValue.int(sum(i.size or 0 for i in view.inputs))
+        if cached:
+            out["inputs_from_cache"] = MetadataValue.int(sum(cached))
+    return {**out, **_output_tables(view)}
+
+
+def _output_tables(view: ExecutionView) -> dict[str, MetadataValue[Any]]:
+    return {
+        "outputs": _output_table(view.outputs),
+        **_cut("outputs", view.outputs, f"`valohai-dagster outputs {view.id}` lists all"),
+        "output_count": MetadataValue.int(len(view.outputs)),
+        "output_bytes": MetadataValue.int(sum(d.size for d in view.outputs)),
+    }
+
+
+def _cut(table: str, rows: Sequence[Any], where: str) -> dict[str, MetadataValue[Any]]:
+    """Says so where a table does not hold all."""
+    if len(rows) <= MAX_ROWS:
+        return {}
+    text = f"the first {MAX_ROWS:,} of {len(rows):,}; {where}"
+    return {f"{table}_shown": MetadataValue.md(text)}
 
 
 def _input_table(view: ExecutionView) -> MetadataValue[Any]:
@@ -293,6 +313,4 @@ def failure_metadata(view: ExecutionView) -> dict[str, MetadataValue[Any]]:
     out = {**_facts(view), **_metrics(view.latest_metadata), **_durations(view)}
     if view.exit_code is not None:
         out["exit_code"] = MetadataValue.int(view.exit_code)
-    if view.outputs:
-        out["outputs"] = _output_table(view.outputs)
-    return out
+    return {**out, **_output_tables(view)} if view.outputs else out

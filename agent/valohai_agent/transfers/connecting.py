@@ -18,7 +18,7 @@ import certifi
 
 from valohai_agent.errors import Unreachable
 from valohai_agent.transfers.retries import Temporary
-from valohai_agent.transfers.wire import BROKE_OFF, NO_ANSWER, SLICE_SECONDS, Patience, Wire
+from valohai_agent.transfers.wire import BROKE_OFF, SLICE_SECONDS, Patience, Wire, no_answer
 
 
 class Place(NamedTuple):
@@ -69,7 +69,7 @@ def connect(
         raise Unreachable(f"{name}: the TLS certificate was not accepted") from error
     except TimeoutError as error:
         sock.close()
-        raise Temporary(NO_ANSWER) from error
+        raise Temporary(no_answer(patience.connect_seconds)) from error
     except OSError as error:
         sock.close()
         raise Temporary(BROKE_OFF) from error

@@ -72,6 +72,7 @@ class Shared:
             check=check or self.check,
             name=name,
             waiting=self.waiting,
+            gave_up=self.pool.give_up,
         )
 
     # -- places for connections ----------------------------------------------------------------------

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
-from valohai_agent.errors import Refused
+from valohai_agent.errors import Refused, Unreachable
 from valohai_agent.protocol import Transfer
 from valohai_agent.transfers.connecting import Place, basic_auth, connect
+from valohai_agent.transfers.retries import Silent, Temporary
 from valohai_agent.transfers.wire import (
     Answer,
     FileBody,
@@ -24,6 +26,8 @@ from valohai_agent.transfers.wire import (
 KEPT_CONNECTIONS = 32  # per server; more than that are closed after use
 REDIRECTS = 5
 URL = re.compile(r"(https?)://([^/?#]*)([^#]*)", re.IGNORECASE)
+GIVEN_UP_SECONDS = 60.0  # in which a server that never answered is not asked again
+READING = frozenset({"GET", "HEAD"})
 REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
 
 
@@ -42,6 +46,9 @@ class Pool:
         self._patience = patience
         self._idle: dict[Place, list[Wire]] = {}
         self._servers: dict[tuple[str, str], Server] = {}
+        self._heard: set[Place] = set()
+        self._silent: set[Place] = set()
+        self._given_up: dict[Place, float] = {}  # until when, by time.monotonic()
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -146,22 +153,46 @@ class Pool:
     ) -> Answer:
         length = body.length if isinstance(body, FileBody) else None if body is None else len(body)
         head, place = _head(server, method, target, headers, length), server.place
+        seconds = self._first_seconds(place, method, name)
         while True:
             wire = self.idle(place, check) or self.connect(place, check, name)
             try:
                 wire.send(head, body or b"")
-                status, reason, answered = wire.head()
+                status, reason, answered = wire.head(seconds)
+                self._heard.add(place)
                 return Answer(wire, status, reason, answered, bodyless=method == "HEAD")
             except Stale:
                 wire.close()
-                if method not in (
-                    "GET",
-                    "HEAD",
-                ):  # whoever writes wants to know that it may have arrived
+                if method not in READING:  # whoever writes wants to know that it may have arrived
                     raise
+            except Silent as error:
+                wire.close()
+                if place in self._heard or method not in READING:
+                    raise Temporary(str(error)) from error
+                error.place = place
+                if method == "GET":
+                    self._silent.add(place)
+                raise
             except BaseException:
                 wire.close()
                 raise
+
+    # -- servers that never answer --------------------------------------------------------------------------------
+    def give_up(self, error: Silent) -> None:
+        """For a while nobody else shall wait for that server, unless it answers somebody after all."""
+        if error.place is not None:
+            self._given_up[error.place] = time.monotonic() + GIVEN_UP_SECONDS
+
+    def _first_seconds(self, place: Place, method: str, name: str) -> float | None:
+        """How long the first byte of an answer may take; None for as long as any other. Raises Unreachable."""
+        if place in self._heard or method not in READING:
+            return None
+        if time.monotonic() < self._given_up.get(place, 0.0):
+            raise Unreachable(
+                f"{name}: {place.host}:{place.port} has not answered the requests for other files either. "
+                "Check that the address can be reached from the worker, then launch again."
+            )
+        return None if place in self._silent else self._patience.answer_seconds
 
 
 def _server(url: str, name: str) -> Server:

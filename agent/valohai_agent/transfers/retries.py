@@ -20,6 +20,7 @@ from valohai_agent.errors import (
     Unreachable,
 )
 
+SILENT_TRIES = 3  # with a server that has never answered anything
 PROGRESS_BYTES = 64 * 1024  # fewer bytes than that since the last failures are no progress
 BACK_OFF_SECONDS = 0.5  # first pause; doubles, times a random factor of 0.5..1.5
 MAX_BACK_OFF_SECONDS = 30.0
@@ -49,6 +50,14 @@ class Temporary(Exception):
     def __init__(self, reason: str, pause_seconds: float | None = None) -> None:
         super().__init__(reason)
         self.pause_seconds = pause_seconds
+
+
+class Silent(Temporary):
+    """A server that has never answered anything did not answer within `seconds`; the next try may take `longest`."""
+
+    def __init__(self, seconds: float, longest: float, place: Any = None) -> None:
+        super().__init__(f"no answer within {seconds:g} s")
+        self.longest, self.place = longest, place
 
 
 class Expired(Exception):
@@ -109,7 +118,8 @@ def back_off(failures: int) -> float:
 class Retries:
     """Repeats one action until it succeeds, fails for good, or fails `attempts` times in a row without progress.
 
-    `waiting` hears before each pause what failed, which try it was, and when the next one is.
+    A server that never answers has SILENT_TRIES of them; `gave_up` hears of it then. `waiting` hears before each pause
+    what failed, which try it was, and when the next one is.
     """
 
     def __init__(
@@ -120,9 +130,11 @@ class Retries:
         check: Callable[[], None],
         name: str,
         waiting: Callable[[str], None] = lambda text: None,
+        gave_up: Callable[[Silent], None] = lambda error: None,
     ) -> None:
         self._attempts, self._sleep, self._check, self._name = attempts, sleep, check, name
-        self._waiting = waiting
+        self._silent_tries = min(attempts, SILENT_TRIES)
+        self._waiting, self._gave_up = waiting, gave_up
 
     def run(
         self,
@@ -135,7 +147,7 @@ class Retries:
 
         `renew` gets a fresh signature and says whether there is one; asked once per run without progress.
         """
-        failures, renewed, before = 0, False, progress()
+        failures, silences, renewed, before = 0, 0, False, progress()
         while True:
             self._check()
             try:
@@ -144,14 +156,16 @@ class Retries:
                 if progress() - before >= PROGRESS_BYTES:
                     failures, renewed, before = 0, False, progress()
                 failures += 1
-                if failures >= self._attempts:
-                    raise Unreachable(
-                        f"{self._name}: {error} (tried {self._attempts} times). "
-                        "Check that the address can be reached from the worker, then launch again."
-                    ) from error
+                silences += isinstance(error, Silent)
+                self._give_up_if_due(error, failures, silences)
                 pause = back_off(failures) if error.pause_seconds is None else error.pause_seconds
                 tries = f"try {failures} of {self._attempts}"
-                self._waiting(f"{self._name}: {error} ({tries}), next in {pause:.1f} s")
+                end = ""
+                if isinstance(error, Silent):
+                    tries = f"try {silences} of {self._silent_tries}"
+                    left = (self._silent_tries - silences) * error.longest
+                    end = f", given up in {left:.0f} s if there is none"
+                self._waiting(f"{self._name}: {error} ({tries}), next in {pause:.1f} s{end}")
             except Expired as error:
                 if progress() - before >= PROGRESS_BYTES:
                     failures, renewed, before = 0, False, progress()
@@ -160,6 +174,17 @@ class Retries:
                 renewed, pause = True, 0.0
             if pause:
                 self._sleep(pause)
+
+    def _give_up_if_due(self, error: Temporary, failures: int, silences: int) -> None:
+        silent = silences >= self._silent_tries
+        if failures < self._attempts and not silent:
+            return
+        if silent and isinstance(error, Silent):
+            self._gave_up(error)
+        raise Unreachable(
+            f"{self._name}: {error} (tried {failures} times). "
+            "Check that the address can be reached from the worker, then launch again."
+        ) from error
 
 
 class Renewal:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from valohai_agent.local_files import Shrunk
-from valohai_agent.transfers.retries import Temporary
+from valohai_agent.transfers.retries import Silent, Temporary
 
 STATUS = re.compile(r"[0-9]{3}")
 LENGTH = re.compile(r"[0-9]{1,18}")
@@ -27,7 +27,6 @@ BUFFER_BYTES = (
 )  # a longer head of an answer is not HTTP; a small file comes with its head in one piece
 SLICE_SECONDS = 0.25  # how late a cancellation is noticed
 SEND_BYTES = 1024 * 1024  # of one sendfile call, between two looks at progress
-NO_ANSWER = "no answer within the time limit"
 BROKE_OFF = "the connection cannot be made or broke off"
 
 
@@ -43,6 +42,7 @@ class Patience:
     """How long a connection may take. Below `bytes_per_second` on average of `window_seconds` it counts as stuck."""
 
     connect_seconds: float = 10.0
+    answer_seconds: float = 30.0  # to what is asked of a server first, while it has never answered
     read_seconds: float = 60.0
     window_seconds: float = 60.0
     bytes_per_second: float = 1024.0
@@ -111,7 +111,7 @@ class Wire:
             if not self._has_answer():
                 raise (Temporary if self.fresh else Stale)(BROKE_OFF) from error
         except TimeoutError as error:
-            raise Temporary(NO_ANSWER) from error
+            raise Temporary(no_answer(self._patience.read_seconds)) from error
         except OSError as error:
             raise Temporary(BROKE_OFF) from error
 
@@ -154,15 +154,20 @@ class Wire:
                 waited = self._waited(waited)
 
     # -- receiving ---------------------------------------------------------------------------------
-    def head(self) -> tuple[int, str, dict[str, str]]:
-        """Status, reason and headers (lower-case names) of the next answer; `1xx` answers are skipped."""
+    def head(self, seconds: float | None = None) -> tuple[int, str, dict[str, str]]:
+        """Status, reason and headers (lower-case names) of the next answer; `1xx` answers are skipped.
+
+        Raises Silent when nothing at all comes within `seconds`, which are `read_seconds` if not stated.
+        """
         while True:
-            status, reason, headers = parse_head(self._head_block())
+            status, reason, headers = parse_head(self._head_block(seconds))
             if status >= 200:
                 return status, reason, headers
 
-    def _head_block(self) -> str:
-        until = time.monotonic() + self._patience.read_seconds
+    def _head_block(self, seconds: float | None) -> str:
+        longest = self._patience.read_seconds
+        first = longest if seconds is None else min(seconds, longest)
+        until = time.monotonic() + longest
         while True:
             at = self._buffer.find(b"\r\n\r\n", self._start, self._end)
             if at >= 0:
@@ -170,12 +175,12 @@ class Wire:
                 self._start = at + 4
                 self.fresh = False
                 return text
-            self._fill(first=self._start == self._end)
+            self._fill(first=first if self._start == self._end else None)
             if time.monotonic() > until:
-                raise Temporary(NO_ANSWER)
+                raise Temporary(no_answer(longest))
 
-    def _fill(self, *, first: bool) -> None:
-        """Reads more into the buffer; keeps what is unused."""
+    def _fill(self, *, first: float | None) -> None:
+        """Reads more into the buffer; keeps what is unused. `first`: seconds for the beginning of an answer."""
         if self._start == self._end:
             self._start = self._end = 0
         elif self._end == len(self._buffer):
@@ -184,9 +189,9 @@ class Wire:
             kept = self._end - self._start
             self._buffer[:kept] = self._buffer[self._start : self._end]
             self._start, self._end = 0, kept
-        count = self._recv(self._view[self._end :], stale=first and not self.fresh)
+        count = self._recv(self._view[self._end :], first=first)
         if not count:
-            raise (Stale if first and not self.fresh else Temporary)(BROKE_OFF)
+            raise (Stale if first is not None and not self.fresh else Temporary)(BROKE_OFF)
         self._end += count
 
     def read_into(self, view: memoryview) -> int:
@@ -210,29 +215,32 @@ class Wire:
                 line = bytes(self._view[self._start : at]).strip()
                 self._start = at + 1
                 return line
-            self._fill(first=False)
+            self._fill(first=None)
 
-    def _recv(self, view: memoryview, *, flags: int = 0, stale: bool = False) -> int:
-        waited = 0.0
+    def _recv(self, view: memoryview, *, flags: int = 0, first: float | None = None) -> int:
+        longest, waited = self._patience.read_seconds, 0.0
+        stale = first is not None and not self.fresh
         while True:
             try:
                 return self._sock.recv_into(view, 0, flags)
             except (TimeoutError, BlockingIOError) as error:
                 try:
-                    waited = self._waited(waited)
+                    waited = self._waited(waited, first)
                 except TimeoutError:
-                    raise Temporary(NO_ANSWER) from error
+                    if first is not None:
+                        raise Silent(first, longest) from error
+                    raise Temporary(no_answer(longest)) from error
             except ConnectionError as error:
                 raise (Stale if stale else Temporary)(BROKE_OFF) from error
             except OSError as error:
                 raise Temporary(BROKE_OFF) from error
 
     # -- patience ----------------------------------------------------------------------------------
-    def _waited(self, seconds: float) -> float:
+    def _waited(self, seconds: float, longest: float | None = None) -> float:
         """Adds one slice to what was waited in a row; raises TimeoutError when that is too much."""
         self.check()
         seconds += min(SLICE_SECONDS, self._patience.read_seconds)
-        if seconds >= self._patience.read_seconds:
+        if seconds >= (self._patience.read_seconds if longest is None else longest):
             raise TimeoutError
         return seconds
 
@@ -250,6 +258,10 @@ class Wire:
     def watch_anew(self) -> None:
         """The time until the answer began does not count as slowness of its body."""
         self._watch_from, self._watched = time.monotonic(), 0
+
+
+def no_answer(seconds: float) -> str:
+    return f"no answer within {seconds:g} s"
 
 
 def parse_head(text: str) -> tuple[int, str, dict[str, str]]:

@@ -121,7 +121,7 @@ def test_a_time_out_says_so_after_its_tries(
     web: Web, transferer: Transferer, tmp_path: Path
 ) -> None:
     web.answers["/f"] = [answers.silence(1.0)]
-    with pytest.raises(Unreachable, match=r"f: no answer within the time limit \(tried 3 times\)"):
+    with pytest.raises(Unreachable, match=r"f: no answer within 0.3 s \(tried 3 times\)"):
         transferer.download(_get(web.url("/f")), tmp_path / "f", name="f")
     assert _only(tmp_path) == []
 

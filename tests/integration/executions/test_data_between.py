@@ -17,7 +17,7 @@ from tests.support.servers.s3_stores import s3_client
 from tests.support.servers.stores import fresh_name
 from tests.support.service import RunningService, running_service
 from valohai_dagster.data import models
-from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
+from valohai_dagster.executions.stream import EventKind, ExecutionStatus, ExecutionView
 from valohai_dagster.settings import GroupSettings, Settings
 
 MAKE = """
@@ -134,6 +134,10 @@ def test_i03_i32_objects_of_a_bucket_are_inputs_and_their_changes_are_told(
         f"s3://{bucket}/sets/deep/b.txt",
     ]
     assert view.warnings == []
+    for cached in (0, 2):
+        told = with_s3.events(view.id, lambda event: event.kind is EventKind.final)
+        assert f"inputs: 2 files, {cached} from cache" in [event.message for event in told]
+        view, _ = run(with_s3, project, "read", inputs={"data": [uri]})
     with closing(s3_client(moto_server)) as client:
         client.put_object(Bucket=bucket, Key="sets/a.txt", Body=b"changed")
     view, printed = run(with_s3, project, "read", inputs={"data": [uri]})

@@ -8,16 +8,26 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import dagster as dg
 import pytest
 from dagster import AssetKey, DagsterEventType, DagsterInstance
 
-from tests.support.dagster_face import TWO_STEPS, FakeBackend, event, final, project_of, view_of
+from tests.support.dagster_face import (
+    TWO_STEPS,
+    FakeBackend,
+    datum_of,
+    event,
+    final,
+    project_of,
+    view_of,
+)
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, FollowEvent
 from valohai_dagster.plugin.assets import project_assets
+from valohai_dagster.plugin.following import TOLD_OUTPUTS
 from valohai_dagster.plugin.step_tag import STEP_TAG, read_step_tag
 
 PREP = AssetKey(["digits", "Prepare_data"])
@@ -235,6 +245,91 @@ def test_what_ends_within_a_minute_is_not_observed_before(
     backend.script = two_metrics
     result = run(assets_of(backend), instance)
     assert not events_of(instance, result.run_id, DagsterEventType.ASSET_OBSERVATION)
+
+
+def test_many_outputs_are_told_by_name_first_and_then_by_number(
+    instance: DagsterInstance, backend: FakeBackend
+) -> None:
+    """2,000 rows of the event log took ten seconds after the execution had ended."""
+    outputs = [datum_of(f"o{n}.txt", b"x") for n in range(TOLD_OUTPUTS + 50)]
+
+    def script(backend: FakeBackend, spec: ExecutionSpec) -> Iterator[FollowEvent | None]:
+        for datum in outputs:
+            told = datum.model_dump(mode="json")
+            yield event(EventKind.output, f"stored output {datum.name}", **told)
+        yield final(view_of(spec, outputs=outputs))
+
+    backend.script = script
+    result = run(assets_of(backend), instance, select=[PREP])
+    told = [text for text in messages(instance, result.run_id) if "stored" in text]
+    assert len(told) == TOLD_OUTPUTS + 1
+    assert told[0].endswith("stored output o0.txt")
+    assert told[-1].endswith("stored 150 outputs, 150 B; the first 100 are named above")
+    found = instance.get_latest_materialization_event(PREP)
+    assert found is not None
+    assert found.asset_materialization is not None
+    assert found.asset_materialization.metadata["output_count"].value == len(outputs)
+
+
+def test_outputs_that_are_not_named_are_counted_now_and_then(
+    instance: DagsterInstance, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("valohai_dagster.plugin.following.TOLD_OUTPUTS", 1)
+    monkeypatch.setattr("valohai_dagster.plugin.following.COUNT_SECONDS", 0.0)
+
+    def script(backend: FakeBackend, spec: ExecutionSpec) -> Iterator[FollowEvent | None]:
+        for n in range(3):
+            yield event(EventKind.output, f"stored output {n}", size=500)
+        yield from backend.success(spec)
+
+    backend.script = script
+    result = run(assets_of(backend), instance, select=[PREP])
+    told = [text for text in messages(instance, result.run_id) if "stored" in text]
+    assert [text.partition(": ")[2] for text in told] == [
+        "stored output 0",
+        "stored 2 outputs so far, 1.0 kB",
+        "stored 3 outputs so far, 1.5 kB",
+        "stored 3 outputs, 1.5 kB; the first 1 are named above",
+    ]
+
+
+def test_an_answer_to_silence_that_says_nothing_new_is_not_told(
+    instance: DagsterInstance, backend: FakeBackend
+) -> None:
+    """It read as if the execution had started again."""
+    seconds = iter(range(100))
+
+    def standing(message: str, status: str) -> FollowEvent:
+        told = event(EventKind.snapshot, message, status=status)
+        return told.model_copy(update={"time": told.time + timedelta(seconds=next(seconds))})
+
+    def script(backend: FakeBackend, spec: ExecutionSpec) -> Iterator[FollowEvent | None]:
+        yield event(EventKind.state, "leased by worker w1", status="started")
+        yield event(EventKind.state, "downloading from h", phase="downloading")
+        for _ in range(3):
+            yield standing("started", "started")
+        yield event(EventKind.state, "downloading, f: no answer (try 1 of 3)", phase="downloading")
+        for _ in range(2):
+            yield standing("stopping: by hand", "stopping")
+        yield final(view_of(spec))
+
+    backend.script = script
+    result = run(assets_of(backend), instance, select=[PREP])
+    named = [text for text in messages(instance, result.run_id) if text.startswith("execution ")]
+    assert [text.partition(": ")[2] for text in named][1:] == [
+        "queued in group local",
+        "leased by worker w1",
+        "downloading from h",
+        "downloading, f: no answer (try 1 of 3)",
+        "stopping: by hand",
+        "ended: complete",
+    ]
+
+
+def test_an_assets_kind_does_not_depend_on_the_workers_runtime(backend: FakeBackend) -> None:
+    assert [spec.kinds for made in assets_of(backend) for spec in made.specs] == [
+        {"valohai", "python"}
+    ] * 2
 
 
 def test_a_re_execution_uses_its_parent_runs_files_and_not_the_latest(

@@ -101,6 +101,14 @@ def test_what_is_tried_again_is_the_phases_message_and_the_log_has_some_of_it(
     assert changes[-1].message == "downloading, f: no connection (try 1 of 8)"
     assert (changes[-1].done, changes[-1].total) == (5, 10)
     assert said == ["f: no connection (try 1 of 8)"] * 2  # at 0 s and at 6 s
+    states = [change.message for change in changes if change.done is None]
+    assert states == [changes[0].message, changes[-1].message]  # at 0 s
+    clock.advance(30)
+    phases.waits("f: no connection (try 3 of 8)")
+    assert changes[-2].done is None
+    assert (
+        changes[-2].message == changes[-1].message == "downloading, f: no connection (try 3 of 8)"
+    )
     phases.enter(Phase.running)
     phases.waits("live output waits")
     assert changes[-1].phase is Phase.running

@@ -93,6 +93,12 @@ def test_i32_every_use_is_reported_once_in_few_reports_where_that_is_understood(
     assert all(isinstance(one, InputReady) for one in rig.reports) is not batches
 
 
+def test_all_files_and_those_from_a_cache_are_one_line() -> None:
+    assert Rig(files_of("d", 9)).news.words() == "inputs: 9 files, 3 from cache"
+    assert Rig(files_of("d", 1)).news.words() == "inputs: 1 file, 1 from cache"
+    assert Rig([]).news.words() is None
+
+
 def test_one_file_needs_no_batch() -> None:
     assert isinstance(Rig(files_of("d", 1)).reports[0], InputReady)
 

@@ -8,7 +8,7 @@ from typing import Any
 from tests.support.dagster_face import NOON, datum_of, view_of
 from valohai_agent.protocol import PhaseSpan
 from valohai_dagster.executions.spec_model import CommitRef, ExecutionSpec, ProjectRef
-from valohai_dagster.executions.stream import ExecutionView
+from valohai_dagster.executions.stream import ExecutionView, InputView
 from valohai_dagster.plugin.results import (
     MAX_PICTURE_BYTES,
     MAX_ROWS,
@@ -104,6 +104,28 @@ def test_tables_are_cut_and_the_count_is_told() -> None:
     metadata = metadata_of(view(outputs=outputs))
     assert len(metadata["outputs"].records) == MAX_ROWS  # type: ignore[attr-defined]
     assert metadata["output_count"].value == MAX_ROWS + 5
+    shown = str(metadata["outputs_shown"].value)
+    assert (
+        shown == f"the first {MAX_ROWS} of {MAX_ROWS + 5}; `valohai-dagster outputs e1` lists all"
+    )
+    assert failure_metadata(view(outputs=outputs))["outputs_shown"].value == shown
+    assert "outputs_shown" not in metadata_of(view(outputs=outputs[:MAX_ROWS]))
+
+
+def test_inputs_are_counted_with_their_cache_hits() -> None:
+    inputs = [
+        InputView(input="a", name=f"{n}", uri="s3://b/k", size=2, cached=n % 2 == 0)
+        for n in range(MAX_ROWS + 1)
+    ]
+    metadata = metadata_of(view(inputs=inputs))
+    assert metadata["input_count"].value == MAX_ROWS + 1
+    assert metadata["input_bytes"].value == 2 * (MAX_ROWS + 1)
+    assert metadata["inputs_from_cache"].value == MAX_ROWS // 2 + 1
+    assert "of 201" in str(metadata["inputs_shown"].value)
+    unknown = [one.model_copy(update={"cached": None}) for one in inputs[:3]]
+    metadata = metadata_of(view(inputs=unknown))
+    assert "inputs_from_cache" not in metadata
+    assert "inputs_shown" not in metadata
 
 
 def test_a_command_with_fences_stays_one_code_block() -> None:

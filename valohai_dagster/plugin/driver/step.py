@@ -63,7 +63,7 @@ T = TypeVar("T")
 
 OBSERVE_SECONDS = 60.0  # between two observations of running metrics, and before the first
 NAMED_OUTPUTS = 10  # in one line
-TOLD_PHASES = ("pulling", "downloading", "running")  # each is told once per attempt
+TOLD_PHASES = ("pulling", "downloading", "running")  # each thing said of them: once per attempt
 
 
 class Driven(Protocol):
@@ -306,7 +306,7 @@ class StepTry:
         if status == ExecutionStatus.started.value and not self._leased:
             return self._leased_by(event.message, event.data.get("worker"), event.attempt)
         if phase is not None:
-            key = (event.attempt, str(phase))
+            key = (event.attempt, event.message)
             if phase not in TOLD_PHASES or key in self._told:
                 return []
             self._told.add(key)

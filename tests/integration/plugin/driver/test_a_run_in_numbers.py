@@ -48,3 +48,17 @@ def test_a_run_of_one_step_has_few_rows(tmp_path: Path, redis_server: RedisServe
         assert side.ended(run.run_id).is_success
         found = rows(side, run.run_id)
     assert len(found) <= MOST_ROWS, "\n".join(found)
+
+
+def test_further_tries_of_a_download_and_cache_hits_are_told(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    told = ["downloading, f: no answer (try 1 of 3)", "inputs: 12 files, 3 from cache"]
+    code = Code.write(tmp_path / "code", ONE)
+    plays = {"prep": Play(phases=[p.Phase.downloading], retried=[*told, told[0]])}
+    with ConductorSide(tmp_path / "side", code, plays, redis_server) as side:
+        run = side.create(Ask(assets=["prep"]))
+        side.submit(run)
+        assert side.ended(run.run_id).is_success
+        found = [row.partition(": ")[2] for row in rows(side, run.run_id)]
+    assert [text for text in found if text in ("downloading", *told)] == ["downloading", *told]
