@@ -11,7 +11,8 @@ from typing import Any, Literal
 import sqlalchemy as sa
 import typer
 
-from valohai_dagster.cli.lookup import REFERENCE_HELP, find_executions
+from valohai_dagster.cli.lookup import REFERENCE_HELP, find_executions, find_run
+from valohai_dagster.errors import NotFoundError
 from valohai_dagster.executions.stream import ExecutionStatus
 from valohai_dagster.plugin.log_sections import PIECE, STREAMS, LogSection, Stream
 from valohai_dagster.plugin.log_source import ServiceLogs
@@ -56,7 +57,7 @@ def logs(
     streams = STREAMS if stream == "both" else (stream,)
     last: tuple[str, int, Stream] | None = None
     try:
-        several = len(streams) > 1 or len(_executions(reader, run, step)) > 1
+        several = len(streams) > 1 or (not follow and len(_executions(reader, run, step)) > 1)
         for line in log_lines(reader, run, streams=streams, step=step, follow=follow):
             if as_json:
                 typer.echo(json.dumps(_as_dict(line), ensure_ascii=False))
@@ -82,11 +83,19 @@ def log_lines(
     follow: bool = False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[LogText]:
-    """Lines by execution, attempt and stream; with `follow` until every execution of the reference has ended."""
+    """Lines by execution, attempt and stream. With `follow` until every execution of the reference, and the run that it
+    means, has ended; `latest` stays the run that it was at first."""
     readings: dict[tuple[str, int, Stream], _Reading] = {}
+    run = _run(reader, reference) if follow else None
     while True:
-        executions = _executions(reader, reference, step)
-        ended = all(ExecutionStatus(row.status).final for row in executions)
+        driven = run is not None and _is_driven(reader, run)
+        try:
+            executions = _executions(reader, run or reference, step)
+        except NotFoundError:
+            if not driven:
+                raise
+            executions = []  # of this run, or this step of it, there is none yet
+        ended = not driven and all(ExecutionStatus(row.status).final for row in executions)
         last = ended or not follow
         for row in executions:
             for section in reader.index_of_execution(row.id).sections:
@@ -134,6 +143,19 @@ def _executions(reader: ServiceLogs, reference: str, step: str | None) -> list[A
         e = t.executions.c
         query = sa.select(e.id, e.step, e.counter, e.status).where(e.id.in_(ids))
         return list(conn.execute(query.order_by(e.ctime, e.counter)))
+
+
+def _run(reader: ServiceLogs, reference: str) -> str | None:
+    with reader.records().read() as conn:
+        return find_run(conn, reference)
+
+
+def _is_driven(reader: ServiceLogs, run: str) -> bool:
+    """Whether a conductor still brings the run's steps to execution, so that more may come."""
+    c = t.runs.c
+    with reader.records().read() as conn:
+        query = sa.select(c.state).where(c.run_id == run, c.ended_at.is_(None))
+        return conn.execute(query).first() is not None
 
 
 def _heading(line: LogText, *, first: bool) -> str:

@@ -8,7 +8,7 @@ import pytest
 import redis
 from typer.testing import CliRunner, Result
 
-from tests.integration.plugin.test_compute_logs import Platform
+from tests.integration.plugin.test_compute_logs import NOW, Platform
 from valohai_agent.protocol import LogStream
 from valohai_dagster.cli.app import app
 from valohai_dagster.cli.logs import log_lines
@@ -103,6 +103,34 @@ def test_following_goes_from_live_to_stored_without_a_gap_to_the_end(
     lines = log_lines(reader, REFERENCE, streams=("stdout",), follow=True, sleep=sleep)
     assert [line.text for line in lines] == ["one", "two", "three"]
     assert len(pauses) == 2
+    reader.close()
+
+
+def test_following_a_run_waits_for_its_later_steps(platform: Platform, settings: Settings) -> None:
+    """A conductor drives the run: between two steps every execution so far has ended."""
+    platform.attempt()
+    platform.end(stdout=b"one\n")
+    row = {"run_id": "abcd1234", "instance_id": "i", "shard": 0, "handover": {}, "state": "driving"}
+    with platform.records.write() as conn:
+        conn.execute(t.executions.update().values(run_id="abcd1234"))
+        conn.execute(t.runs.insert().values(**row, ctime=NOW))
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        with platform.records.write() as conn:
+            conn.execute(t.runs.update().values(state="ended", ended_at=NOW))
+
+    reader = ServiceLogs(lambda: settings)
+    lines = log_lines(reader, "abcd", streams=("stdout",), follow=True, sleep=sleep)
+    assert [line.text for line in lines] == ["one"]
+    assert len(pauses) == 1
+    with platform.records.write() as conn:
+        conn.execute(t.runs.update().values(ended_at=None))
+    waits = log_lines(reader, "abcd", step="later", follow=True, sleep=sleep)
+    with pytest.raises(NotFoundError, match="no step 'later'"):
+        list(waits)
+    assert len(pauses) == 2, "a step that is not there yet is waited for while the run goes on"
     reader.close()
 
 
