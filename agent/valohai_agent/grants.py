@@ -75,9 +75,10 @@ class GrantBox:
                 if request.kind == "input":
                     self._answers.inputs.pop(request.name, None)
                     self._answers.refused.pop(request.name, None)
-        self._ask(requests)
         names = ", ".join(request.name for request in requests[:3])
         what = f"grants for {names}{' and more' if len(requests) > 3 else ''}"
+        self._require_patience(what)
+        self._ask(requests)
         self._wait(
             lambda: not self._unanswered(requests),
             lambda: self._ask(self._unanswered(requests)),
@@ -86,6 +87,10 @@ class GrantBox:
         )
         with self._changed:
             return self._handed_over(requests)
+
+    def _require_patience(self, what: str) -> None:
+        if self._aborted():
+            raise NoGrants(f"gave up waiting for {what}: the execution is ending")
 
     def _unanswered(self, requests: list[GrantRequest]) -> list[GrantRequest]:
         return [r for r in requests if not (set(_places(r)) & self._known(r))]
@@ -114,8 +119,7 @@ class GrantBox:
         waited, since_asked, patience = 0.0, 0.0, ASK_AGAIN_SECONDS
         generation = self._generation
         while not done():
-            if self._aborted():
-                raise NoGrants(f"gave up waiting for {what}: the execution is ending")
+            self._require_patience(what)
             if timeout is not None and waited >= timeout:
                 raise NoGrants(
                     f"the control plane did not answer within {timeout:g} s when asked for {what}; "

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta, timezone
 
+from valohai_agent.errors import AgentError
 from valohai_agent.protocol import MAX_GRANT_REQUESTS, Transfer
 
 EXPIRY_MARGIN = timedelta(seconds=30)
@@ -28,6 +29,7 @@ class InputGrants:
         self._grants, self._renew, self._now = dict(grants), renew, now
         self._wanted: dict[str, None] = {}
         self._in_vain: set[str] = set()
+        self._failure: AgentError | None = None
         self._lock = threading.Lock()
 
     def expect(self, file_ids: Iterable[str]) -> None:
@@ -44,6 +46,7 @@ class InputGrants:
         """One that is good for a while yet, if it can be had."""
         with self._lock:
             if self._is_stale(file_id) and self._renew is not None:
+                self._require_hope()
                 stale = [one for one in self._wanted if one != file_id and self._is_stale(one)]
                 self._ask([file_id, *stale[: MAX_GRANT_REQUESTS - 1]])
             return self._grants.get(file_id)
@@ -67,8 +70,19 @@ class InputGrants:
             return file_id not in self._in_vain
         return grant.expires_at is not None and grant.expires_at - EXPIRY_MARGIN < self._now()
 
+    def _require_hope(self) -> None:
+        """When the control plane did not answer for one file, or nobody waits for it any more, it will not for others."""
+        if self._failure is not None:
+            raise self._failure
+
     def _ask(self, file_ids: list[str]) -> None:
-        if self._renew is not None:
+        if self._renew is None:
+            return
+        self._require_hope()
+        try:
             renewed = self._renew(file_ids)
-            self._grants.update(renewed)
-            self._in_vain.update(one for one in file_ids if one not in renewed)
+        except AgentError as error:
+            self._failure = error
+            raise
+        self._grants.update(renewed)
+        self._in_vain.update(one for one in file_ids if one not in renewed)

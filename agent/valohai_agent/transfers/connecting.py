@@ -11,7 +11,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import certifi
@@ -48,9 +48,8 @@ def connect(
         address = (through.hostname or "", through.port or 8080)
     else:
         address = (place.host, place.port)
-    until = time.monotonic() + patience.connect_seconds
     try:
-        sock = _reach(address, until, check)
+        sock = _reach(address, patience.connect_seconds, check)
     except TimeoutError as error:
         seconds = f"{patience.connect_seconds:g} s"
         raise Temporary(f"no connection to {_whom(place)} within {seconds}") from error
@@ -62,7 +61,7 @@ def connect(
         if place.scheme == "https":
             if place.proxy:
                 _tunnel(sock, place, patience, check)
-            return _greet(sock, place.host, until, check)
+            return _greet(sock, place.host, patience.connect_seconds, check)
         return sock
     except ssl.SSLCertVerificationError as error:
         sock.close()
@@ -78,20 +77,17 @@ def connect(
         raise
 
 
-def _reach(address: tuple[str, int], until: float, check: Callable[[], None]) -> socket.socket:
-    """The first address of the name that answers. Raises OSError, of the last one."""
+def _reach(address: tuple[str, int], seconds: float, check: Callable[[], None]) -> socket.socket:
+    """The first address of the name that answers within its `seconds`. Raises OSError, of the last one."""
     failure: OSError = OSError("no such name")
     for family, kind, protocol, _, where in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
-        sock = socket.socket(family, kind, protocol)
         try:
-            sock.setblocking(False)
-            code = sock.connect_ex(where)
-            if code == errno.EINPROGRESS:
-                _wait(sock, select.POLLOUT, until, check)
-                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, os.strerror(code))
-            sock.setblocking(True)
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:  # this machine knows no such family
+            failure = error
+            continue
+        try:
+            _reach_one(sock, where, time.monotonic() + seconds, check)
             return sock
         except OSError as error:
             sock.close()
@@ -102,9 +98,21 @@ def _reach(address: tuple[str, int], until: float, check: Callable[[], None]) ->
     raise failure
 
 
+def _reach_one(sock: socket.socket, where: Any, until: float, check: Callable[[], None]) -> None:
+    sock.setblocking(False)
+    code = sock.connect_ex(where)
+    if code == errno.EINPROGRESS:
+        _wait(sock, select.POLLOUT, until, check)
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))
+    sock.setblocking(True)
+
+
 def _greet(
-    sock: socket.socket, host: str, until: float, check: Callable[[], None]
+    sock: socket.socket, host: str, seconds: float, check: Callable[[], None]
 ) -> ssl.SSLSocket:
+    until = time.monotonic() + seconds
     sock.setblocking(False)
     secure = tls_context().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
     try:

@@ -29,6 +29,7 @@ SMALL_BYTES = 1024 * 1024  # of a file that goes this way: it is held in memory
 CONNECTIONS = 32  # of one lane
 CONNECTING = 4  # of these at a time
 HEAD_BYTES = 64 * 1024
+SEND_BYTES = 64 * 1024  # at once: TLS tells of no less that it has sent
 SLICE_SECONDS = 0.25  # how late a cancellation is noticed
 PATIENCE_SECONDS = 20.0  # with a silent server
 LONGEST_SECONDS = 180.0  # of one errand, however slowly it moves
@@ -84,7 +85,7 @@ class _Line:
         """Sends what can be sent; whether that is all."""
         try:
             while self.out:
-                self.out = self.out[self.sock.send(self.out) :]
+                self.out = self.out[self.sock.send(self.out[:SEND_BYTES]) :]
                 self.moved_at = time.monotonic()
         except NOT_NOW:
             return False
@@ -113,6 +114,8 @@ class _Line:
             return
         self.status, _, self.headers = parse_head(str(self.view[:at], "latin-1"))
         length = 0 if self.status == 204 else content_length(self.headers)
+        if "transfer-encoding" in self.headers:
+            length = None
         self.content = at + 4
         self.need = self.content + (length or 0)
         if length is None or self.need > len(self.buffer):

@@ -17,6 +17,8 @@ from tests.support.web import Web, serve
 from valohai_agent import input_lane
 from valohai_agent.cache.local import InputCache
 from valohai_agent.cache.locks import RANGES, HeldNames
+from valohai_agent.errors import InputError
+from valohai_agent.grants import NoGrants
 from valohai_agent.inputs import InputFetcher, InputOptions
 from valohai_agent.protocol import Checksums, JobFile, JobInput, Transfer, name_digest
 from valohai_agent.transfer import Transferer
@@ -151,6 +153,22 @@ def test_grants_are_asked_for_as_they_are_needed(
     assert len(Job(tmp_path, cache).fetch(files, {}, renew)) == 1100
     assert requests_before[0] == 0
     assert requests_before[1] > 0
+
+
+def test_when_nobody_answers_any_more_nothing_else_is_asked_for(
+    web: Web, cache: InputCache, tmp_path: Path
+) -> None:
+    """A stop while grants are waited for: one question, not one for each file."""
+    files = files_on(web, 1000)
+    questions: list[int] = []
+
+    def renew(ids: list[str]) -> dict[str, Transfer]:
+        questions.append(len(ids))
+        raise NoGrants("the execution is ending")
+
+    with pytest.raises(InputError, match=r"1000 of 1000 input files failed.*is ending"):
+        Job(tmp_path, cache).fetch(files, {}, renew)
+    assert questions == [500]
 
 
 def test_few_descriptors_are_enough(web: Web, cache: InputCache, tmp_path: Path) -> None:

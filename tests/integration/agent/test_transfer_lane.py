@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import select
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from valohai_agent.protocol import Checksums, Transfer, UploadGrant
 from valohai_agent.transfer import SmallDownload, SmallUpload, Transferer, Transferred
 from valohai_agent.transfers import connecting, lane
 from valohai_agent.transfers.upload import Source
-from valohai_agent.transfers.wire import Patience
+from valohai_agent.transfers.wire import Patience, Wire
 
 MANY = 300
 
@@ -179,6 +181,76 @@ def _answer_all(listener: socket.socket, head: str) -> None:
         with connection:
             connection.recv(4096)
             connection.sendall(f"{head}\r\n\r\nx".encode("latin-1"))
+
+
+def test_an_answer_in_chunks_is_left_to_the_ordinary_way_whatever_length_it_claims(
+    engine: Transferer, tmp_path: Path
+) -> None:
+    head = (
+        "HTTP/1.1 200 OK\r\nContent-Length: 15\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        answering = threading.Thread(target=_answer_all, args=(listener, head))
+        answering.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/f"
+        assert fetch(engine, wanted(url, tmp_path / "f")) == {"f": None}
+        engine.download(Transfer(url=url), tmp_path / "f", name="f")
+        answering.join()
+    assert (tmp_path / "f").read_bytes() == b"hello"
+
+
+def test_a_family_of_addresses_that_this_machine_does_not_know_is_passed_over(
+    engine: Transferer, server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.put("f", b"content")
+    known = socket.getaddrinfo
+
+    def two(*arguments: Any, **options: Any) -> Any:
+        strange = (999, socket.SOCK_STREAM, 0, "", ("::1", 1, 0, 0))
+        return [strange, *known(*arguments, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", two)
+    (moved,) = fetch(engine, wanted(f"{server.url}/f", tmp_path / "f")).values()
+    assert moved is not None
+
+
+def test_an_upload_by_tls_counts_what_it_has_sent(tmp_path: Path) -> None:
+    """Of a file that does not fit into the buffers of a connection whose other side reads nothing yet."""
+    authority = Authority(tmp_path / "authority")
+    certificate = authority.issue("files")
+    served = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    served.load_cert_chain(certificate.certificate, certificate.key)
+    client = ssl.create_default_context(cafile=str(authority.certificate))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain = socket.create_connection(listener.getsockname())
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        accepted = listener.accept()[0]
+        with ThreadPoolExecutor(1) as pool:
+            greeting = pool.submit(served.wrap_socket, accepted, server_side=True)
+            secure = client.wrap_socket(plain, server_hostname="127.0.0.1")
+            other = greeting.result()
+    line = lane._Line(
+        connecting.Place("https", "127.0.0.1", 443, ""), Wire(secure, Patience(), lambda: None)
+    )
+    line.begin(bytes(lane.SMALL_BYTES))
+    assert not line.send()
+    reading = threading.Thread(target=_read, args=(other, 300_000))
+    reading.start()
+    while len(line.out) == lane.SMALL_BYTES:
+        select.select([], [secure], [])
+        line.send()
+    assert 0 < len(line.out) < lane.SMALL_BYTES
+    while reading.is_alive():
+        line.send()
+    secure.close()
+    other.close()
+    reading.join()
+
+
+def _read(connection: ssl.SSLSocket, count: int) -> None:
+    while count > 0:
+        count -= len(connection.recv(65536))
 
 
 def test_giving_up_does_not_wait_for_a_connection(tmp_path: Path) -> None:
