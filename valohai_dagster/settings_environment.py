@@ -18,7 +18,7 @@ BESIDE = ("config", "state")  # VALOHAI_CONFIG and VALOHAI_STATE, which are no k
 NO_KEYS = frozenset({"config_file"})  # fields that nobody sets
 OURS = ("agent_", "git_", "test_")  # how the names of variables begin that other parts read
 FOREIGN = frozenset(
-    {"attempt", "port"}  # of executions and of deployments
+    {"attempt", "port", "stage", "stats"}  # of executions and of deployments
     | {"config_dir", "debug", "host", "password", "project_dir", "table_format", "token"}
     | {"username"}  # these and the line above: the command-line client of Valohai
 )

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
-from valohai_dagster.embedded.settings_in_use import differing, file_stamp
 from valohai_dagster.errors import ServiceUnavailable
 from valohai_dagster.settings import Settings
 
@@ -173,6 +172,8 @@ def apply_settings(settings: Settings) -> None:
 
 def other_settings(settings: Settings, info: ConductorInfo) -> list[str]:
     """Names of the settings that the conductor has otherwise."""
+    from valohai_dagster.embedded.settings_in_use import differing  # only for those who look
+
     return differing(settings, info.settings) if info.settings else []
 
 
@@ -189,6 +190,8 @@ def other_words(info: ConductorInfo, names: list[str]) -> tuple[str, str]:
 
 def _will_notice(settings: Settings, info: ConductorInfo) -> bool:
     """Whether it looks at the same file and has not seen its present state."""
+    from valohai_dagster.embedded.settings_in_use import file_stamp
+
     stamp = file_stamp(settings.config_file)
     same = info.stamp.rpartition("@")[0] in ("", stamp.rpartition("@")[0])
     return bool(stamp) and same and info.stamp != stamp

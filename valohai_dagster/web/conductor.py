@@ -130,7 +130,7 @@ async def _serve_until_told(
     in_use.announce()
     log.info("serving at %s", settings.base_url, extra={"action": "serve"})
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    if any(task.exception() for task in done):
+    if any(task.cancelled() or task.exception() for task in done):
         ending = Ending.failed  # whatever runs goes on without it
     else:
         ending = next((why for task, why in endings.items() if task in done), Ending.told)

@@ -148,12 +148,13 @@ class Lane(Generic[E]):
 
         When the transferer was cancelled, all that is left comes back undone.
         """
-        waiting = self._waiting = deque(errands)
-        if time.monotonic() < self._shared.lanes_rest_until:
-            yield from ((errand, None) for errand in waiting)
-            waiting.clear()
+        waiting = self._waiting
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
+            if time.monotonic() < self._shared.lanes_rest_until:
+                yield from ((errand, None) for errand in errands)
+                return
+            waiting.extend(errands)
             crew = stack.enter_context(ThreadPoolExecutor(CONNECTING, "connect"))
             while waiting or self._busy or self._connecting:
                 yield from self._given_up(waiting)
@@ -295,13 +296,13 @@ class Lane(Generic[E]):
 
     def _next(self, line: _Line, waiting: deque[E]) -> bool:
         """Sends the line on its next errand, if that goes to the same server."""
-        while waiting and self._failed < FAILURES:
-            prepared = self._prepare(waiting[0])
-            if prepared is None or prepared[0] != line.place:
-                return False
-            self._start(line, waiting.popleft(), prepared[1], fresh=False)
-            return True
-        return False
+        if not waiting or self._failed >= FAILURES:
+            return False
+        prepared = self._prepare(waiting[0])
+        if prepared is None or prepared[0] != line.place:
+            return False
+        self._start(line, waiting.popleft(), prepared[1], fresh=False)
+        return True
 
     def _overdue(self) -> Iterator[tuple[E, None]]:
         now = time.monotonic()

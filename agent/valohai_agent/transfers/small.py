@@ -6,21 +6,22 @@ import contextlib
 import itertools
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 from urllib.parse import urlsplit
 
 from valohai_agent.errors import Refused
 from valohai_agent.protocol import Checksums, Transfer, UploadGrant
 from valohai_agent.transfers.hashing import Digests, verify
-from valohai_agent.transfers.lane import SMALL_BYTES, Lane
+from valohai_agent.transfers.lane import SMALL_BYTES, Errand, Lane
 from valohai_agent.transfers.pace import Shared, Transferred
 from valohai_agent.transfers.ranges import strong_etag
 from valohai_agent.transfers.upload import Source
 from valohai_agent.transfers.versions import version_of_answer
 
+E = TypeVar("E", bound=Errand)
 _OURS = uuid.uuid4().hex
 _numbers = itertools.count()  # of partial files; several threads may take one at the same moment
 
@@ -54,17 +55,24 @@ def is_small(transfer: Transfer, size: int | None) -> bool:
 def download(
     shared: Shared, wanted: Iterable[SmallDownload]
 ) -> Iterator[tuple[SmallDownload, Transferred | None]]:
-    errands = (_Download(shared, one) for one in wanted)
-    for errand, moved in Lane[_Download](shared).run(errands):
+    for errand, moved in _run(shared, [_Download(shared, one) for one in wanted]):
         yield errand.wanted, moved
 
 
 def upload(
     shared: Shared, wanted: Iterable[SmallUpload]
 ) -> Iterator[tuple[SmallUpload, Transferred | None]]:
-    errands = (_Upload(shared, one) for one in wanted)
-    for errand, moved in Lane[_Upload](shared).run(errands):
+    for errand, moved in _run(shared, [_Upload(shared, one) for one in wanted]):
         yield errand.wanted, moved
+
+
+def _run(shared: Shared, errands: Sequence[E]) -> Iterator[tuple[E, Transferred | None]]:
+    try:
+        lane = Lane[E](shared)
+    except OSError:  # no descriptors left for one
+        yield from ((errand, None) for errand in errands)
+        return
+    yield from lane.run(errands)
 
 
 class _Download:
