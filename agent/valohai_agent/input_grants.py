@@ -73,7 +73,7 @@ class InputGrants:
     def _require_hope(self) -> None:
         """When the control plane did not answer for one file, or nobody waits for it any more, it will not for others."""
         if self._failure is not None:
-            raise self._failure
+            raise self._failure.with_traceback(None)
 
     def _ask(self, file_ids: list[str]) -> None:
         if self._renew is None:

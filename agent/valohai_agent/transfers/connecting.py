@@ -17,7 +17,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import certifi
 
 from valohai_agent.errors import Unreachable
-from valohai_agent.transfers.retries import Temporary
+from valohai_agent.transfers.retries import Silent, Temporary
 from valohai_agent.transfers.wire import BROKE_OFF, SLICE_SECONDS, Patience, Wire, no_answer
 
 
@@ -156,7 +156,10 @@ def _tunnel(
             "latin-1"
         )
     )
-    status, _, _ = wire.head()
+    try:
+        status, _, _ = wire.head()
+    except Silent as error:  # of the proxy, which says nothing of the server
+        raise Temporary(str(error)) from error
     if status != 200:
         raise Temporary(f"the proxy answered HTTP {status}")
 

@@ -271,6 +271,7 @@ class Lane(Generic[E]):
         except (Temporary, OSError):
             yield self._drop(line), None
             return
+        self._pool.heard(line.place)
         if line.out or not 200 <= line.status < 300:
             yield self._drop(line), None
             return

@@ -159,7 +159,7 @@ class Pool:
             try:
                 wire.send(head, body or b"")
                 status, reason, answered = wire.head(seconds)
-                self._heard.add(place)
+                self.heard(place)
                 return Answer(wire, status, reason, answered, bodyless=method == "HEAD")
             except Stale:
                 wire.close()
@@ -178,6 +178,10 @@ class Pool:
                 raise
 
     # -- servers that never answer --------------------------------------------------------------------------------
+    def heard(self, place: Place) -> None:
+        """It has answered something."""
+        self._heard.add(place)
+
     def give_up(self, error: Silent) -> None:
         """For a while nobody else shall wait for that server, unless it answers somebody after all."""
         if error.place is not None:

@@ -274,7 +274,10 @@ def parse_head(text: str) -> tuple[int, str, dict[str, str]]:
     headers = {}
     for line in lines[1:]:
         name, _, value = line.partition(":")
-        headers[name.lower()] = value.strip()
+        key, value = name.lower(), value.strip()
+        if key == "content-length" and headers.get(key, value) != value:
+            raise Temporary("the answer is not HTTP")
+        headers[key] = value
     if version == "HTTP/1.0":
         headers.setdefault("connection", "close")
     return int(code), reason.strip(), headers

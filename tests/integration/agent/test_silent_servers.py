@@ -11,7 +11,7 @@ from tests.support import web as answers
 from tests.support.web import Web, serve
 from valohai_agent.errors import Unreachable
 from valohai_agent.protocol import Transfer, UploadGrant
-from valohai_agent.transfer import Transferer
+from valohai_agent.transfer import SmallDownload, Transferer
 from valohai_agent.transfers import pool
 from valohai_agent.transfers.wire import Patience
 
@@ -99,6 +99,20 @@ def test_a_server_that_has_answered_before_keeps_all_its_tries(
     web.answers["/f"] = [NEVER]
     transferer.download(Transfer(url=web.url("/a")), tmp_path / "a", name="a")
     with pytest.raises(Unreachable, match=r"no answer within 0.5 s \(tried 5 times\)"):
+        transferer.download(Transfer(url=web.url("/f")), tmp_path / "f", name="f")
+
+
+def test_a_server_that_has_answered_a_lane_keeps_all_tries_too(
+    web: Web, transferer: Transferer, tmp_path: Path
+) -> None:
+    web.answers["/small"] = [answers.content(b"x")]
+    web.answers["/f"] = [NEVER]
+    small = SmallDownload(
+        transfer=Transfer(url=web.url("/small")), target=tmp_path / "small", name="small"
+    )
+    ((_, moved),) = transferer.download_small([small])
+    assert moved is not None
+    with pytest.raises(Unreachable, match="tried 5 times"):
         transferer.download(Transfer(url=web.url("/f")), tmp_path / "f", name="f")
 
 

@@ -155,6 +155,7 @@ def test_after_a_lane_was_given_up_the_next_one_tries_nothing(
         "HTTP/1.1 20² OK\r\nContent-Length: 1",
         "HTTP/1.1 200 OK\r\nContent-Length: " + "9" * 5000,
         "HTTP/1.1 200 OK\r\nContent-Length: -1",
+        "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2",
         "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5",
         "nonsense",
     ],
