@@ -19,7 +19,9 @@ NEXT_DOCTOR = (
     "`valohai-dagster doctor` checks workers and services; launch it again when it is green"
 )
 MAX_WARNINGS = 5  # that are told; the metadata of the asset has all
-NEXT_LOGS = "`valohai-dagster logs`, or the stdout and stderr tabs of the step, for the complete log"
+NEXT_LOGS = (
+    "`valohai-dagster logs`, or the stdout and stderr tabs of the step, for the complete log"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

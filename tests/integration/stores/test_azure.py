@@ -204,7 +204,9 @@ def test_errors_say_what_to_do_and_show_no_secret(azure_server: AzureServer) -> 
         lambda: missing.stat("a"),
         lambda: list(missing.list()),
     ):
-        with pytest.raises(StoreError, match=r"ContainerNotFound; there is no such bucket or container"):
+        with pytest.raises(
+            StoreError, match=r"ContainerNotFound; there is no such bucket or container"
+        ):
             use()
     assert secret not in str(caught.value) + repr(refused)
     readonly = azure_store(azure_server, readonly=True)
