@@ -134,7 +134,7 @@ class _Upload:
         return self._source.finish(headers.get("etag"))
 
     def close(self) -> None:
-        self._body = b""
+        self._source, self._body = None, b""  # the errand may be kept for long
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -54,9 +54,9 @@ class Source:
             self._hashes.advance(end)
             return
         with self._lock:
-            if self._view is None:
-                self._view = memoryview(bytearray(READ_BYTES))
             while (position := self._digests.size) < end:
+                if self._view is None:
+                    self._view = memoryview(bytearray(READ_BYTES))
                 count = os.preadv(self.fd, [self._view[: end - position]], position)
                 if not count:
                     raise Shrunk(end - position)

@@ -9,6 +9,7 @@ import select
 import socket
 import ssl
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -350,6 +351,22 @@ def test_files_are_sent_with_their_checksums(engine: Transferer, tmp_path: Path)
         assert server.stored == path.read_bytes()
     assert moved is not None
     assert moved.checksums.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_memory_does_not_grow_with_the_number_of_files(engine: Transferer, tmp_path: Path) -> None:
+    """What a lane's connections hold (each a little more than one file), and next to nothing for each file."""
+    path = tmp_path / "f"
+    path.write_bytes(b"content")
+    with unruly() as server:
+        uploads = [sending(server, path) for _ in range(1000)]
+        tracemalloc.start()
+        try:
+            sent = sum(moved is not None for _, moved in engine.upload_small(uploads))
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert sent == 1000
+    assert peak < 2 * lane.CONNECTIONS * (lane.SMALL_BYTES + lane.HEAD_BYTES)
 
 
 def test_an_upload_that_is_refused_or_signed_for_another_size_comes_back(
