@@ -23,14 +23,13 @@ from valohai_agent.protocol import Transfer
 from valohai_agent.transfers.pace import Shared, Transferred
 from valohai_agent.transfers.pool import Place
 from valohai_agent.transfers.retries import Temporary
-from valohai_agent.transfers.wire import Wire, content_length, parse_head
+from valohai_agent.transfers.wire import SLICE_SECONDS, Wire, content_length, parse_head
 
 SMALL_BYTES = 1024 * 1024  # of a file that goes this way: it is held in memory
 CONNECTIONS = 32  # of one lane
 CONNECTING = 4  # of these at a time
 HEAD_BYTES = 64 * 1024
 SEND_BYTES = 64 * 1024  # at once: TLS tells of no less that it has sent
-SLICE_SECONDS = 0.25  # how late a cancellation is noticed
 PATIENCE_SECONDS = 20.0  # with a silent server
 LONGEST_SECONDS = 180.0  # of one errand, however slowly it moves
 REST_SECONDS = 60.0  # without lanes after one was given up
