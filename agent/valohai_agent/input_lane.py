@@ -43,43 +43,40 @@ class InputLane:
     ) -> Iterator[tuple[InputFile, Placed | None]]:
         """Each name is held until its file is there or is left to others, so that nobody else fetches it meanwhile."""
         began = time.monotonic()
-        free = [item for item in files if self._hold(item, names)]
+        wanted = {item: self._source.wanted(item) for item in files}
+        free = [item for item in files if self._hold(wanted[item], names)]
         asked = self._ask(free)
-        tried = {item for item, _ in asked.values()}
+        tried = set(asked.values())
         for item in free:
             if item not in tried:
-                self._give_back(item, names)
+                self._give_back(wanted[item], names)
         for item in files:
             if item not in tried:
                 yield item, None
         for download, moved in self._source.fetch_small(asked):
-            item, wanted = asked[download]
-            placed = None
+            item, placed = asked[download], None
             if moved is not None:
                 seconds = (time.monotonic() - began) / len(asked)
                 with contextlib.suppress(AgentError, OSError):
-                    placed = self._way.keep(item, wanted, download.target, moved, seconds)
-            self._give_back(item, names)
+                    placed = self._way.keep(item, wanted[item], download.target, moved, seconds)
+            self._give_back(wanted[item], names)
             yield item, placed
 
-    def _ask(self, files: Sequence[InputFile]) -> dict[SmallDownload, tuple[InputFile, Wanted]]:
+    def _ask(self, files: Sequence[InputFile]) -> dict[SmallDownload, InputFile]:
         """What is to be fetched: neither here by now, nor without a grant for a server."""
         hits = self._way.hits(files)
         asked = {}
         for item in files:
             with contextlib.suppress(AgentError, OSError):
                 if item not in hits and self._source.is_small(item):
-                    asked[self._way.small(item)] = item, self._source.wanted(item)
+                    asked[self._way.small(item)] = item
         return asked
 
-    def _hold(self, item: InputFile, names: HeldNames | None) -> bool:
+    def _hold(self, wanted: Wanted, names: HeldNames | None) -> bool:
         if self._cache is None:
             return True
-        return names is not None and names.take(name_digest(self._name(item)))
+        return names is not None and names.take(name_digest(wanted.names[0]))
 
-    def _give_back(self, item: InputFile, names: HeldNames | None) -> None:
+    def _give_back(self, wanted: Wanted, names: HeldNames | None) -> None:
         if names is not None:
-            names.give_back(name_digest(self._name(item)))
-
-    def _name(self, item: InputFile) -> str:
-        return self._source.wanted(item).names[0]
+            names.give_back(name_digest(wanted.names[0]))
