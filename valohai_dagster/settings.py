@@ -27,9 +27,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings.sources import PydanticBaseSettingsSource
 
 from valohai_dagster.errors import ConfigurationError, RefusedError
-from valohai_dagster.settings_base import Section
 from valohai_dagster.settings_environment import read_environment
 from valohai_dagster.settings_file import anchor_paths, file_state, merge_tables, read_toml
+from valohai_dagster.settings_groups import GroupSettings, LocalGroupSettings
 from valohai_dagster.settings_problems import explain
 from valohai_dagster.settings_registries import RegistrySettings
 from valohai_dagster.settings_retention import RetentionSettings
@@ -39,76 +39,6 @@ from valohai_dagster.settings_stores import StoreSettings
 CONFIG_NAME = "valohai.toml"
 STATE_NAME = ".valohai"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-
-
-class GroupSettings(Section):
-    """One worker group (queue), `[groups.NAME]`."""
-
-    kind: Literal["local", "static"] = Field(
-        default="local",
-        description="`local`: agent processes on this host, started when there is work. "
-        "`static`: agents that somebody else starts with `valohai-agent run --queue NAME`.",
-    )
-    runtime: Literal["auto", "docker", "process"] = Field(
-        default="auto",
-        description="How agents run commands; `auto` is Docker when its daemon answers, else processes.",
-    )
-    max_agents: int = Field(
-        default=1, ge=0, description="Most agent processes at once (local groups)."
-    )
-    slots: int = Field(
-        default=2, ge=1, description="Executions that one agent runs at the same time."
-    )
-    scale_down_grace_seconds: float = Field(
-        default=60.0, ge=0, description="Idle time after which a local agent is stopped."
-    )
-    mounts_allowed: bool = Field(
-        default=False,
-        description="Let steps mount directories of the worker machine (`mounts` of valohai.yaml).",
-    )
-    local_stores: bool = Field(
-        default=True,
-        description="The group's workers see the directories of `local` stores at the same paths: they run on this host, "
-        "or mount them. With `false`, executions that need such a store are refused when they are submitted. "
-        "Groups of kind `local` always see them.",
-    )
-    fail_fast: bool = Field(
-        default=False,
-        description="End a step at its first failing command instead of its last.",
-    )
-    respect_image_user: bool = Field(
-        default=False,
-        description="Run containers as the user that the image names instead of root.",
-    )
-    file_inputs: list[Path] = Field(
-        default_factory=list,
-        description="Directories below which `file:///...` inputs may be read. Needs a group on this host.",
-    )
-    cache_max_gb: float | None = Field(
-        default=None,
-        ge=0,
-        description="Input files that each worker keeps for later executions, in GB (10^9 bytes). Default: as many as "
-        "the disk allows.",
-    )
-    cache_disk_percent: float = Field(
-        default=80.0,
-        ge=1,
-        le=100,
-        description="How full a worker's disk may get before input files that it keeps are removed.",
-    )
-    shared_cache: Path | None = Field(
-        default=None,
-        description="Directory of a file server (NFS, SMB) that all workers of the group have mounted: inputs are fetched "
-        "once for all of them and used there. Agents that somebody else starts have `--shared-cache`.",
-    )
-    shared_cache_copy: bool = Field(
-        default=False,
-        description="Copy inputs from the shared cache to the worker's own disk before they are used.",
-    )
-    env: dict[str, str] = Field(
-        default_factory=dict,
-        description="Environment variables of the agent processes (not of the executions).",
-    )
 
 
 class Settings(BaseSettings):
@@ -158,7 +88,7 @@ class Settings(BaseSettings):
         default=None, description="Store of complete logs. Default: `default_store`."
     )
     groups: dict[str, GroupSettings] = Field(
-        default_factory=lambda: {"local": GroupSettings()},
+        default_factory=lambda: {"local": LocalGroupSettings()},
         description="Worker groups by name. Default: one group `local` on this host.",
     )
     default_group: str = Field(

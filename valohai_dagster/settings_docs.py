@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from valohai_dagster.settings import GroupSettings, Settings
+from valohai_dagster.settings import Settings
+from valohai_dagster.settings_groups import GROUP_KINDS
 from valohai_dagster.settings_registries import REGISTRY_KINDS
 from valohai_dagster.settings_retention import ProjectRetention, RetentionSettings
 from valohai_dagster.settings_stores import STORE_KINDS
@@ -58,7 +59,10 @@ def render() -> str:
             (f'`[stores.NAME]`, `kind = "{kind}"`', "STORES__NAME__", model)
             for kind, model in STORE_KINDS.items()
         ),
-        ("`[groups.NAME]`", "GROUPS__NAME__", GroupSettings),
+        *(
+            (f'`[groups.NAME]`, `kind = "{kind}"`', "GROUPS__NAME__", model)
+            for kind, model in GROUP_KINDS.items()
+        ),
         *(
             (f'`[registries.NAME]`, `kind = "{kind}"`', "REGISTRIES__NAME__", model)
             for kind, model in REGISTRY_KINDS.items()
@@ -99,7 +103,7 @@ def _type(annotation: Any) -> str:
     ):
         text = text.replace(long, short)
     # names say more than the unions
-    text = re.sub(r"Annotated\[Union\[.*(Store|Registry)Settings.*\]\]", r"\1Settings]", text)
+    text = re.sub(r"Annotated\[Union\[.*(Store|Registry|Group)Settings.*\]\]", r"\1Settings]", text)
     text = re.sub(r"valohai_dagster\.settings\w*\.|pydantic\.types\.", "", text)
     text = re.sub(r"Optional\[(.*)\]", r"\1", text)
     return text.replace(" | None", "").replace("SecretStr", "str")

@@ -22,7 +22,8 @@ from valohai_dagster.executions.service import ExecutionService
 from valohai_dagster.executions.spec_model import CommitRef, ExecutionSpec, ProjectRef
 from valohai_dagster.executions.stream import EventKind, FollowEvent
 from valohai_dagster.records.engine import Records, open_records
-from valohai_dagster.settings import GroupSettings, Settings
+from valohai_dagster.settings import Settings
+from valohai_dagster.settings_groups import StaticGroupSettings
 from valohai_dagster.stores.registry import open_stores
 
 T = TypeVar("T")
@@ -167,7 +168,11 @@ def running_service(settings: Settings) -> Iterator[RunningService]:
 
 def static_settings(settings: Settings, **values: Any) -> Settings:
     """The same deployment with a group `local` whose agents the test plays itself."""
-    data = {**settings.model_dump(), "groups": {"local": GroupSettings(kind="static")}, **values}
+    data = {
+        **settings.model_dump(),
+        "groups": {"local": StaticGroupSettings(kind="static")},
+        **values,
+    }
     return Settings(**data)
 
 

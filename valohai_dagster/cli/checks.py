@@ -20,7 +20,8 @@ import httpx
 from valohai_agent.protocol import Keys
 from valohai_agent.redis_url import redact
 from valohai_dagster.errors import ConfigurationError, ValohaiError
-from valohai_dagster.settings import GroupSettings, Settings
+from valohai_dagster.settings import Settings
+from valohai_dagster.settings_groups import GroupSettings
 
 if TYPE_CHECKING:
     from valohai_dagster.stores.base import Store

@@ -24,7 +24,7 @@ from valohai_dagster.data.external import ExternalSource
 from valohai_dagster.data.input_spec import InputSpec
 from valohai_dagster.data.resolve import Source, resolve_inputs
 from valohai_dagster.errors import ResolutionError, SourceUnreadable, StoreError
-from valohai_dagster.settings import GroupSettings
+from valohai_dagster.settings_groups import GroupSettings
 from valohai_dagster.stores.registry import Stores
 
 CHUNK_BYTES = 1024 * 1024

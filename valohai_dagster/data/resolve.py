@@ -21,7 +21,7 @@ from valohai_dagster.data.datums import Datum, get_datum, require_content
 from valohai_dagster.data.input_spec import InputSpec
 from valohai_dagster.data.survey import MAX_FILES, SETTINGS, Pattern, Survey, no_store, pattern_of
 from valohai_dagster.errors import RefusedError, ResolutionError, StoreError
-from valohai_dagster.settings import GroupSettings
+from valohai_dagster.settings_groups import GroupSettings
 from valohai_dagster.stores.keys import check_key
 from valohai_dagster.stores.local import LocalStore
 from valohai_dagster.stores.registry import Stores

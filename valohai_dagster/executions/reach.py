@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from valohai_dagster.errors import StoreUnknown
-from valohai_dagster.settings import GroupSettings
+from valohai_dagster.settings_groups import GroupSettings
 from valohai_dagster.stores.registry import Stores
 
 

@@ -17,6 +17,7 @@ from valohai_dagster.executions.why import Conductor, Explanation, Facts, explai
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import Records
 from valohai_dagster.settings import Settings
+from valohai_dagster.settings_groups import LocalGroupSettings
 
 SHOWN = 5  # other executions that are named
 LOOKED_AT = 200  # newest entries of the follow stream; the phase is among them, or in the lease
@@ -116,7 +117,7 @@ def _of_records(row: Any, attempts: Sequence[Any], settings: Settings) -> dict[s
         "warnings": (*(row.job or {}).get("notices", ()), *(row.warnings or ())),
         "losses": tuple(f"{a.number}: {a.reason}" for a in lost),
         "group_kind": group.kind if group else "unknown",
-        "max_agents": group.max_agents if group else None,
+        "max_agents": group.max_agents if isinstance(group, LocalGroupSettings) else None,
         "lost_grace_seconds": settings.lost_grace_seconds,
     }
 

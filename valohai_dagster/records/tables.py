@@ -116,6 +116,11 @@ executions = sa.Table(
     sa.Column(
         "warnings", sa.JSON, nullable=False, default=list, server_default="[]"
     ),  # what came up while it ran; those from before are the job's notices
+    sa.Column("restart_of", sa.String(36), index=True),  # the execution that was interrupted (L-32)
+    sa.Column("restarts", sa.Integer, nullable=False, default=0, server_default="0"),
+    sa.Column("price", sa.Numeric(12, 6)),  # L-40
+    sa.Column("user_name", sa.String(255), index=True),  # who launched it, as its run's tags say
+    sa.Column("team_name", sa.String(255)),
     sa.UniqueConstraint("project_id", "counter"),
     sa.Index(None, "shard", "status"),
 )

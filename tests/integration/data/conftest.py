@@ -16,7 +16,8 @@ from valohai_dagster.data.resolve import ResolvedInputs, resolve_inputs
 from valohai_dagster.records.engine import Records, open_records
 from valohai_dagster.records.store import insert_ignore
 from valohai_dagster.records.tables import projects
-from valohai_dagster.settings import GroupSettings, Settings
+from valohai_dagster.settings import Settings
+from valohai_dagster.settings_groups import GroupSettings
 from valohai_dagster.stores.registry import Stores, open_stores
 
 NOW = datetime(2026, 5, 4, 12, 0, tzinfo=timezone.utc)

@@ -18,7 +18,8 @@ from tests.support.servers.stores import fresh_name
 from tests.support.service import RunningService, running_service
 from valohai_dagster.data import models
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, ExecutionView
-from valohai_dagster.settings import GroupSettings, Settings
+from valohai_dagster.settings import Settings
+from valohai_dagster.settings_groups import LocalGroupSettings
 
 MAKE = """
 cd /valohai/outputs
@@ -36,7 +37,9 @@ INPUT = "inputs:\n  - name: data\n    keep-directories: suffix\n"
 
 
 def local_group(settings: Settings, **values: Any) -> Settings:
-    group = GroupSettings(runtime="process", max_agents=1, slots=2, scale_down_grace_seconds=60)
+    group = LocalGroupSettings(
+        runtime="process", max_agents=1, slots=2, scale_down_grace_seconds=60
+    )
     return Settings(**{**settings.model_dump(), "groups": {"local": group}, **values})
 
 

@@ -24,7 +24,8 @@ from valohai_dagster.executions import minting, signing
 from valohai_dagster.executions.spec_model import InputSpec
 from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
 from valohai_dagster.records import tables as t
-from valohai_dagster.settings import GroupSettings, Settings
+from valohai_dagster.settings import Settings
+from valohai_dagster.settings_groups import StaticGroupSettings
 from valohai_dagster.settings_stores import LocalStoreSettings, S3StoreSettings
 from valohai_dagster.stores.registry import open_stores
 
@@ -371,7 +372,7 @@ def test_o15_a_store_that_takes_no_outputs_is_refused_before_anything_runs(
 def test_a_group_that_does_not_see_local_stores_is_refused_them_at_submission(
     remote: Settings, redis_server: RedisServer
 ):
-    group = GroupSettings(kind="static", local_stores=False)
+    group = StaticGroupSettings(kind="static", local_stores=False)
     with running_service(static_settings(remote, groups={"local": group})) as service:
         spec = make_spec(inputs=[InputSpec(name="data", uris=["store://local/in.csv"])])
         open_stores(remote)["local"].put("in.csv", b"1")
@@ -385,7 +386,7 @@ def test_a_group_that_does_not_see_local_stores_is_refused_them_at_submission(
 def test_a_group_that_does_not_see_local_stores_runs_what_needs_none(
     remote: Settings, redis_server: RedisServer
 ):
-    group = GroupSettings(kind="static", local_stores=False)
+    group = StaticGroupSettings(kind="static", local_stores=False)
     values = {"groups": {"local": group}, "default_store": "s3"}
     with running_service(static_settings(remote, **values)) as service:
         commit = make_spec().commit.model_copy(update={"archive_store": "s3"})
@@ -399,7 +400,7 @@ def test_local_stores_are_not_granted_once_the_group_does_not_see_them_any_more(
     with running_service(remote) as service:
         lease = lease_of(service, redis_server, upload_store="local")
         assert lease.want(wanted("x", 1)).uploads
-    group = GroupSettings(kind="static", local_stores=False)
+    group = StaticGroupSettings(kind="static", local_stores=False)
     with running_service(static_settings(remote, groups={"local": group})) as service:
         refused = lease.want(wanted("y", 1)).refused["want-y"]
     assert "local_stores = true" in refused

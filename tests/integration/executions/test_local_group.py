@@ -15,12 +15,15 @@ from tests.support.projects import spec_of, step_yaml, write_project
 from tests.support.service import RunningService, running_service
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, ExecutionView
 from valohai_dagster.records import tables as t
-from valohai_dagster.settings import GroupSettings, Settings
+from valohai_dagster.settings import Settings
+from valohai_dagster.settings_groups import LocalGroupSettings
 
 
 @pytest.fixture
 def service(settings: Settings, namespaces: None) -> Iterator[RunningService]:
-    group = GroupSettings(runtime="process", max_agents=1, slots=2, scale_down_grace_seconds=60)
+    group = LocalGroupSettings(
+        runtime="process", max_agents=1, slots=2, scale_down_grace_seconds=60
+    )
     settings = Settings(**{**settings.model_dump(), "groups": {"local": group}})
     with running_service(settings) as service:
         yield service

@@ -18,7 +18,8 @@ from valohai_dagster.data.secrets import load_secret_key, set_variable
 from valohai_dagster.executions.spec_model import InputSpec, ProjectRef
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, ExecutionView
 from valohai_dagster.records import tables as t
-from valohai_dagster.settings import GroupSettings, Settings
+from valohai_dagster.settings import Settings
+from valohai_dagster.settings_groups import StaticGroupSettings
 
 
 @pytest.fixture
@@ -410,7 +411,7 @@ def test_k36_execution_json_names_the_environment_that_it_really_runs_in(
 def test_c22_k51_a_group_can_choose_fail_fast_and_the_images_own_user(
     settings: Settings, redis_server: RedisServer
 ):
-    group = GroupSettings(kind="static", fail_fast=True, respect_image_user=True)
+    group = StaticGroupSettings(kind="static", fail_fast=True, respect_image_user=True)
     with running_service(static_settings(settings, groups={"local": group})) as service:
         service.client.submit(make_spec())
         job = service.agent(redis_server).take().job

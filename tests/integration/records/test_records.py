@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 
 from valohai_dagster.errors import ConfigurationError, RecordsUnavailable
-from valohai_dagster.records import schema, tables
+from valohai_dagster.records import capacity_tables, schema, tables
 from valohai_dagster.records.engine import Records, make_engine, open_records
 from valohai_dagster.records.store import get_fact, insert_ignore, set_fact, upsert
 from valohai_dagster.settings import Settings
@@ -55,7 +55,7 @@ def test_the_migrations_make_exactly_the_tables_of_the_code(records: Records) ->
     }
     with records.read() as connection:
         context = MigrationContext.configure(connection, opts=options)
-        assert compare_metadata(context, tables.metadata) == []
+        assert compare_metadata(context, capacity_tables.metadata) == []
 
 
 def _differs(context: Any, column: Any, wanted: Any, found: Any, wanted_type: Any) -> bool | None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from valohai_agent import cli
 from valohai_dagster.capacity.clouds.local import LocalGroup
-from valohai_dagster.settings import GroupSettings
+from valohai_dagster.settings_groups import LocalGroupSettings
 
 
 async def _nothing(*given: Any) -> None:
@@ -20,7 +20,7 @@ async def _nothing(*given: Any) -> None:
 def arguments(tmp_path: Path, **settings: Any) -> list[str]:
     group = LocalGroup(
         "g",
-        GroupSettings(**settings),
+        LocalGroupSettings(**settings),
         state_dir=tmp_path,
         redis_url="redis://x",
         deployment="d",

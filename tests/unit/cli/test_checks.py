@@ -12,7 +12,8 @@ import pytest
 from valohai_dagster.cli import checks
 from valohai_dagster.cli.checks import Finding
 from valohai_dagster.errors import BrokerUnavailable
-from valohai_dagster.settings import GroupSettings, Settings
+from valohai_dagster.settings import Settings
+from valohai_dagster.settings_groups import LocalGroupSettings, StaticGroupSettings
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_without_dagster_home_the_doctor_says_what_that_means(here: Settings) ->
 
 
 def test_a_static_group_without_agents_tells_how_to_start_one() -> None:
-    finding = checks._group_finding("gpu", GroupSettings(kind="static"), 0)
+    finding = checks._group_finding("gpu", StaticGroupSettings(kind="static"), 0)
     assert finding.level == "warn"
     assert finding.hint is not None
     assert "valohai-agent run --queue gpu" in finding.hint
@@ -80,7 +81,7 @@ def test_a_static_group_without_agents_tells_how_to_start_one() -> None:
 def test_docker_is_not_asked_for_when_no_group_uses_it(here: Settings) -> None:
     values: dict[str, Any] = {
         "state_dir": here.state_dir,
-        "groups": {"local": GroupSettings(runtime="process")},
+        "groups": {"local": LocalGroupSettings(runtime="process")},
     }
     (finding,) = checks.check_docker(Settings(**values))
     assert finding.level == "ok"

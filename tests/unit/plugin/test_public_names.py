@@ -74,7 +74,7 @@ def test_importing_every_public_name_imports_no_client_no_server_and_no_yaml_lib
     names = ", ".join(name for name in NAMES if name != "__version__")
     added = modules_after(f"from valohai_dagster import {names}")
     assert not {name.partition(".")[0] for name in added} & HEAVY
-    assert len([name for name in added if name.startswith("valohai_dagster")]) < 50
+    assert len([name for name in added if name.startswith("valohai_dagster")]) < 55
 
 
 def test_the_names_of_a_definitions_file_are_the_cheapest() -> None:

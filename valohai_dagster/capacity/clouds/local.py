@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from valohai_agent.protocol import Worker, WorkerState, digest, utcnow
-from valohai_dagster.capacity.planner import AgentSeen, GroupPolicy, plan
-from valohai_dagster.settings import GroupSettings
+from valohai_dagster.capacity.agent_planner import AgentSeen, GroupPolicy, plan
+from valohai_dagster.settings_groups import LocalGroupSettings
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class LocalGroup:
     def __init__(
         self,
         name: str,
-        settings: GroupSettings,
+        settings: LocalGroupSettings,
         *,
         state_dir: Path,
         redis_url: str,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from alembic import context
 
+from valohai_dagster.records.capacity_tables import metadata
 from valohai_dagster.records.schema import VERSION_TABLE
-from valohai_dagster.records.tables import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],

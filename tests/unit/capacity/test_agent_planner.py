@@ -7,7 +7,7 @@ from datetime import datetime, timedelta, timezone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from valohai_dagster.capacity.planner import AgentSeen, GroupPolicy, plan
+from valohai_dagster.capacity.agent_planner import AgentSeen, GroupPolicy, plan
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 POLICY = GroupPolicy(max_agents=3, slots=2, grace=timedelta(seconds=60))
