@@ -97,7 +97,7 @@ $(RUN_STAMP): $(MANIFESTS) | $(BIN)/python
 	@touch $@
 
 $(DEV_STAMP): $(MANIFESTS) | $(BIN)/python
-	@sh deploy/make-venv.sh install "$(VENV)" -e ./agent -e '.[embedded,observability,postgres,ssh,aws,gcp,azure,swift]' --group dev
+	@sh deploy/make-venv.sh install "$(VENV)" -e ./agent -e '.[embedded,observability,postgres,ssh,aws,gcp,azure,openstack,swift]' --group dev
 	@touch $@ $(RUN_STAMP)
 
 $(OLDEST_VENV)/bin/python:

@@ -110,7 +110,7 @@ class LocalGroupSettings(AnyGroupSettings):
 class StaticGroupSettings(AnyGroupSettings):
     """Registered machines, on your premises or anywhere: agents that somebody else starts. No scaling."""
 
-    kind: Literal["static"]
+    kind: Literal["static"] = Field(description="`static`.")
 
 
 class CloudGroupSettings(AnyGroupSettings):
@@ -228,7 +228,7 @@ class CloudGroupSettings(AnyGroupSettings):
 class AwsGroupSettings(CloudGroupSettings):
     """Amazon EC2: an Auto Scaling group with a launch template, both made and kept up to date by us (E-40 to E-47)."""
 
-    kind: Literal["aws"]
+    kind: Literal["aws"] = Field(description="`aws`.")
     stops: ClassVar[bool] = False  # an Auto Scaling group replaces what is stopped
     instance_types: list[str] = Field(
         default_factory=list,
@@ -251,7 +251,7 @@ class AwsGroupSettings(CloudGroupSettings):
 class GcpGroupSettings(CloudGroupSettings):
     """Google Compute Engine: a managed instance group with an instance template, both made by us (E-60)."""
 
-    kind: Literal["gcp"]
+    kind: Literal["gcp"] = Field(description="`gcp`.")
     project: str = Field(description="Project of the machines.")
     accelerator: str = Field(
         default="", description="GPU type to attach, `gpus` of them, such as `nvidia-tesla-t4`."
@@ -268,7 +268,7 @@ class GcpGroupSettings(CloudGroupSettings):
 class AzureGroupSettings(CloudGroupSettings):
     """Azure: a virtual machine scale set, made by us (E-61)."""
 
-    kind: Literal["azure"]
+    kind: Literal["azure"] = Field(description="`azure`.")
     subscription_id: str = Field(description="Subscription of the machines.")
     resource_group: str = Field(description="Resource group of the machines; it exists already.")
     tenant_id: str | None = Field(default=None, description="Directory of the app registration.")
@@ -288,7 +288,7 @@ class AzureGroupSettings(CloudGroupSettings):
 class OpenStackGroupSettings(CloudGroupSettings):
     """OpenStack Nova: servers, made one by one."""
 
-    kind: Literal["openstack"]
+    kind: Literal["openstack"] = Field(description="`openstack`.")
     cloud: str | None = Field(
         default=None,
         description="Entry of clouds.yaml. Default: the settings below, else the `OS_*` variables.",
@@ -321,7 +321,7 @@ class SimulatedGroupSettings(CloudGroupSettings):
     """A cloud that is not there, for trying out scaling and for tests: agents on this host stand for machines, and the
     cloud around them misbehaves as often as it is told to."""
 
-    kind: Literal["simulated"]
+    kind: Literal["simulated"] = Field(description="`simulated`.")
     instance_type: str = Field(default="simulated", description="Any word.")
     local_stores: bool = Field(
         default=True, description="The machines are on this host and see `local` stores."

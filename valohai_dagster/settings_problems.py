@@ -8,6 +8,7 @@ from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
+from valohai_dagster.settings_groups import GROUP_KINDS
 from valohai_dagster.settings_registries import REGISTRY_KINDS
 from valohai_dagster.settings_stores import STORE_KINDS
 
@@ -15,6 +16,7 @@ Location = tuple["int | str", ...]
 KINDS: Mapping[str, Mapping[str, type[BaseModel]]] = {
     "stores": STORE_KINDS,
     "registries": REGISTRY_KINDS,
+    "groups": GROUP_KINDS,
 }
 
 
@@ -41,7 +43,7 @@ def explain(error: ValidationError, source: object, model: type[BaseModel]) -> s
 
 
 def _without_kind(location: Location) -> tuple[Location, str]:
-    """The location as the file has it: pydantic puts the kind of store or registry after its name."""
+    """The location as the file has it: pydantic puts the kind of store, registry or group after its name."""
     if len(location) > 2 and location[2] in KINDS.get(str(location[0]), ()):
         return (*location[:2], *location[3:]), str(location[2])
     return location, ""
