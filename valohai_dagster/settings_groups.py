@@ -317,6 +317,22 @@ class OpenStackGroupSettings(CloudGroupSettings):
     )
 
 
+class DockerGroupSettings(CloudGroupSettings):
+    """Containers on one Docker host that stand for machines: real isolation without a cloud."""
+
+    kind: Literal["docker"] = Field(description="`docker`.")
+    instance_type: str = Field(default="container", description="Any word.")
+    image: str = Field(
+        description="Image of the machines; it needs Python and what commands need. Commands run as processes in it."
+    )
+    docker_host: str | None = Field(
+        default=None,
+        description="Address of the Docker daemon. Default: `DOCKER_HOST`, else this host's.",
+    )
+    cpus: float | None = Field(default=None, gt=0, description="Cores of one machine.")
+    memory_gb: float | None = Field(default=None, gt=0, description="Memory of one machine, in GB.")
+
+
 class SimulatedGroupSettings(CloudGroupSettings):
     """A cloud that is not there, for trying out scaling and for tests: agents on this host stand for machines, and the
     cloud around them misbehaves as often as it is told to."""
@@ -354,6 +370,7 @@ GROUP_KINDS: dict[str, type[AnyGroupSettings]] = {
     "gcp": GcpGroupSettings,
     "azure": AzureGroupSettings,
     "openstack": OpenStackGroupSettings,
+    "docker": DockerGroupSettings,
     "simulated": SimulatedGroupSettings,
 }
 
@@ -366,6 +383,7 @@ GroupSettings = Annotated[
         Annotated[GcpGroupSettings, Tag("gcp")],
         Annotated[AzureGroupSettings, Tag("azure")],
         Annotated[OpenStackGroupSettings, Tag("openstack")],
+        Annotated[DockerGroupSettings, Tag("docker")],
         Annotated[SimulatedGroupSettings, Tag("simulated")],
     ],
     by_kind("group", GROUP_KINDS, default="local"),

@@ -56,6 +56,20 @@ class Launch:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
+def identity_tags(deployment: str, group: str, launch: Launch) -> dict[str, str]:
+    """What marks a machine as ours, for the clouds' tags, labels or metadata (E-41).
+
+    `valohai-launch` is the launch's token, by which a repeated call finds what the first one made.
+    """
+    return {
+        "valohai": "1",
+        "valohai-deployment": deployment,
+        "valohai-group": group,
+        "valohai-launch": launch.token,
+        **launch.tags,
+    }
+
+
 class Driver(Protocol):
     """Machines of one group. All methods raise CloudError."""
 
