@@ -124,6 +124,18 @@ class Keys:
         """Which conductor looks after the local groups; expires when it stops renewing."""
         return self._key("service")
 
+    def supervisor(self, group: str) -> str:
+        """Which conductor looks after the machines of a group; expires when it stops renewing."""
+        return self._key("supervisor", group)
+
+    def capacity(self, group: str) -> str:
+        """How the group's machines stood at the last look, for those who wait for one."""
+        return self._key("capacity", group)
+
+    def kicks(self) -> str:
+        """Stream of groups whose machines are to be looked at now, for whoever looks after them."""
+        return self._key("kicks")
+
     def launching(self, run_id: str) -> str:
         """Held for a moment by the process that launches a run; see the run coordinator."""
         return self._key("launching", run_id)

@@ -1,0 +1,91 @@
+"""Settings of groups that were changed at run time: over those of the file, kept in the records (`vh_groups`).
+
+Every conductor and every check at launch reads them when it needs them, so a change counts at once and survives restarts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from pydantic import TypeAdapter, ValidationError
+
+from valohai_dagster.errors import RefusedError
+from valohai_dagster.records.capacity_tables import group_overrides
+from valohai_dagster.settings_groups import AnyGroupSettings
+
+G = TypeVar("G", bound=AnyGroupSettings)
+
+# What may change while machines are there. Anything else makes other machines, and belongs in the file.
+CHANGEABLE = (
+    "enabled",
+    "min_machines",
+    "max_machines",
+    "scale_down_grace_seconds",
+    "stop_when_idle",
+    "destroy_stopped_after_seconds",
+    "boot_seconds",
+    "spot",
+    "on_demand_fallback",
+    "owner",
+    "per_user_quota",
+    "team_quotas",
+    "price_per_hour",
+)
+
+
+def read_overrides(conn: sa.Connection, group: str) -> dict[str, Any]:
+    """What was changed of this group, by name of the setting; empty when it is as in the file."""
+    query = sa.select(group_overrides.c.settings).where(group_overrides.c.group_name == group)
+    return dict(conn.execute(query).scalar_one_or_none() or {})
+
+
+def effective(conn: sa.Connection, name: str, group: G) -> G:
+    """The group as it is now: the file's settings with what was changed since.
+
+    A change that the file has made impossible (such as `max_machines` below a new `min_machines`) does not count.
+    """
+    try:
+        return with_overrides(name, group, read_overrides(conn, name))
+    except RefusedError:
+        return group
+
+
+def with_overrides(name: str, group: G, values: Mapping[str, Any]) -> G:
+    """Raises RefusedError for settings that the group does not have or that do not fit together."""
+    if not values:
+        return group
+    possible = changeable(group)
+    for key in values:
+        if key not in possible:
+            raise RefusedError(
+                f"group {name}: {key!r} cannot be changed at run time; that can be done with {', '.join(possible)}. "
+                f"Others are set in valohai.toml under [groups.{name}]"
+            )
+    kept = {key: getattr(group, key) for key in group.model_fields_set}
+    try:
+        return type(group).model_validate({**kept, **values})
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, one['loc']))}: {one['msg']}".removeprefix(": ")
+            for one in error.errors(include_url=False, include_input=False)
+        )
+        raise RefusedError(f"group {name}: {problems}") from None
+
+
+def changeable(group: AnyGroupSettings) -> tuple[str, ...]:
+    """Names of the settings of this kind of group that may be changed at run time."""
+    return tuple(key for key in CHANGEABLE if key in type(group).model_fields)
+
+
+def write_overrides(
+    conn: sa.Connection, name: str, values: Mapping[str, Any], now: datetime
+) -> None:
+    """Replaces all changes of the group; without any it is again as in the file."""
+    mine = group_overrides.c.group_name == name
+    conn.execute(group_overrides.delete().where(mine))
+    if values:
+        plain = TypeAdapter(dict[str, Any]).dump_python(dict(values), mode="json")
+        conn.execute(group_overrides.insert().values(group_name=name, settings=plain, mtime=now))
