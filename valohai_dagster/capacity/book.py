@@ -40,6 +40,7 @@ class Known:
     worker_seen_at: datetime | None = None  # when one last did
     draining_since: datetime | None = None
     stopped_since: datetime | None = None
+    started_at: datetime | None = None  # again after a stop, the last time
     stopped_seconds: float = 0.0  # of all its stops that are over
     missing_since: datetime | None = None  # first list that did not have it any more
     gone_at: datetime | None = None  # confirmed

@@ -50,7 +50,11 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Seat:
-    """One worker that has checked in, on the machine `machine_id`."""
+    """One worker that has checked in, on the machine `machine_id`.
+
+    A worker that is silent but has work that is not yet given to another is listed too, as busy. `draining` is what the
+    worker itself says: it has heard, and takes nothing new.
+    """
 
     worker: str
     machine_id: str
@@ -112,6 +116,9 @@ class View:
         default_factory=dict
     )  # of the last worker of a machine, by its id
     stopped_since: Mapping[str, datetime] = field(default_factory=dict)  # by machine id
+    started: Mapping[str, datetime] = field(
+        default_factory=dict
+    )  # again after a stop, the last time, by machine id
     listed_at: datetime | None = None
 
 
@@ -130,7 +137,9 @@ class Policy:
     stop_when_idle: bool = False  # first stopped, then destroyed, where the driver can
     destroy_after: timedelta = timedelta(hours=1)  # of being stopped
     boot: timedelta = timedelta(minutes=15)  # without having checked in: replaced
-    silence: timedelta = timedelta(minutes=5)
+    silence: timedelta = timedelta(
+        minutes=7
+    )  # of a machine's last worker; longer than a lost lease is waited for
     bootstrap: str | None = None  # the version that new machines get; others are outdated
 
 

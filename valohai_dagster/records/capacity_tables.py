@@ -25,6 +25,7 @@ machines = sa.Table(
     sa.Column("worker_seen_at", UtcDateTime),  # when one last did
     sa.Column("draining_since", UtcDateTime),
     sa.Column("stopped_since", UtcDateTime),
+    sa.Column("started_at", UtcDateTime),  # again after a stop
     sa.Column("missing_since", UtcDateTime),  # first list that did not have it any more
     sa.Column("gone_at", UtcDateTime),  # confirmed
     sa.Column("reason", sa.Text),  # why it is as it is, or why it went, for people

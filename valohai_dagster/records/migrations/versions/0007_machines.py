@@ -142,6 +142,7 @@ def _machines() -> None:
         sa.Column("worker_seen_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("draining_since", sa.DateTime(timezone=True), nullable=True),
         sa.Column("stopped_since", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("started_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("missing_since", sa.DateTime(timezone=True), nullable=True),
         sa.Column("gone_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("reason", sa.Text(), nullable=True),
