@@ -87,6 +87,10 @@ class Settings(BaseSettings):
     log_store: str | None = Field(
         default=None, description="Store of complete logs. Default: `default_store`."
     )
+    binary_store: str | None = Field(
+        default=None,
+        description="Store of published agent files (`valohai-dagster agents publish`). Default: `default_store`.",
+    )
     groups: dict[str, GroupSettings] = Field(
         default_factory=lambda: {"local": LocalGroupSettings()},
         description="Worker groups by name. Default: one group `local` on this host.",
@@ -120,6 +124,17 @@ class Settings(BaseSettings):
     public_url: str | None = Field(
         default=None,
         description="Address under which browsers reach the service. Default: http_host and http_port.",
+    )
+    join_url: str | None = Field(
+        default=None,
+        description="Address under which worker machines reach the service, to join their group and to get their agent. "
+        "Default: `public_url`, else http_host and http_port.",
+    )
+    agent_redis_url: str | None = Field(
+        default=None,
+        repr=False,
+        description="Address under which worker machines reach Redis, if not that of `redis_url`. Without a user in it "
+        "each group gets a user of its own, made by us; with one, machines get the address as it is.",
     )
     webserver_url: str | None = Field(
         default=None,
@@ -224,7 +239,7 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path) -> Path:
         return Path(os.path.abspath(value.expanduser()))
 
-    @field_validator("redis_url")
+    @field_validator("redis_url", "agent_redis_url")
     @classmethod
     def _redis_scheme(cls, value: str | None) -> str | None:
         if value is not None and urlsplit(value).scheme not in ("redis", "rediss", "unix"):
@@ -249,7 +264,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _references(self) -> Settings:
-        for field in ("default_store", "code_store", "log_store"):
+        for field in ("default_store", "code_store", "log_store", "binary_store"):
             name = getattr(self, field)
             if name is not None and name not in self.stores:
                 raise ValueError(
@@ -269,6 +284,10 @@ class Settings(BaseSettings):
     @property
     def log_store_name(self) -> str:
         return self.log_store or self.default_store
+
+    @property
+    def binary_store_name(self) -> str:
+        return self.binary_store or self.default_store
 
     @property
     def records_url(self) -> str:
@@ -302,6 +321,11 @@ class Settings(BaseSettings):
         wildcard = self.http_host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
         host = "127.0.0.1" if wildcard else self.http_host
         return (self.public_url or f"http://{host}:{self.port}").rstrip("/")
+
+    @property
+    def machines_url(self) -> str:
+        """Address of the service for worker machines, without a slash at the end."""
+        return (self.join_url or self.base_url).rstrip("/")
 
     @property
     def webserver_file(self) -> Path:

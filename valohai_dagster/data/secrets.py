@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hmac
 import json
 import os
 import re
@@ -59,6 +60,10 @@ class SecretKey:
                 f"a stored secret cannot be decrypted with {self._origin}: the key was changed or lost. "
                 "Restore it, or set the secrets again with `valohai-dagster secrets set`"
             ) from error
+
+    def derive(self, purpose: str) -> bytes:
+        """32 bytes that stand for `purpose`, the same each time; they tell nothing about the key or other purposes."""
+        return hmac.digest(bytes(self._box), f"derive\0{purpose}".encode(), "sha256")
 
     def encrypt_json(self, content: Any) -> bytes:
         return self.encrypt(json.dumps(content).encode())

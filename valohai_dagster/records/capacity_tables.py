@@ -94,7 +94,8 @@ join_tokens = sa.Table(
     sa.Column("launch_token", sa.String(64), index=True),  # of the launch that it was made for
     sa.Column("uses_left", sa.Integer, nullable=False),
     sa.Column("expires_at", UtcDateTime, nullable=False, index=True),
-    sa.Column("used_by", sa.JSON, nullable=False, default=list),  # machine ids
+    sa.Column("machine_id", sa.String(255), index=True),  # the one that alone may use it: a ticket
+    sa.Column("used_by", sa.JSON, nullable=False, default=list),  # machine ids and their keys
 )
 
 agent_releases = sa.Table(

@@ -112,6 +112,7 @@ def _join_tokens() -> None:
         sa.Column("launch_token", sa.String(length=64), nullable=True),
         sa.Column("uses_left", sa.Integer(), nullable=False),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("machine_id", sa.String(length=255), nullable=True),
         sa.Column("used_by", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("digest", name=op.f("pk_vh_join_tokens")),
     )
@@ -120,6 +121,9 @@ def _join_tokens() -> None:
     )
     op.create_index(
         op.f("ix_vh_join_tokens_launch_token"), "vh_join_tokens", ["launch_token"], unique=False
+    )
+    op.create_index(
+        op.f("ix_vh_join_tokens_machine_id"), "vh_join_tokens", ["machine_id"], unique=False
     )
 
 
