@@ -157,6 +157,16 @@ def ready_score(sequence: int, *, priority: int = 0, front: bool = False) -> flo
     return float((READY_FRONT if front else READY_NORMAL) * _CLASS + rank * _PRIORITY + sequence)
 
 
+def priority_of(score: float) -> tuple[int, float]:
+    """The priority of a score of the ready set, and the first score beyond its class and priority.
+
+    >>> priority_of(ready_score(17, priority=5)), priority_of(ready_score(1, front=True))
+    ((5, 1995000000000000.0), (0, 1000000000000000.0))
+    """
+    rank = int(score // _PRIORITY)
+    return 999 - rank % 1000, float((rank + 1) * _PRIORITY)
+
+
 def digest(text: str) -> str:
     """Short stable name for a text, for keys that must not hold the text itself."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]
