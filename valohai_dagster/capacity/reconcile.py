@@ -1,14 +1,44 @@
-"""Brings the machines of one group to what its plan says: look, remember, plan, act."""
+"""Brings the machines of one group to what its plan says: look, remember, plan, act.
+
+Every call that changes something in the cloud is written down first, with a token that names it, and settled when its
+effect is seen. A process that ends in between leaves the intent; the next one repeats launches with the same token, which
+makes no second machine, and decides anew about everything else. What the cloud refuses becomes a hold, and the plan is
+made again at once, so that another zone or way of buying is tried in the same look.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 
-from valohai_dagster.capacity.book import Book
-from valohai_dagster.capacity.clouds.base import Driver, Launch
-from valohai_dagster.capacity.model import Policy, Seat
+from valohai_dagster.capacity import holds as holding
+from valohai_dagster.capacity.book import Book, Kind, Known
+from valohai_dagster.capacity.clouds.base import CloudError, Driver, Launch, Trouble
+from valohai_dagster.capacity.inventory import Inventory, by_machine
+from valohai_dagster.capacity.model import (
+    Action,
+    ActionKind,
+    Hold,
+    Intent,
+    Machine,
+    MachineState,
+    Plan,
+    Policy,
+    Purchase,
+    Seat,
+    View,
+)
+from valohai_dagster.capacity.patience import PATIENCE, Patience
+from valohai_dagster.capacity.planner import plan
+from valohai_dagster.capacity.seeing import EFFECT, due_times, view_of
+from valohai_dagster.errors import ValohaiError
+
+_ROUNDS = 12  # plans in one look, each after a refusal
+_SKEW = timedelta(minutes=1)  # between the cloud's clock and ours
+_CLOSED_KEPT = timedelta(days=1)
+
+_ORDER = list(ActionKind)  # what brings machines goes first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +54,9 @@ class Load:
 class Outcome:
     """What a look has come to. `trouble` is in words for those who wait, None when nothing is wrong.
 
-    `drain`: workers to be told to finish and go, with the reason. `dead`: machines that are surely gone since the last
-    look, with what happened to them. `next_look`: when something is due by time alone, such as the end of a hold.
+    `drain`: workers to be told to finish and go, with the reason; told again later if they do not. `dead`: machines that
+    are surely gone since the last look, with what happened to them; after a crash one may be told twice. `next_look`:
+    when something is due by time alone, such as the end of a hold.
     """
 
     summary: str = ""
@@ -34,6 +65,29 @@ class Outcome:
     dead: Mapping[str, str] = field(default_factory=dict)
     trouble: str | None = None
     next_look: datetime | None = None
+
+
+class _Look:
+    """What is collected during one step."""
+
+    def __init__(self, load: Load, policy: Policy, now: datetime, inventory: Inventory) -> None:
+        self.load, self.policy, self.now, self.inventory = load, policy, now, inventory
+        self.seats = by_machine(load.seats)
+        self.decisions: list[str] = []
+        self.drain: dict[str, str] = {}
+        self.refused = False  # something that another zone or way of buying may give
+
+    @property
+    def wanted(self) -> bool:
+        """More machines may be asked for."""
+        return self.policy.enabled and bool(
+            sum(self.load.waiting.values()) or self.policy.min_machines
+        )
+
+    def orphaned(self, known: Known) -> bool:
+        """Nobody's, and not just about to check in either."""
+        young = self.now - known.machine.created_at < self.policy.boot
+        return known.orphan_since is not None and not young
 
 
 class Reconciler:
@@ -48,11 +102,395 @@ class Reconciler:
         prepare: Callable[[Launch], Launch],
         clock: Callable[[], datetime],
         make_token: Callable[[], str],
+        patience: Patience = PATIENCE,
     ) -> None:
         """`prepare` completes a launch with user data (a join token among it) and tags."""
         self.group = group
         self._driver, self._book = driver, book
         self._prepare, self._clock, self._make_token = prepare, clock, make_token
+        self._patience = patience
+        self._listed_at: datetime | None = None
+        self._listed: frozenset[str] = frozenset()  # ids in the last list
+        self._misses: dict[str, int] = {}  # lists in a row without a machine
+        self._closed: dict[str, datetime] = {}  # machines that are done with
+        self._told: set[str] = set()  # deaths that an earlier outcome had
+        self._asked: dict[str, tuple[datetime, datetime]] = {}  # first and last time, by token
+        self._launches: dict[str, Launch] = {}  # complete ones, by token
+        self._tokens: set[str] = set()  # of all launches by this process
+        self._not_before: dict[str, datetime] = {}  # of a machine that refused a call
+        self._reminded: dict[str, datetime] = {}  # workers told to drain
 
     def step(self, load: Load, policy: Policy) -> Outcome:
-        raise NotImplementedError
+        """Raises what the book raises; calls to the cloud that fail become holds and words."""
+        now = self._clock()
+        can_stop = self._driver.can_stop and policy.stop_when_idle
+        policy = replace(policy, stop_when_idle=can_stop)
+        inventory = Inventory(self._book.machines(), self._patience, now)
+        look = _Look(load, policy, now, inventory)
+        inventory.close(self._told)
+        self._take_list(look)
+        inventory.take_seats(look.seats)
+        self._remember(inventory)
+        self._count_check_ins(inventory)
+        self._settle(look)
+        self._ask_again(look)
+        self._end_orphans(look)
+        decided = self._plan(look)
+        for _ in range(_ROUNDS):
+            look.refused = False
+            self._act(look, decided.actions)
+            if not look.refused:
+                break
+            decided = self._plan(look)
+        self._remind(look)
+        self._told = set(inventory.dead)
+        return self._outcome(look, decided)
+
+    def retry_now(self) -> None:
+        """Forgets all holds: the settings were changed, or somebody says that the cause is gone."""
+        for hold in self._book.holds():
+            self._book.release(hold.zone, hold.purchase)
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    def _take_list(self, look: _Look) -> None:
+        now, holds = look.now, self._book.holds()
+        hold = holding.find(holds, holding.LISTING, None)
+        if hold is not None and hold.until > now:
+            self._listed_at = None
+            return
+        if self._listed_at is not None and now - self._listed_at < self._patience.list_every:
+            return
+        try:
+            listed = self._driver.list()
+        except CloudError as error:
+            self._listed_at = None
+            self._hold(holding.hold_of_lists(error, holds, now), holds)
+            return
+        if hold is not None:
+            self._release(hold, "the cloud answers again")
+        self._listed_at, self._listed = now, frozenset(machine.id for machine in listed)
+        self._closed = {one: at for one, at in self._closed.items() if now - at < _CLOSED_KEPT}
+        launches = self._launch_intents()
+        look.inventory.take_list(
+            listed,
+            ours=lambda machine: self._launched_by(machine, launches),
+            closed=self._closed,
+            misses=self._misses,
+        )
+
+    def _launched_by(self, machine: Machine, launches: Sequence[Intent]) -> str | None:
+        """Token of the launch that made it. Where the cloud keeps none, one that is open and not younger."""
+        if machine.token is None:
+            fits = (one.token for one in launches if machine.created_at >= one.at - _SKEW)
+            return next(fits, None)
+        known = machine.token in self._tokens
+        return (
+            machine.token if known or any(one.token == machine.token for one in launches) else None
+        )
+
+    def _launch_intents(self) -> list[Intent]:
+        return [one for one in self._book.intents() if one.action is ActionKind.launch]
+
+    def _remember(self, inventory: Inventory) -> None:
+        changed = inventory.changed()
+        if changed:
+            self._book.save(*changed)
+        for kind, text, machine_id in inventory.notes:
+            self._book.note(kind, text, machine_id=machine_id)
+        for one in inventory.closed:
+            self._closed[one.machine.id] = self._clock()
+            self._misses.pop(one.machine.id, None)
+            self._not_before.pop(one.machine.id, None)
+        inventory.saved()
+
+    def _count_check_ins(self, inventory: Inventory) -> None:
+        for machine_id in inventory.failed:
+            self._never_checked_in(machine_id, inventory)
+        if inventory.registered:
+            hold = holding.find(self._book.holds(), holding.CHECK_IN, None)
+            if hold is not None:
+                self._release(hold, "machines check in again")
+
+    def _never_checked_in(self, machine_id: str, inventory: Inventory) -> None:
+        holds = self._book.holds()
+        self._hold(holding.hold_of_check_ins(holds, machine_id, self._clock()), holds)
+
+    # -- what earlier calls have come to -----------------------------------------------------------------------
+
+    def _settle(self, look: _Look) -> None:
+        for intent in self._book.intents():
+            launch = intent.action is ActionKind.launch
+            outcome = self._launched(look, intent) if launch else self._effect(look, intent)
+            if outcome is not None:
+                self._done(intent, outcome)
+
+    def _done(self, intent: Intent, outcome: str) -> None:
+        self._book.settle(intent.token, outcome)
+        self._asked.pop(intent.token, None)
+        self._launches.pop(intent.token, None)
+
+    def _came(self, look: _Look, token: str) -> int:
+        """Machines of a launch that the last list had."""
+        there = (one for one in look.inventory.known.values() if one.machine.token == token)
+        return sum(one.machine.id in self._listed for one in there)
+
+    def _launched(self, look: _Look, intent: Intent) -> str | None:
+        if self._listed_at is None:
+            return None
+        came = self._came(look, intent.token)
+        if came >= intent.count:
+            for hold in self._book.holds():
+                if holding.covers(hold, intent.zone, intent.purchase):
+                    self._release(hold, "machines come again")
+            return f"{came} machines"
+        since, _ = self._asked.get(intent.token, (intent.at, intent.at))
+        if look.now - since < self._patience.settle:
+            return None
+        text = f"{came} of {intent.count} machines asked for at {since:%H:%M:%S} UTC came"
+        if intent.token in self._asked:
+            error = CloudError(
+                f"{text} ({_place(intent.zone, intent.purchase)})",
+                code="none-came",
+                trouble=Trouble.capacity,
+                zone=intent.zone or None,
+                purchase=intent.purchase,
+            )
+            holds = self._book.holds()
+            self._hold(holding.hold_after(error, holds, look.now), holds)
+        return text
+
+    def _effect(self, look: _Look, intent: Intent) -> str | None:
+        known = look.inventory.known.get(intent.machine_id or "")
+        if known is None:
+            return "the machine is gone"
+        _, reached = EFFECT[intent.action]
+        if known.machine.state in reached:
+            return known.machine.state.value
+        if self._listed_at is None or self._listed_at <= intent.at:
+            return None
+        if intent.token not in self._asked:
+            return "not known whether the cloud was asked; decided anew"
+        if known.missing_since or look.now - intent.at < self._patience.effect:
+            return None
+        return "no effect seen; decided anew"
+
+    def _ask_again(self, look: _Look) -> None:
+        """Launches of which the answer is not known, and those that were accepted and have not come yet: the cloud may
+        have found out meanwhile that it cannot."""
+        for intent in self._launch_intents():
+            if self._came(look, intent.token) >= intent.count or self._held(intent, look.now):
+                continue
+            _, last = self._asked.get(intent.token, (None, None))
+            if last is None and (not look.wanted or look.now - intent.at >= self._patience.settle):
+                continue  # if it was made after all, the list will tell
+            if last is None or look.now - last >= self._patience.ask_again:
+                self._launch(look, intent)
+
+    def _held(self, intent: Intent, now: datetime) -> bool:
+        holds = holding.in_force(self._book.holds(), now)
+        return any(holding.covers(hold, intent.zone, intent.purchase) for hold in holds)
+
+    def _end_orphans(self, look: _Look) -> None:
+        """The second phase: still nobody's after a while."""
+        if self._listed_at is None:
+            return
+        pending = {intent.machine_id for intent in self._book.intents()}
+        for known in list(look.inventory.known.values()):
+            machine = known.machine
+            if (
+                look.orphaned(known)
+                and known.orphan_since is not None
+                and look.now - known.orphan_since >= self._patience.orphan
+                and machine.id not in pending
+                and machine.state not in (MachineState.terminating, MachineState.gone)
+            ):
+                why = "nobody here launched it, and no worker of it checked in"
+                action = Action(kind=ActionKind.terminate, machine_id=machine.id, reason=why)
+                self._act(look, (action,))
+
+    # -- planning ----------------------------------------------------------------------------------------------
+
+    def _plan(self, look: _Look) -> Plan:
+        return plan(self._view(look), look.policy, look.now)
+
+    def _view(self, look: _Look) -> View:
+        late = {one for one, until in self._not_before.items() if until > look.now}
+        return view_of(
+            [one for one in look.inventory.known.values() if not look.orphaned(one)],
+            self._book.intents(),
+            late=late,
+            waiting=look.load.waiting,
+            oldest_waiting=look.load.oldest_waiting,
+            seats=look.load.seats,
+            holds=holding.in_force(self._book.holds(), look.now),
+            listed_at=self._listed_at,
+        )
+
+    # -- acting ------------------------------------------------------------------------------------------------
+
+    def _act(self, look: _Look, actions: Iterable[Action]) -> None:
+        for action in sorted(actions, key=lambda one: _ORDER.index(one.kind)):
+            if action.kind is ActionKind.drain:
+                self._drain(look, action)
+                continue
+            if action.machine_id and self._not_before.get(action.machine_id, look.now) > look.now:
+                continue
+            intent = Intent(
+                token=self._make_token(),
+                action=action.kind,
+                at=look.now,
+                zone=action.zone,
+                purchase=action.purchase,
+                count=action.count,
+                machine_id=action.machine_id,
+                reason=action.reason,
+            )
+            self._book.intend(intent)
+            self._decided(look, action)
+            if action.kind is ActionKind.launch:
+                self._launch(look, intent)
+            else:
+                self._change(look, intent)
+
+    def _decided(self, look: _Look, action: Action) -> None:
+        if action.kind is ActionKind.launch:
+            place = _place(action.zone, action.purchase)
+            text = f"launch {action.count} ({place}): {action.reason}"
+        else:
+            text = f"{action.kind.value} {action.worker or action.machine_id}: {action.reason}"
+        look.decisions.append(text)
+        self._book.note(Kind.decision, text, machine_id=action.machine_id)
+
+    def _drain(self, look: _Look, action: Action) -> None:
+        known = look.inventory.known.get(action.machine_id or "")
+        if action.worker is None or known is None:
+            return
+        if known.draining_since is None:
+            known = replace(known, draining_since=look.now, reason=action.reason)
+            look.inventory.put(known)
+            self._remember(look.inventory)
+        self._decided(look, action)
+        look.drain[action.worker] = action.reason
+        self._reminded[action.worker] = look.now
+
+    def _remind(self, look: _Look) -> None:
+        """Workers of machines that are to go, as long as they do not say themselves that they do."""
+        self._reminded = {
+            worker: at
+            for worker, at in self._reminded.items()
+            if look.now - at < self._patience.remind
+        }
+        for machine_id, seats in look.seats.items():
+            known = look.inventory.known.get(machine_id)
+            if known is None or known.draining_since is None:
+                continue
+            for seat in seats:
+                if not seat.draining and seat.worker not in self._reminded:
+                    look.drain[seat.worker] = known.reason or "its machine is no longer needed"
+                    self._reminded[seat.worker] = look.now
+
+    def _launch(self, look: _Look, intent: Intent) -> None:
+        launch = self._launches.get(intent.token) or Launch(
+            token=intent.token, count=intent.count, zone=intent.zone, purchase=intent.purchase
+        )
+        self._tokens.add(intent.token)
+        try:
+            if intent.token not in self._launches:
+                launch = self._launches[intent.token] = self._prepare(launch)
+            ids = self._driver.launch(launch)
+        except ValohaiError as error:
+            self._refused(look, intent, error)
+            return
+        first, _ = self._asked.get(intent.token, (look.now, look.now))
+        self._asked[intent.token] = (first, look.now)
+        for machine_id in ids:
+            if machine_id not in look.inventory.known and machine_id not in self._closed:
+                machine = Machine(
+                    id=machine_id,
+                    zone=intent.zone,
+                    purchase=intent.purchase,
+                    state=MachineState.starting,
+                    created_at=look.now,
+                    token=intent.token,
+                    bootstrap=look.policy.bootstrap,
+                )
+                look.inventory.put(Known(machine=machine, listed_at=look.now))
+        self._remember(look.inventory)
+
+    def _refused(self, look: _Look, intent: Intent, error: ValohaiError) -> None:
+        """One that got no answer may have had its effect: its intent stays, and is asked for again after the hold."""
+        if not isinstance(error, CloudError):
+            error = CloudError(str(error), code="not-prepared", trouble=Trouble.invalid)
+        look.refused = True
+        holds = self._book.holds()
+        self._hold(holding.hold_after(error, holds, look.now), holds)
+        if error.trouble is not Trouble.outage:
+            self._done(intent, f"refused: {error}")
+
+    def _change(self, look: _Look, intent: Intent) -> None:
+        """Starts, stops or terminates one machine."""
+        known = look.inventory.known[intent.machine_id or ""]
+        calls = {
+            ActionKind.terminate: self._driver.terminate,
+            ActionKind.stop: self._driver.stop,
+            ActionKind.start: self._driver.start,
+        }
+        try:
+            calls[intent.action](known.machine.id)
+        except CloudError as error:
+            self._book.settle(intent.token, f"refused: {error}")
+            text = f"{intent.action.value} was refused: {error}"
+            self._book.note(Kind.trouble, text, machine_id=known.machine.id)
+            wait = max(self._patience.ask_again, timedelta(seconds=error.retry_after or 0))
+            self._not_before[known.machine.id] = look.now + wait
+            look.refused = look.refused or intent.action is ActionKind.start
+            return
+        self._asked[intent.token] = (look.now, look.now)
+        if intent.action is ActionKind.start:
+            known = replace(known, started_at=look.now, draining_since=None, reason=None)
+        else:
+            if not known.registered_at and not known.adopted and known.reason is None:
+                self._never_checked_in(known.machine.id, look.inventory)
+            known = replace(known, reason=intent.reason)
+        look.inventory.put(known)
+        self._remember(look.inventory)
+
+    # -- holds and words ---------------------------------------------------------------------------------------
+
+    def _hold(self, hold: Hold, before: Sequence[Hold]) -> None:
+        old = holding.find(before, hold.zone, hold.purchase)
+        self._book.hold(hold)
+        if hold.until > self._clock() and (old is None or old.reason != hold.reason):
+            self._book.note(
+                Kind.trouble, f"{hold.reason}; tried again at {hold.until:%H:%M:%S} UTC"
+            )
+
+    def _release(self, hold: Hold, why: str) -> None:
+        self._book.release(hold.zone, hold.purchase)
+        self._book.note(Kind.cleared, f"{why}; before: {hold.reason}")
+
+    def _outcome(self, look: _Look, decided: Plan) -> Outcome:
+        holds = self._book.holds()
+        trouble = decided.shortfall
+        listing = holding.find(holds, holding.LISTING, None)
+        if trouble is None and listing is not None and listing.until > look.now:
+            trouble = f"{listing.reason}; tried again at {listing.until:%H:%M:%S} UTC"
+        soon = [look.now + self._patience.list_every] if self._book.intents() else []
+        due = (
+            *soon,
+            *(hold.until for hold in holds),
+            *due_times(look.inventory.known.values(), look.seats, look.policy, self._patience),
+        )
+        return Outcome(
+            summary=decided.summary,
+            decisions=tuple(look.decisions),
+            drain=look.drain,
+            dead=look.inventory.dead,
+            trouble=trouble,
+            next_look=min((at for at in due if at > look.now), default=None),
+        )
+
+
+def _place(zone: str, purchase: Purchase) -> str:
+    return f"{zone}, {purchase.value}" if zone else purchase.value

@@ -1,0 +1,194 @@
+"""What is known of a group's machines, brought up to date with what the cloud lists and which workers check in. Pure.
+
+A machine is forgotten only when the cloud has confirmed that it is gone, in two steps: first it is written down as gone
+and its death is told, and at the next look its row is closed. So a death that was not told because the process ended is
+told by the next one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from valohai_dagster.capacity.book import Kind, Known
+from valohai_dagster.capacity.model import Machine, MachineState, Seat
+from valohai_dagster.capacity.patience import Patience
+
+_RUNS = frozenset({MachineState.starting, MachineState.running})
+
+
+class Inventory:
+    """Used for one look. `changed` is what has to be saved, `notes` what to write into the history."""
+
+    def __init__(self, known: Iterable[Known], patience: Patience, now: datetime) -> None:
+        self.known = {one.machine.id: one for one in known}
+        self._saved = dict(self.known)
+        self._patience, self._now = patience, now
+        self.notes: list[tuple[Kind, str, str]] = []
+        self.dead: dict[str, str] = {}
+        self.failed: list[str] = []  # ended without ever having checked in
+        self.registered: list[str] = []  # checked in for the first time
+        self.closed: list[Known] = []
+
+    def put(self, known: Known) -> None:
+        self.known[known.machine.id] = known
+
+    def changed(self) -> Sequence[Known]:
+        """Those that differ from what is saved; mere times of being seen count when they are some way off."""
+        found = [one for one in self.known.values() if self._differs(one)]
+        return [*self.closed, *found]
+
+    def saved(self) -> None:
+        """All changes so far are written."""
+        self._saved = dict(self.known)
+        self.closed, self.notes = [], []
+
+    def _differs(self, new: Known) -> bool:
+        old = self._saved.get(new.machine.id)
+        if old is None:
+            return True
+        if replace(new, listed_at=old.listed_at, worker_seen_at=old.worker_seen_at) != old:
+            return True
+        if (new.worker_seen_at is None) != (old.worker_seen_at is None):
+            return True
+        lag = new.listed_at - old.listed_at
+        if new.worker_seen_at and old.worker_seen_at:
+            lag = max(lag, new.worker_seen_at - old.worker_seen_at)
+        return lag >= self._patience.seen_every
+
+    # -- ends --------------------------------------------------------------------------------------------------
+
+    def close(self, told: set[str]) -> None:
+        """Closes the rows of machines that were found gone at an earlier look; `told`: whose deaths were told since."""
+        for one in list(self.known.values()):
+            if one.machine.state is not MachineState.gone:
+                continue
+            if one.machine.id not in told:
+                self.dead[one.machine.id] = one.reason or "the cloud has confirmed that it is gone"
+            del self.known[one.machine.id]
+            self.closed.append(replace(one, gone_at=one.missing_since or self._now))
+
+    def _gone(self, known: Known, how: str) -> None:
+        asked, machine = known.reason is not None, known.machine
+        since = known.missing_since or self._now
+        if machine.reclaimed_at is not None and not asked:
+            how = f"the cloud took it back ({how})"
+        text = f"gone: {known.reason}" if known.reason else f"lost: {how}"
+        self.put(
+            replace(
+                _stop_ended(known, since),
+                machine=replace(machine, state=MachineState.gone),
+                missing_since=since,
+                reason=known.reason or how,
+            )
+        )
+        self.notes.append((Kind.gone if asked else Kind.lost, text, machine.id))
+        self.dead[machine.id] = known.reason or how
+        if not asked and not known.registered_at and not known.adopted:
+            self.failed.append(machine.id)
+
+    # -- lists -------------------------------------------------------------------------------------------------
+
+    def take_list(
+        self,
+        listed: Iterable[Machine],
+        *,
+        ours: Callable[[Machine], str | None],
+        closed: Container[str],
+        misses: dict[str, int],
+    ) -> None:
+        """`ours`: token of the launch that made a machine, None for nobody's. `closed`: ids that are done with.
+
+        `misses`: lists in a row that have not had a machine, kept by the caller from look to look.
+        """
+        there = {machine.id: machine for machine in listed}
+        for machine_id, known in list(self.known.items()):
+            machine = there.pop(machine_id, None)
+            if machine is not None:
+                misses.pop(machine_id, None)
+                self._present(known, machine)
+            elif known.machine.state is not MachineState.gone:
+                misses[machine_id] = misses.get(machine_id, 0) + 1
+                self._missing(known, misses[machine_id])
+        for machine in there.values():
+            if machine.id not in closed:
+                self._found(machine, ours(machine))
+
+    def _present(self, known: Known, machine: Machine) -> None:
+        machine = replace(machine, token=machine.token or known.machine.token)
+        known = replace(known, machine=machine, listed_at=self._now, missing_since=None)
+        if machine.state is MachineState.gone:
+            self._gone(known, "the cloud has ended it")
+            return
+        if machine.state is MachineState.stopped and known.stopped_since is None:
+            known = replace(known, stopped_since=self._now)
+        elif machine.state in _RUNS:
+            if (
+                known.stopped_since
+                and (known.started_at or known.stopped_since) <= known.stopped_since
+            ):
+                known = replace(known, started_at=self._now)  # by somebody else
+            known = _stop_ended(known, self._now)
+        self.put(known)
+
+    def _missing(self, known: Known, times: int) -> None:
+        patience, now = self._patience, self._now
+        known = replace(known, missing_since=known.missing_since or now)
+        assert known.missing_since is not None
+        fresh = known.reason is None and now - known.machine.created_at < patience.fresh
+        enough = times >= patience.confirm_lists
+        if enough and now - known.missing_since >= patience.confirm and not fresh:
+            self._gone(known, "the cloud does not list it any more")
+        else:
+            self.put(known)
+
+    def _found(self, machine: Machine, token: str | None) -> None:
+        if token is not None:
+            known = Known(machine=replace(machine, token=token), listed_at=self._now)
+            self.put(known)
+            if machine.state is MachineState.gone:
+                self._gone(known, "the cloud has ended it")
+        elif machine.state is not MachineState.gone:
+            why = "has the tags of this group, but nobody here is known to have launched it"
+            self.put(
+                Known(machine=machine, adopted=True, listed_at=self._now, orphan_since=self._now)
+            )
+            self.notes.append((Kind.orphan, why, machine.id))
+
+    # -- workers -----------------------------------------------------------------------------------------------
+
+    def take_seats(self, seats: Mapping[str, Sequence[Seat]]) -> None:
+        """Workers by machine. A machine of which one checks in is nobody's no longer."""
+        for machine_id, those in seats.items():
+            known = self.known.get(machine_id)
+            if known is None or not those:
+                continue
+            seen = max(seat.seen_at for seat in those)
+            if known.registered_at is None:
+                took = max(timedelta(0), self._now - known.machine.created_at)
+                text = f"checked in after {took.total_seconds():.0f} s"
+                self.notes.append((Kind.registered, text, machine_id))
+                self.registered.append(machine_id)
+                known = replace(known, registered_at=self._now)
+            if known.orphan_since is not None:
+                text = "has workers of this group, so it is kept as one of its machines"
+                self.notes.append((Kind.adopted, text, machine_id))
+                known = replace(known, orphan_since=None)
+            last = known.worker_seen_at
+            self.put(replace(known, worker_seen_at=max(seen, last) if last else seen))
+
+
+def by_machine(seats: Iterable[Seat]) -> dict[str, list[Seat]]:
+    found: dict[str, list[Seat]] = defaultdict(list)
+    for seat in seats:
+        found[seat.machine_id].append(seat)
+    return found
+
+
+def _stop_ended(known: Known, at: datetime) -> Known:
+    if known.stopped_since is None:
+        return known
+    more = max(0.0, (at - known.stopped_since).total_seconds())
+    return replace(known, stopped_since=None, stopped_seconds=known.stopped_seconds + more)

@@ -1,0 +1,100 @@
+"""What the planner is shown: machines as they will be when the calls under way have had their effect. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+
+from valohai_dagster.capacity.book import Known
+from valohai_dagster.capacity.model import (
+    ActionKind,
+    Hold,
+    Intent,
+    Machine,
+    MachineState,
+    Policy,
+    Seat,
+    View,
+)
+from valohai_dagster.capacity.patience import Patience
+
+EFFECT = {  # what a machine counts as once it was asked for, and in which states it has happened
+    ActionKind.terminate: (MachineState.terminating, {MachineState.terminating, MachineState.gone}),
+    ActionKind.stop: (MachineState.stopping, {MachineState.stopping, MachineState.stopped}),
+    ActionKind.start: (MachineState.starting, {MachineState.starting, MachineState.running}),
+}
+
+
+def view_of(
+    known: Sequence[Known],
+    intents: Sequence[Intent],
+    *,
+    late: Container[str],
+    waiting: Mapping[int, int],
+    oldest_waiting: datetime | None,
+    seats: tuple[Seat, ...],
+    holds: tuple[Hold, ...],
+    listed_at: datetime | None,
+) -> View:
+    """`late`: machines of which a call was refused just now; a stopped one among them is no help."""
+    pending = {one.machine_id: one for one in intents if one.machine_id}
+    gone = [one.machine.token for one in known if one.machine.state is MachineState.gone]
+    known = [one for one in known if one.machine.state is not MachineState.gone]
+    return View(
+        waiting=waiting,
+        oldest_waiting=oldest_waiting,
+        machines=tuple(_expected(one.machine, pending.get(one.machine.id), late) for one in known),
+        seats=seats,
+        registered=frozenset(one.machine.id for one in known if registered(one)),
+        drained=frozenset(one.machine.id for one in known if one.draining_since),
+        intents=tuple(
+            replace(one, count=max(0, one.count - gone.count(one.token))) for one in intents
+        ),
+        holds=holds,
+        last_seen={one.machine.id: one.worker_seen_at for one in known if one.worker_seen_at},
+        stopped_since={one.machine.id: one.stopped_since for one in known if one.stopped_since},
+        started={one.machine.id: one.started_at for one in known if one.started_at},
+        listed_at=listed_at,
+    )
+
+
+def registered(known: Known) -> bool:
+    """A worker has checked in since it runs, that is, since it was last started."""
+    if known.started_at is None:
+        return known.registered_at is not None
+    return known.worker_seen_at is not None and known.worker_seen_at >= known.started_at
+
+
+def due_times(
+    machines: Iterable[Known],
+    seats: Mapping[str, Sequence[Seat]],
+    policy: Policy,
+    patience: Patience,
+) -> Iterator[datetime]:
+    """When something may have to happen although nobody does anything. `seats`: by machine."""
+    for known in machines:
+        machine = known.machine
+        if machine.state is MachineState.gone:
+            yield known.listed_at + patience.list_every
+        elif known.missing_since:
+            yield known.missing_since + patience.confirm
+            yield machine.created_at + patience.fresh
+        elif known.stopped_since:
+            yield known.stopped_since + policy.destroy_after
+        elif not registered(known):
+            yield (known.started_at or machine.created_at) + policy.boot
+        elif machine.id not in seats and known.worker_seen_at:
+            yield known.worker_seen_at + policy.silence
+        if known.orphan_since:
+            yield known.orphan_since + patience.orphan
+    for those in seats.values():
+        yield from (seat.idle_since + policy.grace for seat in those if seat.idle_since)
+
+
+def _expected(machine: Machine, intent: Intent | None, late: Container[str]) -> Machine:
+    if intent is not None:
+        return replace(machine, state=EFFECT[intent.action][0])
+    if machine.id in late and machine.state is MachineState.stopped:
+        return replace(machine, state=MachineState.stopping)
+    return machine
