@@ -323,7 +323,8 @@ class DockerGroupSettings(CloudGroupSettings):
     kind: Literal["docker"] = Field(description="`docker`.")
     instance_type: str = Field(default="container", description="Any word.")
     image: str = Field(
-        description="Image of the machines; it needs Python and what commands need. Commands run as processes in it."
+        description="Image of the machines; it needs Python and what commands need. Commands run as processes in it. "
+        "Its entrypoint, if it has one, is given the command that starts the machine."
     )
     docker_host: str | None = Field(
         default=None,

@@ -45,7 +45,7 @@ class PodmanService:
         wait_for((directory / "p.sock").exists, seconds=20, what="podman's socket")
         subprocess.run(
             self._command("import", "-", IMAGE),
-            input=_busybox_root(),
+            input=busybox_root(),
             env=self._environment(),
             check=True,
             capture_output=True,
@@ -69,7 +69,7 @@ class PodmanService:
             )
 
 
-def _busybox_root() -> bytes:
+def busybox_root() -> bytes:
     """The tree of an image: busybox and the commands that the tests type."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as tree:

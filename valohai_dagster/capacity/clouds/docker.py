@@ -1,7 +1,8 @@
 """Containers of one Docker host as the machines of a worker group: real isolation without a cloud.
 
 A machine is a container that runs its launch's user data as its only command. It is over when that ends, as a machine
-is that powers itself off; its output can be read with `docker logs` for an hour more.
+is that powers itself off. What is left of it stays for some minutes more: its output can be read with `docker logs`, and
+its name tells a late repetition of the launch that this was made already.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import logging
 import os
 import re
 import shlex
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +29,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DEFAULT_HOST = "unix:///var/run/docker.sock"
 API_SECONDS = 60
 STOP_SECONDS = 10  # from the polite signal to the other one
-LOGS_KEPT = timedelta(hours=1)
+REST_KEPT = timedelta(minutes=15)  # of machines that have ended
 HOST_ALIAS = "host.docker.internal"  # how containers call this host
 ZONE_LABEL, PURCHASE_LABEL = "valohai-zone", "valohai-purchase"
 LAUNCH_LABEL, BOOTSTRAP_LABEL = "valohai-launch", "valohai-bootstrap"
@@ -102,7 +105,7 @@ class DockerDriver:
         with self._translated(f"terminate {machine_id}"):
             container = self._ours(machine_id)
             if container is not None:
-                _remove(container)
+                _end(container)
 
     def stop(self, machine_id: str) -> None:
         with self._translated(f"stop {machine_id}"):
@@ -130,7 +133,7 @@ class DockerDriver:
         return {"label": [f"{key}={value}" for key, value in marks.items()]}
 
     def _machine(self, summary: Mapping[str, Any]) -> Machine | None:
-        """None for one that was removed meanwhile, or that ended long ago and is removed now."""
+        """None for one that was removed meanwhile, or that ended some time ago and is removed now."""
         name = str(next(iter(summary["Names"] or ()), summary["Id"])).lstrip("/")
         labels: Mapping[str, str] = summary["Labels"]
         state = _STATES.get(summary["State"]) or self._ended(name)
@@ -152,7 +155,7 @@ class DockerDriver:
             return None
         if container.attrs["HostConfig"]["RestartPolicy"]["Name"] == _STOPPED_BY_US:
             return MachineState.stopped
-        if self._clock() - _moment(container.attrs["State"]["FinishedAt"]) > LOGS_KEPT:
+        if self._clock() - _moment(container.attrs["State"]["FinishedAt"]) > REST_KEPT:
             _remove(container)
             return None
         return MachineState.gone
@@ -202,7 +205,7 @@ class DockerDriver:
             "extra_hosts": {HOST_ALIAS: "host-gateway"},
         }
         if launch.user_data:
-            options |= {"entrypoint": [], "command": command_of(launch.user_data)}
+            options["command"] = command_of(launch.user_data)
         if settings.network:
             options["network"] = settings.network
         if settings.cpus:
@@ -251,18 +254,14 @@ class DockerDriver:
 
     # -- the host --------------------------------------------------------------------------------
     @property
-    def _client(self) -> DockerClient:
-        if self._made is None:
-            import docker
+    def _host(self) -> str:
+        return self._settings.docker_host or os.environ.get("DOCKER_HOST") or DEFAULT_HOST
 
-            host = self._settings.docker_host
-            environment = {**os.environ, "DOCKER_HOST": host} if host else dict(os.environ)
-            self._made = docker.from_env(
-                version="auto",
-                timeout=API_SECONDS,
-                environment=environment,
-                use_ssh_client=environment.get("DOCKER_HOST", "").startswith("ssh://"),
-            )
+    @property
+    def _client(self) -> DockerClient:
+        _probe(self._host)
+        if self._made is None:
+            self._made = _connect(self._host)
         return self._made
 
     def _look_at_image(self) -> None:
@@ -289,17 +288,38 @@ class DockerDriver:
 
         try:
             yield
-        except (DockerException, RequestException) as error:
+        except (DockerException, RequestException, OSError) as error:
             words = _words(error)
             code, trouble = classify(getattr(error, "status_code", None), f"{words} {error}")
-            host = self._settings.docker_host or os.environ.get("DOCKER_HOST", "this host")
             raise CloudError(
-                f"The Docker daemon of {host} could not {doing} for the group {self._group!r}: {words}.{_advice(trouble)}",
+                f"The Docker daemon at {self._host} could not {doing} for the group {self._group!r}: {words}.{_advice(trouble)}",
                 code=code,
                 trouble=trouble,
                 zone=zone,
                 purchase=purchase,
             ) from error
+
+
+def _probe(host: str) -> None:
+    """Raises the plain reason for a local socket; the SDK wraps it several times and leaks a socket each time."""
+    if host.startswith("unix://"):
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(host.removeprefix("unix://"))
+
+
+def _connect(host: str) -> DockerClient:
+    """Asks for the daemon's API version by a client of its own, since one that fails while it is made leaks its socket."""
+    import docker
+    from docker.constants import MINIMUM_DOCKER_API_VERSION
+
+    options: dict[str, Any] = {
+        "timeout": API_SECONDS,
+        "environment": {**os.environ, "DOCKER_HOST": host},
+        "use_ssh_client": host.startswith("ssh://"),
+    }
+    with closing(docker.from_env(version=MINIMUM_DOCKER_API_VERSION, **options)) as probe:
+        version = probe.version(api_version=False)["ApiVersion"]
+    return docker.from_env(version=version, **options)
 
 
 def machine_name(deployment: str, group: str, token: str, number: int) -> str:
@@ -326,6 +346,21 @@ def _lacking(settings: DockerGroupSettings, facts: Mapping[str, Any]) -> Iterato
         yield "gpus: the Docker host has no NVIDIA container toolkit; install it there, or set gpus = 0."
 
 
+def _end(container: Any) -> None:
+    """Kills it at once; `list` removes what is left."""
+    from docker.errors import APIError
+
+    if container.status == "created":
+        _remove(container)
+        return
+    container.update(restart_policy={"Name": "no"})
+    try:
+        container.kill()
+    except APIError as error:
+        if error.status_code != 409:  # it does not run
+            raise
+
+
 def _remove(container: Any) -> None:
     from docker.errors import APIError, NotFound
 
@@ -344,11 +379,10 @@ def _moment(text: str) -> datetime:
 
 
 def _words(error: BaseException) -> str:
-    """The daemon's own, or the innermost of an unreachable one, which the SDK wraps several times."""
-    explanation = getattr(error, "explanation", None)
-    text = explanation.decode() if isinstance(explanation, bytes) else str(explanation or error)
-    system = re.search(r"Error\(\d+, '([^']+)'\)", text)
-    return (system[1] if system else text).strip().rstrip(".")
+    """The daemon's own if it said any."""
+    own = getattr(error, "explanation", None) or getattr(error, "strerror", None)
+    text = own.decode() if isinstance(own, bytes) else own
+    return str(text or error).strip().rstrip(".")
 
 
 _ADVICE = {

@@ -16,8 +16,7 @@ SENTENCES: tuple[tuple[str, str, Trouble], ...] = (
     ("manifest unknown", "NoSuchImage", Trouble.invalid),
     ("no such image", "NoSuchImage", Trouble.invalid),
     ("invalid reference format", "NoSuchImage", Trouble.invalid),
-    ("permission denied while trying to connect", "PermissionDenied", Trouble.credentials),
-    ("permissionerror(13", "PermissionDenied", Trouble.credentials),
+    ("[errno 13] permission denied", "PermissionDenied", Trouble.credentials),  # of the socket
     ("certificate verify failed", "BadCertificate", Trouble.credentials),
     ("could not select device driver", "NoGpu", Trouble.invalid),
     ("executable file not found", "NoShell", Trouble.invalid),
