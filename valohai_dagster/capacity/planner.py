@@ -1,222 +1,172 @@
 """Decides what happens to the machines of one worker group. Pure: the same view, policy and time give the same plan.
 
 What counts is who has checked in: a machine that exists but whose worker has not is on its way for `policy.boot`, and
-worth nothing after that. A busy machine is never stopped or terminated; an idle one is first told to drain, and goes when
-it has. Nothing is terminated on account of a list that the cloud could not give.
+worth nothing after that. A busy machine is never told to drain, stopped or terminated; an idle one is first told to drain,
+and goes when it has. Nothing goes on account of a list that the cloud could not give. What is intended but not confirmed
+counts: a launch as a machine, an end as a machine that is of no use but still there.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime, timedelta
 
+from valohai_dagster.capacity.fleet import Fleet, Member
 from valohai_dagster.capacity.model import (
     Action,
     ActionKind,
     Hold,
     Machine,
-    MachineState,
     Plan,
     Policy,
     Purchase,
-    Seat,
     View,
 )
-
-ALIVE = frozenset({MachineState.starting, MachineState.running})
 
 
 def plan(view: View, policy: Policy, now: datetime) -> Plan:
     """E-05, E-07, L-14: enough machines for what waits and runs, within the limits; the rest goes after its grace."""
-    group = _Group(view, policy, now)
-    going = list(_leaving(group))
-    gone = {action.machine_id for action in going}
-    fleet = [one for one in group.members if one.machine.id not in gone]
-    coming, shortfall = _growing(group, fleet)
-    if not coming:
-        going += _shrinking(group, fleet)
-    return Plan(actions=(*going, *coming), summary=_summary(group), shortfall=shortfall)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Member:
-    """A machine that runs or is about to, with the workers on it."""
-
-    machine: Machine
-    seats: tuple[Seat, ...]
-    registered: bool
-    booting: bool
-    draining: bool
-
-    @property
-    def busy(self) -> int:
-        return sum(seat.busy for seat in self.seats)
-
-    @property
-    def serving(self) -> bool:
-        """It takes jobs, or soon will."""
-        able = any(not seat.draining for seat in self.seats)
-        return self.machine.reclaimed_at is None and not self.draining and (able or self.booting)
-
-    def free(self, slots: int) -> int:
-        """Slots of which `slots` are expected of a machine that has not checked in yet."""
-        if not self.serving:
-            return 0
-        if not self.seats:
-            return slots
-        return sum(max(0, seat.slots - seat.busy) for seat in self.seats if not seat.draining)
-
-    @property
-    def idle_since(self) -> datetime | None:
-        """Since when all its workers have had nothing to do."""
-        times = [seat.idle_since for seat in self.seats if seat.busy == 0]
-        if not self.seats or len(times) < len(self.seats) or None in times:
-            return None
-        return max(time for time in times if time is not None)
-
-    @property
-    def outdated(self) -> bool:
-        return any(seat.outdated for seat in self.seats)
-
-
-class _Group:
-    """A view, sorted."""
-
-    def __init__(self, view: View, policy: Policy, now: datetime) -> None:
-        self.view, self.policy, self.now = view, policy, now
-        seats: dict[str, list[Seat]] = defaultdict(list)
-        for seat in view.seats:
-            seats[seat.machine_id].append(seat)
-        self.members = [
-            self._member(machine, tuple(seats[machine.id]))
-            for machine in view.machines
-            if machine.state in ALIVE
-        ]
-        self.stopped = [one for one in view.machines if one.state is MachineState.stopped]
-        listed = Counter(machine.token for machine in view.machines if machine.token)
-        self.pending = sum(
-            max(0, intent.count - listed[intent.token])
-            for intent in view.intents
-            if intent.action is ActionKind.launch
-        )
-        self.waiting = sum(view.waiting.values())
-
-    def _member(self, machine: Machine, seats: tuple[Seat, ...]) -> _Member:
-        registered = machine.id in self.view.registered or bool(seats)
-        return _Member(
-            machine=machine,
-            seats=seats,
-            registered=registered,
-            booting=not registered and self.now - machine.created_at < self.policy.boot,
-            draining=machine.id in self.view.drained,
-        )
+    fleet = Fleet(view, policy, now)
+    going = list(_leaving(fleet))
+    fleet.without({action.machine_id for action in going if action.machine_id})
+    coming, shortfall = _growing(fleet)
+    going += _shrinking(fleet)
+    return Plan(actions=(*going, *coming), summary=fleet.summary, shortfall=shortfall)
 
 
 # -- what has to go whatever waits ---------------------------------------------------------------------------------
 
 
-def _leaving(group: _Group) -> Iterator[Action]:
-    if group.view.listed_at is None:
+def _leaving(fleet: Fleet) -> Iterator[Action]:
+    """Those that never registered first."""
+    if fleet.view.listed_at is None:
         return
-    policy, now = group.policy, group.now
-    for one in group.members:
-        if one.busy:
+    policy, free = fleet.policy, [one for one in fleet.members if not (one.busy or one.ending)]
+    for one in free:
+        if not one.registered and not one.in_time:
+            yield _end(one.machine, f"no worker of it checked in within {span(policy.boot)} (E-07)")
+    rest = max(0, policy.max_machines - len(fleet.stopped))  # so many more may be kept stopped
+    for one in free:
+        if not one.registered:
             continue
-        if one.draining and all(seat.draining for seat in one.seats):
-            yield _remove(group, one, "its workers have drained")
-        elif not one.registered and not one.booting:
-            yield _end(one.machine, f"no worker of it checked in within {policy.boot} (E-07)")
-        elif one.registered and not one.seats and _silent_since(group, one.machine):
-            yield _end(one.machine, f"its worker has been silent for more than {policy.silence}")
-    for machine in group.stopped:
-        since = group.view.stopped_since.get(machine.id)
-        if since is not None and now - since >= policy.destroy_after:
-            yield _end(machine, f"stopped for {policy.destroy_after} without being needed")
+        if one.drained and all(seat.draining for seat in one.seats):
+            action = _remove(fleet, one, "its workers have drained", rest=rest)
+            rest -= action.kind is ActionKind.stop
+            yield action
+        elif _is_silent(fleet, one):
+            yield _end(one.machine, f"its worker has been silent for {span(policy.silence)}")
+    yield from _destroyed(fleet)
 
 
-def _silent_since(group: _Group, machine: Machine) -> bool:
-    seen = group.view.last_seen.get(machine.id)
-    return seen is None or group.now - seen >= group.policy.silence
+def _destroyed(fleet: Fleet) -> Iterator[Action]:
+    for machine in fleet.stopped:
+        since = fleet.view.stopped_since.get(machine.id)
+        if not _is_current(fleet, machine):
+            yield _end(machine, "stopped, and what it was started with is of an old version")
+        elif since is not None and fleet.now - since >= fleet.policy.destroy_after:
+            yield _end(
+                machine, f"stopped for {span(fleet.policy.destroy_after)} without being needed"
+            )
 
 
-def _remove(group: _Group, one: _Member, why: str) -> Action:
-    """Idle machines are kept stopped where that is wanted; outdated ones are of no use later."""
-    policy = group.policy
-    if policy.stop_when_idle and policy.enabled and not one.outdated:
-        return Action(kind=ActionKind.stop, machine_id=one.machine.id, reason=why)
-    return _end(one.machine, why)
+def _is_silent(fleet: Fleet, one: Member) -> bool:
+    """Long enough that its work, if it had any, was given to others."""
+    seen = [seat.seen_at for seat in one.seats]
+    last = fleet.view.last_seen.get(one.id)
+    seen += [last] if last is not None else []
+    return not one.able and (not seen or fleet.now - max(seen) >= fleet.policy.silence)
+
+
+def _is_current(fleet: Fleet, machine: Machine) -> bool:
+    return fleet.policy.bootstrap in (None, machine.bootstrap)
+
+
+def _remove(fleet: Fleet, one: Member, why: str, *, rest: int) -> Action:
+    """Kept stopped where that is wanted and of use. The cloud takes spot machines for good."""
+    policy, machine = fleet.policy, one.machine
+    wanted = policy.stop_when_idle and policy.enabled and rest > 0
+    useful = machine.purchase is Purchase.on_demand and machine.reclaimed_at is None
+    if wanted and useful and not one.outdated and _is_current(fleet, machine):
+        return Action(kind=ActionKind.stop, machine_id=machine.id, zone=machine.zone, reason=why)
+    return _end(machine, why)
 
 
 def _end(machine: Machine, why: str) -> Action:
-    return Action(kind=ActionKind.terminate, machine_id=machine.id, reason=why)
+    return Action(kind=ActionKind.terminate, machine_id=machine.id, zone=machine.zone, reason=why)
 
 
 # -- more ----------------------------------------------------------------------------------------------------------
 
 
-def _growing(group: _Group, fleet: Sequence[_Member]) -> tuple[list[Action], str | None]:
-    policy = group.policy
-    slots = max(1, policy.slots)
-    free = sum(one.free(slots) for one in fleet) + group.pending * slots
-    lacking = max(0, -(-(group.waiting - free) // slots))
-    serving = sum(one.serving for one in fleet) + group.pending
-    wanted = max(lacking, policy.min_machines - serving)
-    if wanted <= 0:
-        return [], None
+def _growing(fleet: Fleet) -> tuple[list[Action], str | None]:
+    """What is to be launched or started, and why not all that waits can be served."""
+    policy = fleet.policy
+    lacking = max(0, -(-(fleet.waiting - fleet.capacity()) // fleet.slots))
     if not policy.enabled:
-        return [], "the group is disabled" if lacking else None
-    room = policy.max_machines - len(fleet) - group.pending
-    number = min(wanted, max(0, room))
-    actions = _starts(group, number)
-    launches, held = _launches(group, fleet, number - len(actions))
+        return [], "the group is disabled" if fleet.waiting else None
+    wanted = max(lacking, fleet.floor - fleet.serving)
+    wanted = max(wanted, 1 if _renews(fleet) else 0)
+    number = min(wanted, max(0, policy.max_machines - fleet.existing))
+    actions = _starts(fleet, number)
+    launches, held = _launches(fleet, number - len(actions))
     actions += launches
-    shortfall = None
-    if sum(action.count for action in actions) < lacking:
-        shortfall = held or f"all {policy.max_machines} machines that the group may have are in use"
-    return actions, shortfall
+    if sum(action.count for action in actions) >= lacking:
+        return actions, None
+    return actions, held or f"the group has all {policy.max_machines} machines that it may have"
 
 
-def _starts(group: _Group, number: int) -> list[Action]:
+def _renews(fleet: Fleet) -> bool:
+    """One machine that is kept has an old agent: its replacement comes before it goes, one at a time."""
+    ready = [one for one in fleet.members if one.ready]
+    settled = fleet.existing == len(ready)
+    return settled and len(ready) <= fleet.floor and any(o.idle and o.outdated for o in ready)
+
+
+def _starts(fleet: Fleet, number: int) -> list[Action]:
     """Stopped machines first: they are there, and their disks know the images and inputs."""
-    newest = sorted(group.stopped, key=lambda one: one.created_at, reverse=True)
-    reason = f"{group.waiting} waiting, and it is stopped and ready"
+    free = [one for one in fleet.stopped if _hold(fleet, one.zone, one.purchase) is None]
+    newest = sorted(free, key=lambda one: (one.created_at, one.id), reverse=True)
+    reason = f"{_demand(fleet)}, and it is stopped and ready"
     return [
         Action(kind=ActionKind.start, machine_id=one.id, zone=one.zone, reason=reason)
         for one in newest[:number]
-        if one.bootstrap == group.policy.bootstrap or group.policy.bootstrap is None
     ]
 
 
-def _launches(
-    group: _Group, fleet: Sequence[_Member], number: int
-) -> tuple[list[Action], str | None]:
+def _launches(fleet: Fleet, number: int) -> tuple[list[Action], str | None]:
     """Spread over the zones that are not held, fewest machines first. Also why nothing more can be tried."""
     if number <= 0:
         return [], None
-    in_zone = Counter(one.machine.zone for one in fleet)
     held: list[Hold] = []
-    for purchase in _purchases(group.policy):
+    for purchase in _purchases(fleet.policy):
         zones = []
-        for zone in group.policy.zones:
-            hold = _hold(group, zone, purchase)
+        for zone in fleet.policy.zones:
+            hold = _hold(fleet, zone, purchase)
             if hold is None:
                 zones.append(zone)
             else:
                 held.append(hold)
         if zones:
-            counts: Counter[str] = Counter()
-            for _ in range(number):
-                zone = min(zones, key=lambda one: (in_zone[one] + counts[one], zones.index(one)))
-                counts[zone] += 1
-            reason = _launch_reason(group, purchase)
+            reason = _launch_reason(fleet, purchase)
             return [
                 Action(kind=ActionKind.launch, count=n, zone=zone, purchase=purchase, reason=reason)
-                for zone, n in counts.items()
+                for zone, n in _spread(fleet, zones, number).items()
             ], None
     first = min(held, key=lambda hold: hold.until)
     return [], f"{first.reason}; tried again at {first.until:%H:%M:%S} UTC"
+
+
+def _spread(fleet: Fleet, zones: list[str], number: int) -> Counter[str]:
+    """In equal numbers, the first zone of the settings before the others."""
+    there = Counter(one.machine.zone for one in fleet.members)
+    for (zone, _), count in fleet.asked.items():
+        there[zone] += count
+    counts: Counter[str] = Counter()
+    for _ in range(number):
+        zone = min(zones, key=lambda one: there[one] + counts[one])
+        counts[zone] += 1
+    return counts
 
 
 def _purchases(policy: Policy) -> tuple[Purchase, ...]:
@@ -225,73 +175,112 @@ def _purchases(policy: Policy) -> tuple[Purchase, ...]:
     return (Purchase.spot, Purchase.on_demand) if policy.on_demand_fallback else (Purchase.spot,)
 
 
-def _hold(group: _Group, zone: str, purchase: Purchase) -> Hold | None:
+def _hold(fleet: Fleet, zone: str, purchase: Purchase) -> Hold | None:
     """The longest that stands in the way."""
     found = [
         hold
-        for hold in group.view.holds
-        if hold.until > group.now
+        for hold in fleet.view.holds
+        if hold.until > fleet.now
         and hold.zone in (None, zone)
         and hold.purchase in (None, purchase)
     ]
     return max(found, key=lambda hold: hold.until, default=None)
 
 
-def _launch_reason(group: _Group, purchase: Purchase) -> str:
-    if not group.waiting:
-        return f"the group keeps {group.policy.min_machines} machines"
-    fallback = group.policy.spot and purchase is Purchase.on_demand
-    return f"{group.waiting} waiting" + (", and there is no spot capacity" if fallback else "")
+def _launch_reason(fleet: Fleet, purchase: Purchase) -> str:
+    fallback = fleet.policy.spot and purchase is Purchase.on_demand
+    return _demand(fleet) + (", and there is no spot capacity" if fallback else "")
+
+
+def _demand(fleet: Fleet) -> str:
+    if fleet.waiting:
+        return f"{fleet.waiting} waiting"
+    return f"the group keeps {fleet.floor} machines"
 
 
 # -- less ----------------------------------------------------------------------------------------------------------
 
 
-def _shrinking(group: _Group, fleet: Sequence[_Member]) -> Iterator[Action]:
-    """Idle machines are told to drain: outdated ones first, then the newest. Nothing goes while something waits."""
-    policy = group.policy
-    if group.waiting and policy.enabled:
+def _shrinking(fleet: Fleet) -> Iterator[Action]:
+    """Idle machines are told to drain: outdated ones first, then the newest, as far as what waits does not need them.
+
+    Told again while they have not heard: the one that told them may have died before it could.
+    """
+    if fleet.view.listed_at is None:
         return
-    serving = [one for one in fleet if one.serving]
-    idle = [one for one in serving if one.idle_since is not None]
-    idle.sort(key=lambda one: (one.outdated, one.machine.created_at), reverse=True)
-    floor = policy.min_machines if policy.enabled else 0
-    spare, over = len(serving) - floor, len(fleet) + group.pending - policy.max_machines
-    for one in idle:
-        why = _why_spare(group, one, over=over)
-        if why is None:
-            continue
-        if spare <= 0 and not one.outdated:
-            break
-        spare, over = spare - 1, over - 1
-        for seat in one.seats:
-            if not seat.draining:
-                yield Action(
-                    kind=ActionKind.drain,
-                    worker=seat.worker,
-                    machine_id=one.machine.id,
-                    reason=why,
-                )
-
-
-def _why_spare(group: _Group, one: _Member, *, over: int) -> str | None:
-    policy, since = group.policy, one.idle_since
-    assert since is not None
-    if not policy.enabled:
-        return "the group is disabled"
-    if one.outdated:
-        return "its agent is of an old version"
-    if over > 0:
-        return f"the group may have {policy.max_machines} machines"
-    if group.now - since >= policy.grace:
-        return f"idle for {policy.grace}"
-    return None
-
-
-def _summary(group: _Group) -> str:
-    states = Counter(
-        "busy" if one.busy else "idle" if one.seats else "starting" for one in group.members
+    for one in fleet.members:
+        if one.drained and not one.ending and one.busy == 0:
+            yield from _drain(one, "told to drain before, and has not heard yet")
+    idle = sorted(
+        (one for one in fleet.members if one.idle),
+        key=lambda one: (one.outdated, one.machine.created_at, one.id),
+        reverse=True,
     )
-    seen = ", ".join(f"{number} {word}" for word, number in sorted(states.items())) or "none"
-    stopped = f", {len(group.stopped)} stopped" if group.stopped else ""
-    return f"{group.waiting} waiting; machines: {seen}{stopped}, {group.pending} asked for"
+    allowance = _Allowance(fleet)
+    for one in idle:
+        why = allowance.take(one)
+        if why is not None:
+            yield from _drain(one, why)
+
+
+class _Allowance:
+    """How much may go at this moment. Counted with what has checked in: what is still to come may never."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet, policy = fleet, fleet.policy
+        ready = [one for one in fleet.members if one.ready]
+        self._machines = len(ready) - fleet.floor
+        self._slots = sum(one.free for one in ready) - fleet.waiting
+        self._over = fleet.serving - policy.max_machines
+        # Where there is no room for a replacement, an outdated one goes first, alone.
+        full = fleet.existing == len(ready) >= policy.max_machines
+        self._renewed = 1 if full else 0
+
+    def take(self, one: Member) -> str | None:
+        """Why this one goes; None when it has to stay."""
+        why = self._why(one)
+        if why is None:
+            return None
+        self._machines, self._slots = self._machines - 1, self._slots - one.free
+        self._over -= 1
+        return why
+
+    def _why(self, one: Member) -> str | None:
+        policy = self._fleet.policy
+        if not policy.enabled:
+            return "the group is disabled"
+        if one.outdated:
+            return "its agent is of an old version" if self._may_renew() else None
+        if self._machines <= 0:
+            return None
+        if self._over > 0:
+            return f"the group may have {policy.max_machines} machines"
+        since = one.idle_since
+        if since is None or self._fleet.now - since < policy.grace or one.free > self._slots:
+            return None
+        return f"idle for {span(policy.grace)}"
+
+    def _may_renew(self) -> bool:
+        if self._machines > 0:
+            return True
+        self._renewed -= 1
+        return self._renewed >= 0
+
+
+def _drain(one: Member, why: str) -> Iterator[Action]:
+    for seat in one.able:
+        yield Action(
+            kind=ActionKind.drain,
+            worker=seat.worker,
+            machine_id=one.id,
+            zone=one.machine.zone,
+            reason=why,
+        )
+
+
+def span(time: timedelta) -> str:
+    """A length of time for people: `90 s`, `15 min`, `1.5 h`."""
+    seconds = time.total_seconds()
+    if seconds <= 120:
+        return f"{seconds:g} s"
+    return f"{seconds / 60:g} min" if seconds <= 5400 else f"{seconds / 3600:g} h"
