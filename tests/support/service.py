@@ -16,6 +16,7 @@ from tests.support.redis_server import RedisServer
 from tests.support.sim_agent import SimAgent
 from valohai_agent.protocol import Keys
 from valohai_dagster.broker.connection import broker_url, connect, connect_async
+from valohai_dagster.capacity.clouds.registry import OpenDriver
 from valohai_dagster.data.secrets import load_secret_key
 from valohai_dagster.executions.client import ExecutionClient
 from valohai_dagster.executions.service import ExecutionService
@@ -32,8 +33,10 @@ T = TypeVar("T")
 class RunningService:
     """`start` and `kill` as often as a test likes; records and Redis stay."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, drivers: OpenDriver | None = None) -> None:
+        """`drivers` stands in for the drivers of clouds."""
         self.settings = settings
+        self._drivers = drivers
         self.records: Records = open_records(settings)
         self.keys = Keys(self.records.deployment_id)
         self.client = ExecutionClient(settings, connect(settings), self.records, self.keys)
@@ -58,6 +61,7 @@ class RunningService:
             broker_url=broker_url(self.settings),
             stores=open_stores(self.settings),
             secret_key=load_secret_key(self.settings),
+            drivers=self._drivers,
         )
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._serve(self.service))
@@ -158,8 +162,10 @@ async def _nothing() -> None:
 
 
 @contextlib.contextmanager
-def running_service(settings: Settings) -> Iterator[RunningService]:
-    service = RunningService(settings).start()
+def running_service(
+    settings: Settings, *, drivers: OpenDriver | None = None
+) -> Iterator[RunningService]:
+    service = RunningService(settings, drivers=drivers).start()
     try:
         yield service
     finally:

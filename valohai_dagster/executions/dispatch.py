@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -23,6 +23,7 @@ from valohai_agent.protocol import (
     Keys,
     Worker,
     content_mark,
+    priority_of,
     ready_score,
 )
 from valohai_dagster.executions.memory import Recent
@@ -98,8 +99,32 @@ class Dispatch:
         rank: Any = await self.redis.zrank(self.keys.ready(group), execution_id)
         return rank
 
+    async def positions(self, group: str, execution_ids: Sequence[str]) -> list[int | None]:
+        """The same for several."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for execution_id in execution_ids:
+                pipe.zrank(self.keys.ready(group), execution_id)
+            ranks: Any = await pipe.execute() if execution_ids else []
+        return ranks
+
     async def waiting(self, group: str) -> int:
         return await self.redis.zcard(self.keys.ready(group))
+
+    async def waiting_by_priority(self, group: str) -> dict[int, int]:
+        """How many jobs wait, by priority (those that go before all others count with their own)."""
+        ready = self.keys.ready(group)
+        found: dict[int, int] = defaultdict(int)
+        after: float | str = "-inf"
+        while first := await self._first_beyond(ready, after):
+            priority, after = priority_of(first)
+            found[priority] += int(await self.redis.zcount(ready, first, f"({after}"))
+        return dict(found)
+
+    async def _first_beyond(self, ready: str, score: float | str) -> float | None:
+        entries: Any = await self.redis.zrange(
+            ready, score, "+inf", byscore=True, offset=0, num=1, withscores=True
+        )
+        return entries[0][1] if entries else None
 
     async def leases(self, items: Iterable[tuple[str, str]]) -> dict[str, LeaseFacts]:
         """Token and public key of the live leases among these (group, execution) pairs."""

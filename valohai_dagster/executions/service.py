@@ -16,9 +16,12 @@ from datetime import datetime, timedelta
 import redis.asyncio as aioredis
 
 from valohai_agent.protocol import utcnow
+from valohai_dagster.capacity.clouds.registry import OpenDriver
 from valohai_dagster.data.secrets import SecretKey
 from valohai_dagster.executions import ledger
 from valohai_dagster.executions.admission import Admission
+from valohai_dagster.executions.capacity_tools import make_tools
+from valohai_dagster.executions.capacity_watch import CapacityWatch
 from valohai_dagster.executions.core import OUTAGES, ServiceCore, run_all
 from valohai_dagster.executions.deaths import Deaths
 from valohai_dagster.executions.grants import GrantPlanner
@@ -69,7 +72,9 @@ class ExecutionService(ServiceCore):
         stores: Stores,
         secret_key: SecretKey,
         clock: Callable[[], datetime] = utcnow,
+        drivers: OpenDriver | None = None,
     ) -> None:
+        """`drivers` opens the drivers of groups of clouds instead of `registry.open_driver`."""
         super().__init__(
             settings,
             records=records,
@@ -87,6 +92,8 @@ class ExecutionService(ServiceCore):
         self._seat = Seat(broker, self.keys, identity)
         self._supervision = Supervision(self, self.groups, self._seat)
         self._deaths = Deaths(self, lambda dead: self._watch.workers_gone(dead))
+        tools = make_tools(self, name=identity.name, on_gone=self.worker_gone, drivers=drivers)
+        self.capacity = CapacityWatch(self, identity, tools)
         self._losses = Losses(self, self.groups)
         self._watch = LeaseWatch(self, self.shards, self._losses, self)
         self._stops = Stops(self)
@@ -121,6 +128,7 @@ class ExecutionService(ServiceCore):
                 self._forever(self.sweeper.step),
                 self._forever(self.late_logs.step),
                 self._forever(self.packager.step),
+                *map(self._forever, self.capacity.steps),
             )
         )
         try:
@@ -131,6 +139,7 @@ class ExecutionService(ServiceCore):
             self.groups.close()
             await _certainly(self.surveys.leave())
             await _certainly(self.drain())
+            self.capacity.close()
             self._minting.close()
             self.sweeper.close()
             self.packager.close()
@@ -159,6 +168,7 @@ class ExecutionService(ServiceCore):
     async def _hand_over(self) -> None:
         await self.shards.release_all()
         await self._seat.leave()
+        await self.capacity.leave()
 
     @property
     def working(self) -> bool:
@@ -167,7 +177,7 @@ class ExecutionService(ServiceCore):
 
     def idle_for(self) -> timedelta:
         """How long there has been nothing to do."""
-        if self.memory.active or self.groups.any_alive():
+        if self.memory.active or self.groups.any_alive() or self.capacity.busy:
             self.last_work = self.clock()
         return self.clock() - self.last_work
 

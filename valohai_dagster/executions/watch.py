@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from itertools import islice
 from typing import Protocol
 
@@ -20,16 +19,14 @@ from valohai_dagster.executions.memory import Active
 from valohai_dagster.executions.outbox import Outbox
 from valohai_dagster.executions.shards import Shards
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus
-from valohai_dagster.executions.waiting import explain_wait
+from valohai_dagster.executions.wait_telling import WaitTelling
 from valohai_dagster.executions.writing import Writing
 
 log = logging.getLogger(__name__)
 
-LONG_WAIT = timedelta(seconds=15)  # in the queue, before the reason is told
 MISSING_LOOKS = 3  # looks in a row that found an execution neither queued nor leased
 FEW = 500  # executions that one tick looks at; more of them take turns
 ROUND = 5  # ticks at most until it is an execution's turn again
-TOLD_AT_ONCE = 100  # waiting executions that are told the reason in one tick
 QUEUED_AT_ONCE = 100  # that one round trip puts back into an emptied Redis
 
 
@@ -52,7 +49,7 @@ class LeaseWatch:
         self._stops: dict[str, datetime] = {}  # forwarded, not acknowledged yet
         self._missing: dict[str, int] = {}
         self._turn = 0
-        self._waiting: dict[str, tuple[datetime, str | None]] = {}  # since when, and what was said
+        self._waits = WaitTelling(core, deaths.is_local)
         core.on_delivered(self._note)
 
     def _note(self, outbox: Outbox) -> None:
@@ -71,7 +68,7 @@ class LeaseWatch:
         ]
         await self._look_at(self._in_turn(ours))
         await self._look_at_stops()
-        await self._look_at_waiting([a for a in ours if a.status is ExecutionStatus.queued])
+        await self._waits.look([a for a in ours if a.status is ExecutionStatus.queued])
 
     async def workers_gone(self, dead: Mapping[tuple[str, str], str]) -> None:
         """Supervisors are sure that these workers (group, name) are dead, and how: their leases are over at once."""
@@ -126,7 +123,7 @@ class LeaseWatch:
         what = "it stopped renewing its lease"
         await self._losses.handle(active, death_confirmed=dead, what=what)
 
-    # -- stops and waiting -------------------------------------------------------------------------------------
+    # -- stops -------------------------------------------------------------------------------------------------
     async def _look_at_stops(self) -> None:
         now = self._core.clock()
         for execution_id, since in list(self._stops.items()):
@@ -136,26 +133,6 @@ class LeaseWatch:
             seconds = STOP_ACKNOWLEDGEMENT.total_seconds()
             text = f"the worker has not confirmed the stop within {seconds:.0f} s; it may be out of reach"
             await self._core.tell(execution_id, text, kind=EventKind.warning)
-
-    async def _look_at_waiting(self, queued: Sequence[Active]) -> None:
-        """Who waits for long is told why, and again when it becomes another reason."""
-        core, now = self._core, self._core.clock()
-        self._waiting = {a.id: self._waiting.get(a.id, (now, None)) for a in queued}
-        long = [a for a in queued if now - self._waiting[a.id][0] >= LONG_WAIT]
-        told = 0
-        for group in sorted({active.group for active in long}):
-            workers = (await core.dispatch.workers(group)).values()
-            local = self._deaths.is_local(group)
-            explain = functools.partial(explain_wait, group, workers, local=local)
-            state = explain(ahead=0).state
-            for active in long:
-                since, said = self._waiting[active.id]
-                if active.group != group or state == said or told >= TOLD_AT_ONCE:
-                    continue
-                told += 1
-                ahead = await core.dispatch.position(group, active.id) or 0
-                await core.tell(active.id, str(explain(ahead=ahead)), kind=EventKind.warning)
-                self._waiting[active.id] = (since, state)
 
     # -- Redis without its data --------------------------------------------------------------------------------
     async def _look_for_emptied_redis(self) -> None:

@@ -11,8 +11,10 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from valohai_agent.protocol import Worker
+from valohai_dagster.executions.capacity_state import CapacityState
 from valohai_dagster.executions.stream import ExecutionStatus as Status
-from valohai_dagster.executions.waiting import counted, explain_wait, lasting, since
+from valohai_dagster.executions.waiting import Wait, counted, explain_wait, lasting, since
+from valohai_dagster.executions.waiting_machines import explain_machines
 
 NEXT_CONDUCTOR = "start one on the control plane: `valohai-dagster conductor` (`valohai-dagster doctor` checks it)"
 NEXT_DOCTOR = (
@@ -86,7 +88,7 @@ class Facts:
     losses: tuple[str, ...] = ()  # why earlier attempts ended, oldest first
     shard: int = 0
     # from settings
-    group_kind: Literal["local", "static", "unknown"] = "static"
+    group_kind: Literal["local", "static", "cloud", "unknown"] = "static"
     max_agents: int | None = None
     lost_grace_seconds: float = 300.0
     # from Redis
@@ -97,6 +99,7 @@ class Facts:
     ahead: int | None = None  # jobs before it; None when it is not in the queue
     lease_worker: str | None = None  # whose lease is alive
     workers: tuple[Worker, ...] = ()
+    machines: CapacityState | None = None  # of a group whose machines come and go
     phase: str | None = None
     phase_text: str | None = None  # `pulling 63 %`
     phase_since: datetime | None = None
@@ -148,22 +151,30 @@ def _queued(facts: Facts) -> Explanation:
     if facts.ahead is None:
         text = f"neither in the queue of group {facts.group} nor with a worker; the conductor queues it again"
         return Explanation(state="missing", text=text)
-    wait = explain_wait(
-        facts.group,
-        facts.workers,
-        local=facts.group_kind == "local",
-        ahead=facts.ahead,
-        max_agents=facts.max_agents,
-    )
+    wait = _wait(facts, facts.ahead)
     details = []
     if facts.ahead_of_it:
         more = facts.ahead - len(facts.ahead_of_it)
         details.append("ahead: " + _some(facts.ahead_of_it, more))
-    if facts.on_the_slots and wait.state in ("busy", "draining"):
+    if facts.on_the_slots and wait.state in ("busy", "draining", "at-maximum"):
         running = sum(worker.busy for worker in facts.workers) - len(facts.on_the_slots)
         details.append("on the slots: " + _some(facts.on_the_slots, running))
     return Explanation(
         state=wait.state, text=wait.text, next_step=wait.next_step, details=tuple(details)
+    )
+
+
+def _wait(facts: Facts, ahead: int) -> Wait:
+    if facts.group_kind == "cloud":
+        return explain_machines(
+            facts.group, facts.workers, facts.machines, ahead=ahead, now=facts.now
+        )
+    return explain_wait(
+        facts.group,
+        facts.workers,
+        local=facts.group_kind == "local",
+        ahead=ahead,
+        max_agents=facts.max_agents,
     )
 
 
@@ -298,6 +309,7 @@ def _machine_facts(facts: Facts) -> dict[str, Any]:
         "worker": facts.worker or facts.lease_worker,
         "host": facts.host,
         "leased_at": when(facts.leased_at),
+        "machines": facts.machines.model_dump(mode="json") if facts.machines else None,
         "phase": facts.phase,
         "suspected_at": when(facts.suspected_at),
         "conductor": facts.conductor,

@@ -12,12 +12,17 @@ import sqlalchemy as sa
 
 from valohai_agent.protocol import Keys, Worker, utcnow
 from valohai_dagster.errors import NotFoundError
+from valohai_dagster.executions.capacity_state import read_state
 from valohai_dagster.executions.stream import ExecutionStatus, FollowEvent
 from valohai_dagster.executions.why import Conductor, Explanation, Facts, explain_execution
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.engine import Records
 from valohai_dagster.settings import Settings
-from valohai_dagster.settings_groups import LocalGroupSettings
+from valohai_dagster.settings_groups import (
+    AnyGroupSettings,
+    CloudGroupSettings,
+    LocalGroupSettings,
+)
 
 SHOWN = 5  # other executions that are named
 LOOKED_AT = 200  # newest entries of the follow stream; the phase is among them, or in the lease
@@ -116,10 +121,18 @@ def _of_records(row: Any, attempts: Sequence[Any], settings: Settings) -> dict[s
         "suspected_at": last.suspected_at if last else None,
         "warnings": (*(row.job or {}).get("notices", ()), *(row.warnings or ())),
         "losses": tuple(f"{a.number}: {a.reason}" for a in lost),
-        "group_kind": group.kind if group else "unknown",
+        "group_kind": _kind(group),
         "max_agents": group.max_agents if isinstance(group, LocalGroupSettings) else None,
         "lost_grace_seconds": settings.lost_grace_seconds,
     }
+
+
+def _kind(group: AnyGroupSettings | None) -> str:
+    if isinstance(group, CloudGroupSettings):
+        return "cloud"
+    if group is None:
+        return "unknown"
+    return "local" if isinstance(group, LocalGroupSettings) else "static"
 
 
 def _others(sources: Sources, group: str, ids_ahead: Sequence[str]) -> dict[str, Any]:
@@ -160,6 +173,7 @@ def _of_redis(sources: Sources, row: Any) -> dict[str, Any]:
             "ids_ahead": tuple(first[:ahead]) if ahead else (),
             "lease_worker": lease.get("worker"),
             "workers": workers_of(broker, keys, row.group_name) if ahead is not None else (),
+            "machines": read_state(broker, keys, row.group_name),
             **_of_stream(broker, keys, row, lease.get("phase")),
         }
     except redis.RedisError as error:

@@ -429,7 +429,7 @@ def test_k60_the_agent_is_told_the_port_and_the_public_key(
 def test_who_waits_in_a_group_without_workers_is_told_how_to_start_one(
     service: RunningService, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("valohai_dagster.executions.watch.LONG_WAIT", timedelta(0))
+    monkeypatch.setattr("valohai_dagster.executions.wait_telling.LONG_WAIT", timedelta(0))
     spec = make_spec()
     service.client.submit(spec)
     events = service.events(spec.execution_id, lambda e: e.kind is EventKind.warning)

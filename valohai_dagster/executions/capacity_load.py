@@ -1,0 +1,72 @@
+"""What the queue and the workers of a group are like, as the planner wants to know it. Keeps what only time tells."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from datetime import datetime, timedelta
+
+from valohai_agent.protocol import Worker, WorkerState
+from valohai_dagster.capacity.model import Seat
+
+# A worker that begins to drain may just be getting a job that it took before: not believed to be idle at once.
+SETTLE = timedelta(seconds=5)
+
+
+class Seats:
+    """One group's workers over time. Since when one is idle is counted from when it was first seen so."""
+
+    def __init__(self) -> None:
+        self._idle: dict[tuple[str, str], datetime] = {}
+        self._draining: dict[tuple[str, str], datetime] = {}
+        self._machines: dict[str, set[str]] = defaultdict(set)  # machine -> workers ever seen on it
+
+    def look(
+        self,
+        workers: Collection[Worker],
+        now: datetime,
+        *,
+        outdated: Collection[str] = (),
+    ) -> tuple[Seat, ...]:
+        """`outdated`: names of those whose agent is of an old version."""
+        here = {(one.name, one.incarnation) for one in workers}
+        self._idle = {key: since for key, since in self._idle.items() if key in here}
+        self._draining = {key: since for key, since in self._draining.items() if key in here}
+        return tuple(self._seat(one, now, one.name in outdated) for one in workers)
+
+    def _seat(self, worker: Worker, now: datetime, outdated: bool) -> Seat:
+        key = (worker.name, worker.incarnation)
+        busy, draining = worker.busy, worker.state is WorkerState.draining
+        if worker.machine_id:
+            self._machines[worker.machine_id].add(worker.name)
+        if draining and now - self._draining.setdefault(key, now) < SETTLE:
+            busy = max(1, busy)
+        if busy:
+            self._idle.pop(key, None)
+        else:
+            self._idle.setdefault(key, now)
+        return Seat(
+            worker=worker.name,
+            machine_id=worker.machine_id,
+            slots=worker.slots,
+            busy=busy,
+            draining=draining,
+            outdated=outdated,
+            idle_since=self._idle.get(key),
+            seen_at=now,
+        )
+
+    def workers_on(self, machine_id: str) -> set[str]:
+        """Names of all workers that were ever seen on the machine."""
+        return set(self._machines.get(machine_id, ()))
+
+    def forget(self, machine_id: str) -> None:
+        self._machines.pop(machine_id, None)
+
+
+def fingerprint(waiting: Mapping[int, int], workers: Collection[Worker]) -> tuple[object, ...]:
+    """Changes whenever something has happened that the planner should know at once."""
+    return (
+        sum(waiting.values()),
+        frozenset((one.name, one.incarnation, one.busy, one.state, one.slots) for one in workers),
+    )
