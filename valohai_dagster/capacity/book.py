@@ -13,6 +13,11 @@ from enum import Enum
 from typing import Protocol
 
 from valohai_dagster.capacity.model import Hold, Intent, Machine, Purchase
+from valohai_dagster.errors import ValohaiError
+
+
+class Overtaken(ValohaiError):
+    """Somebody else has written to the book since it was read: nothing was written, and what was decided is void."""
 
 
 class Kind(str, Enum):
@@ -48,10 +53,10 @@ class Known:
 
 
 class Book(Protocol):
-    """The memory of one group."""
+    """The memory of one group. `save` and `intend` raise Overtaken."""
 
     def machines(self) -> Sequence[Known]:
-        """Those that are not known to be gone."""
+        """Those that are not known to be gone. Read first in a look."""
         ...
 
     def save(self, *known: Known) -> None: ...

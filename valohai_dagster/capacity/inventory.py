@@ -22,10 +22,18 @@ _RUNS = frozenset({MachineState.starting, MachineState.running})
 class Inventory:
     """Used for one look. `changed` is what has to be saved, `notes` what to write into the history."""
 
-    def __init__(self, known: Iterable[Known], patience: Patience, now: datetime) -> None:
+    def __init__(
+        self,
+        known: Iterable[Known],
+        patience: Patience,
+        now: datetime,
+        *,
+        ending: Mapping[str, str],
+    ) -> None:
+        """`ending`: machines that the cloud was asked to end, with the reason."""
         self.known = {one.machine.id: one for one in known}
         self._saved = dict(self.known)
-        self._patience, self._now = patience, now
+        self._patience, self._now, self._ending = patience, now, ending
         self.notes: list[tuple[Kind, str, str]] = []
         self.dead: dict[str, str] = {}
         self.failed: list[str] = []  # ended without ever having checked in
@@ -71,7 +79,9 @@ class Inventory:
             self.closed.append(replace(one, gone_at=one.missing_since or self._now))
 
     def _gone(self, known: Known, how: str) -> None:
-        asked, machine = known.reason is not None, known.machine
+        machine = known.machine
+        known = replace(known, reason=known.reason or self._ending.get(machine.id))
+        asked = known.reason is not None
         since = known.missing_since or self._now
         if machine.reclaimed_at is not None and not asked:
             how = f"the cloud took it back ({how})"

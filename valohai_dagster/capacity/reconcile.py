@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from valohai_dagster.capacity import holds as holding
-from valohai_dagster.capacity.book import Book, Kind, Known
+from valohai_dagster.capacity.book import Book, Kind, Known, Overtaken
 from valohai_dagster.capacity.clouds.base import CloudError, Driver, Launch, Trouble
 from valohai_dagster.capacity.inventory import Inventory, by_machine
 from valohai_dagster.capacity.model import (
@@ -31,7 +31,7 @@ from valohai_dagster.capacity.model import (
 )
 from valohai_dagster.capacity.patience import PATIENCE, Patience
 from valohai_dagster.capacity.planner import plan
-from valohai_dagster.capacity.seeing import EFFECT, due_times, view_of
+from valohai_dagster.capacity.seeing import due_times, effect_of, view_of
 from valohai_dagster.errors import ValohaiError
 
 _ROUNDS = 12  # plans in one look, each after a refusal
@@ -125,13 +125,26 @@ class Reconciler:
         now = self._clock()
         can_stop = self._driver.can_stop and policy.stop_when_idle
         policy = replace(policy, stop_when_idle=can_stop)
-        inventory = Inventory(self._book.machines(), self._patience, now)
-        look = _Look(load, policy, now, inventory)
-        inventory.close(self._told)
+        known = self._book.machines()
+        ending = {
+            one.machine_id: one.reason
+            for one in self._book.intents()
+            if one.machine_id and one.action is ActionKind.terminate
+        }
+        look = _Look(load, policy, now, Inventory(known, self._patience, now, ending=ending))
+        try:
+            decided = self._look(look)
+        except Overtaken as error:
+            decided = Plan(summary=str(error))
+        self._told = set(look.inventory.dead)
+        return self._outcome(look, decided)
+
+    def _look(self, look: _Look) -> Plan:
+        look.inventory.close(self._told)
         self._take_list(look)
-        inventory.take_seats(look.seats)
-        self._remember(inventory)
-        self._count_check_ins(inventory)
+        look.inventory.take_seats(look.seats)
+        self._remember(look.inventory)
+        self._count_check_ins(look.inventory)
         self._settle(look)
         self._ask_again(look)
         self._end_orphans(look)
@@ -143,8 +156,7 @@ class Reconciler:
                 break
             decided = self._plan(look)
         self._remind(look)
-        self._told = set(inventory.dead)
-        return self._outcome(look, decided)
+        return decided
 
     def retry_now(self) -> None:
         """Forgets all holds: the settings were changed, or somebody says that the cause is gone."""
@@ -220,8 +232,17 @@ class Reconciler:
 
     def _settle(self, look: _Look) -> None:
         for intent in self._book.intents():
-            launch = intent.action is ActionKind.launch
-            outcome = self._launched(look, intent) if launch else self._effect(look, intent)
+            if intent.action is ActionKind.launch:
+                outcome = self._launched(look, intent)
+            else:
+                outcome = effect_of(
+                    intent,
+                    look.inventory.known.get(intent.machine_id or ""),
+                    asked=intent.token in self._asked,
+                    listed_at=self._listed_at,
+                    now=look.now,
+                    patience=self._patience,
+                )
             if outcome is not None:
                 self._done(intent, outcome)
 
@@ -259,21 +280,6 @@ class Reconciler:
             holds = self._book.holds()
             self._hold(holding.hold_after(error, holds, look.now), holds)
         return text
-
-    def _effect(self, look: _Look, intent: Intent) -> str | None:
-        known = look.inventory.known.get(intent.machine_id or "")
-        if known is None:
-            return "the machine is gone"
-        _, reached = EFFECT[intent.action]
-        if known.machine.state in reached:
-            return known.machine.state.value
-        if self._listed_at is None or self._listed_at <= intent.at:
-            return None
-        if intent.token not in self._asked:
-            return "not known whether the cloud was asked; decided anew"
-        if known.missing_since or look.now - intent.at < self._patience.effect:
-            return None
-        return "no effect seen; decided anew"
 
     def _ask_again(self, look: _Look) -> None:
         """Launches of which the answer is not known, and those that were accepted and have not come yet: the cloud may

@@ -59,6 +59,29 @@ def view_of(
     )
 
 
+def effect_of(
+    intent: Intent,
+    known: Known | None,
+    *,
+    asked: bool,
+    listed_at: datetime | None,
+    now: datetime,
+    patience: Patience,
+) -> str | None:
+    """What has become of a start, stop or terminate; None as long as that is open. `asked`: by this process."""
+    if known is None:
+        return "the machine is gone"
+    if known.machine.state in EFFECT[intent.action][1]:
+        return known.machine.state.value
+    if listed_at is None or listed_at <= intent.at:
+        return None
+    if not asked:
+        return "not known whether the cloud was asked; decided anew"
+    if known.missing_since or now - intent.at < patience.effect:
+        return None
+    return "no effect seen; decided anew"
+
+
 def registered(known: Known) -> bool:
     """A worker has checked in since it runs, that is, since it was last started."""
     if known.started_at is None:

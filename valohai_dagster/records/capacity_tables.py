@@ -19,6 +19,7 @@ machines = sa.Table(
     sa.Column("bootstrap", sa.String(64)),  # version of what it was started with
     sa.Column("adopted", sa.Boolean, nullable=False, default=False),  # found, not launched by us
     sa.Column("orphan_since", UtcDateTime),  # first phase of being removed as nobody's
+    sa.Column("reclaimed_at", UtcDateTime),  # the cloud takes it back then (spot)
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("listed_at", UtcDateTime, nullable=False),  # when a list last had it
     sa.Column("registered_at", UtcDateTime),  # when a worker of it first checked in
@@ -76,6 +77,13 @@ capacity_events = sa.Table(
     sa.Column("machine_id", sa.String(255)),
     sa.Column("text", sa.Text, nullable=False),
     sa.Index(None, "group_name", "id"),
+)
+
+turns = sa.Table(
+    "vh_capacity_turns",  # how often the machines of a group were written to: who has read an older number is late
+    metadata,
+    sa.Column("group_name", sa.String(64), primary_key=True),
+    sa.Column("turn", sa.BigInteger, nullable=False),
 )
 
 group_overrides = sa.Table(

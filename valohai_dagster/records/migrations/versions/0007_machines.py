@@ -14,6 +14,7 @@ def upgrade() -> None:
     _capacity_events()
     _capacity_holds()
     _capacity_intents()
+    _capacity_turns()
     _groups()
     _join_tokens()
     _machines()
@@ -94,6 +95,15 @@ def _capacity_intents() -> None:
     )
 
 
+def _capacity_turns() -> None:
+    op.create_table(
+        "vh_capacity_turns",
+        sa.Column("group_name", sa.String(length=64), nullable=False),
+        sa.Column("turn", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("group_name", name=op.f("pk_vh_capacity_turns")),
+    )
+
+
 def _groups() -> None:
     op.create_table(
         "vh_groups",
@@ -140,6 +150,7 @@ def _machines() -> None:
         sa.Column("bootstrap", sa.String(length=64), nullable=True),
         sa.Column("adopted", sa.Boolean(), nullable=False),
         sa.Column("orphan_since", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("reclaimed_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("listed_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("registered_at", sa.DateTime(timezone=True), nullable=True),
