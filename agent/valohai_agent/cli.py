@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -12,7 +13,7 @@ import sqlite3
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -27,6 +28,7 @@ from valohai_agent.version import __version__
 if TYPE_CHECKING:
     from valohai_agent.cache.local import InputCache
     from valohai_agent.cache.shared import Share
+    from valohai_agent.worker import WorkerLoop
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,16 @@ class LogFormat(str, Enum):
     json = "json"
 
 
+class CloudName(str, Enum):
+    """Whose notices of a reclaim to look for."""
+
+    auto = "auto"
+    none = "none"
+    aws = "aws"
+    gcp = "gcp"
+    azure = "azure"
+
+
 @dataclass(frozen=True, kw_only=True)
 class AgentOptions:
     """What `run` was asked for."""
@@ -61,6 +73,8 @@ class AgentOptions:
     once: bool
     idle_exit_seconds: float | None
     cache: CacheOptions
+    cloud: CloudName = CloudName.auto
+    metadata_url: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +184,21 @@ def run(
             envvar="VALOHAI_AGENT_SHARED_CACHE_COPY",
         ),
     ] = False,
+    cloud: Annotated[
+        CloudName,
+        typer.Option(
+            help="Whose notices to look for that this machine goes away (spot reclaims, maintenance); auto asks the "
+            "firmware.",
+            envvar="VALOHAI_AGENT_CLOUD",
+        ),
+    ] = CloudName.auto,
+    metadata_url: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Base URL of the cloud's metadata service; its usual address if absent.",
+            envvar="VALOHAI_AGENT_METADATA_URL",
+        ),
+    ] = None,
     log_format: Annotated[
         LogFormat,
         typer.Option(help="Lines for people, or JSON objects.", envvar="VALOHAI_AGENT_LOG_FORMAT"),
@@ -202,6 +231,8 @@ def run(
             shared=shared_cache.absolute() if shared_cache else None,
             shared_copy=shared_cache_copy,
         ),
+        cloud=cloud,
+        metadata_url=metadata_url,
     )
     raise typer.Exit(run_agent(options))
 
@@ -230,10 +261,11 @@ def run_agent(options: AgentOptions) -> int:
 def _run_agent(options: AgentOptions) -> None:
     from valohai_agent.cache.keeping import Caretaker
     from valohai_agent.host import observe_host
-    from valohai_agent.job import JobRun, Surroundings
+    from valohai_agent.job import JobRun
     from valohai_agent.redis_link import connect, find_deployment
     from valohai_agent.runtimes import select_runtime
     from valohai_agent.session import AgentIdentity, Session
+    from valohai_agent.surroundings import Surroundings
     from valohai_agent.worker import LoopOptions, WorkerLoop
     from valohai_agent.workspace import reap_leftovers
 
@@ -280,13 +312,37 @@ def _run_agent(options: AgentOptions) -> None:
     signals.attach(drain=loop.drain, stop=loop.stop_jobs)
     _log_start(options, runtime.name)
     try:
-        loop.run()
+        with _notices(options, loop):
+            loop.run()
     finally:
         session.close()
         link.close()
         caretaker.close()
         _close_caches(cache, share)
     logger.info("agent %s is done", options.name, extra={"action": "exit"})
+
+
+@contextlib.contextmanager
+def _notices(options: AgentOptions, loop: WorkerLoop) -> Iterator[None]:
+    """Meanwhile the loop is told when the cloud is going to take the machine away."""
+    from valohai_agent.metadata_service import Cloud, cloud_of_host
+    from valohai_agent.preemption import PreemptionWatch, notices_of
+
+    named = options.cloud not in (CloudName.auto, CloudName.none)
+    cloud = Cloud(options.cloud.value) if named else cloud_of_host()
+    if cloud is None or options.cloud is CloudName.none:
+        yield
+        return
+    watch = PreemptionWatch(
+        notices_of(cloud, options.metadata_url),
+        on_notice=loop.preempt,
+        directory=options.work_dir,
+    )
+    try:
+        watch.start()
+        yield
+    finally:
+        watch.close()
 
 
 def _caches(options: AgentOptions) -> tuple[InputCache, Share | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,15 @@ def build_environment(
 def switch(environment: Mapping[str, str], name: str) -> bool:
     """Whether an agent switch of CONTRACT 4.3 is on: `1`, `yes` or `true`."""
     return environment.get(name, "").strip().lower() in TRUE_VALUES
+
+
+def write_preemption(
+    workspace: Workspace, what: str, gone_at: datetime | None, seconds_left: float | None
+) -> None:
+    """An eleventh file, for commands that want to know how much time an interrupt leaves them (K-53)."""
+    when = gone_at.isoformat() if gone_at else None
+    content = {"reason": what, "gone_at": when, "seconds_left": seconds_left}
+    _write_pair(workspace.config, "preemption", content)
 
 
 def _identity(job: Job, valohai_dir: str, facts: HostFacts) -> dict[str, str]:

@@ -29,7 +29,7 @@ class Host:
 
 def observe_host() -> Host:
     """Looks once at start. Cloud bootstraps state identity and addresses through VALOHAI_AGENT_MACHINE_ID,
-    VALOHAI_AGENT_LOCAL_IP and VALOHAI_AGENT_PUBLIC_IP, since the agent talks to no metadata service."""
+    VALOHAI_AGENT_LOCAL_IP and VALOHAI_AGENT_PUBLIC_IP, since this asks no metadata service."""
     return Host(
         hostname=socket.gethostname(),
         machine_id=os.environ.get("VALOHAI_AGENT_MACHINE_ID") or _machine_id(),

@@ -10,28 +10,28 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from dataclasses import dataclass, field
-from pathlib import Path
 
 from valohai_agent.archive import unpack_archive
-from valohai_agent.cache.local import InputCache
-from valohai_agent.cache.shared import Share
-from valohai_agent.clock import Clock, SystemClock
-from valohai_agent.config_files import build_environment, switch, write_config_files
+from valohai_agent.config_files import (
+    build_environment,
+    switch,
+    write_config_files,
+    write_preemption,
+)
 from valohai_agent.console import Console
 from valohai_agent.errors import AgentError
-from valohai_agent.host import Host, host_facts, leased_report
+from valohai_agent.host import host_facts, leased_report
 from valohai_agent.job_inputs import JobInputs
+from valohai_agent.job_logs import store_logs
 from valohai_agent.lease import Lease
 from valohai_agent.local_api import LocalApi
-from valohai_agent.log_files import upload_logs
 from valohai_agent.outputs import OutputCollector, OutputSummary
 from valohai_agent.phases import PhaseClock, source_words
+from valohai_agent.preemption import Notice
 from valohai_agent.protocol import (
     PROTOCOL_VERSION,
     Finished,
     Grants,
-    LogStored,
     Phase,
     PhaseChanged,
     Preempted,
@@ -41,10 +41,11 @@ from valohai_agent.protocol import (
     Warned,
 )
 from valohai_agent.remote_debug import remote_debug
-from valohai_agent.runtimes.base import ExitStatus, Running, RunSpec, Runtime
+from valohai_agent.runtimes.base import ExitStatus, Running, RunSpec
 from valohai_agent.runtimes.pulling import without_login
-from valohai_agent.stopping import Cause, Limits, Patience, SignalName
+from valohai_agent.stopping import Cause, Limits, SignalName, patience_within
 from valohai_agent.supervise import Supervisor
+from valohai_agent.surroundings import Surroundings
 from valohai_agent.transfer import Transferer
 from valohai_agent.usage import usage_words
 from valohai_agent.verdict import Observed, judge, limit_words
@@ -52,21 +53,6 @@ from valohai_agent.version import __version__
 from valohai_agent.workspace import Workspace
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What all jobs of one agent share."""
-
-    runtime: Runtime
-    work_dir: Path
-    worker: str
-    host: Host = field(default_factory=Host)
-    cache: InputCache | None = None
-    share: Share | None = None
-    gpus: str = ""
-    clock: Clock = field(default_factory=SystemClock)
-    patience: Patience = field(default_factory=Patience)
 
 
 class Ended(Exception):
@@ -100,7 +86,8 @@ class JobRun:
         )
         self._lock = threading.Lock()
         self._stop_requested = self._starting = False
-        self._stop_reason = ""
+        self._stop_reason = self._reclaimed = ""
+        self._over = threading.Event()
         self._collecting = threading.Event()
         self._cancel_preparing = threading.Event()
         self._cancel_uploading = threading.Event()
@@ -135,6 +122,35 @@ class JobRun:
         else:
             self._supervisor.stop(cause)
 
+    def preempt(self, notice: Notice) -> None:
+        """The machine goes away (K-53, L-30): blocks until it is time to interrupt the command. One that has not begun
+        does not begin, one that has ended has its outputs stored as always."""
+        with self._lock:
+            if self._reclaimed:
+                return
+            self._reclaimed = notice.what
+            starting = self._starting
+            if not starting:
+                self._supervisor.stop(Cause.preempted)
+                self._cancel_preparing.set()
+        left = notice.seconds_left(self._clock.now())
+        self.lease.report(Preempted(seconds_left=left, what=notice.what))
+        if starting:
+            threading.Thread(target=self.upload_now, name="upload-now", daemon=True).start()
+            self._over.wait(notice.seconds_to_interrupt(self._clock.now()))
+            self._interrupt(notice)
+
+    def _interrupt(self, notice: Notice) -> None:
+        if self._collecting.is_set() or self.lease.lost.is_set():
+            return
+        left = notice.seconds_left(self._clock.now())
+        write_preemption(self._workspace, notice.what, notice.gone_at, left)
+        words = "no time is promised" if left is None else f"{left:.0f} s are left"
+        self._console.status(
+            f"{notice.what}: {words}; outputs are stored in the last quarter of it"
+        )
+        self._supervisor.stop(Cause.preempted, patience_within(left, self._around.patience))
+
     def fence(self) -> None:
         """The control plane says that another attempt holds the lease."""
         self.lease.fence()
@@ -160,6 +176,7 @@ class JobRun:
                 Finished(outcome=judge(Observed(failure=reason)).outcome, reason=reason)
             )
         finally:
+            self._over.set()
             self.lease.reporter.flush()
             self.lease.close()
 
@@ -404,6 +421,7 @@ class JobRun:
                 cause=self._supervisor.cause,
                 stop_requested=self._stop_requested,
                 stop_reason=self._stop_reason,
+                reclaimed=self._reclaimed,
                 failure=failure,
                 output_problems=summary.problems,
                 limits=self._limits,
@@ -412,7 +430,8 @@ class JobRun:
         self._console.status(
             f"Execution {verdict.outcome.value}" + (f": {verdict.reason}" if verdict.reason else "")
         )
-        logs = self._store_logs()
+        self._storing_logs = True
+        logs = store_logs(self._console, self.lease, wait=self._cancel_uploading.wait)
         self.lease.report(
             Finished(
                 outcome=verdict.outcome,
@@ -422,29 +441,10 @@ class JobRun:
                 usage=self._usage,
                 logs=logs,
                 interpolated_command="\n".join(self.job.commands),
+                preempted=verdict.preempted,
             )
         )
         return len(logs) == len(self._console.close())
-
-    def _store_logs(self) -> list[LogStored]:
-        """The complete files; of what cannot be stored the control plane keeps the live log, or our file on its host."""
-        files = self._console.close()
-        if self._console.write_error:
-            self.lease.report(Warned(message=self._console.write_error))
-        self.lease.live_log.close()
-        self._storing_logs = True
-        try:
-            return upload_logs(
-                {name: log.path for name, log in files.items()},
-                {name: log.lines for name, log in files.items()},
-                transferer=Transferer(),
-                request_grants=self.lease.request_grants,
-                warn=lambda text: self.lease.report(Warned(message=text)),
-                wait=self._cancel_uploading.wait,
-            )
-        except AgentError as exc:
-            self.lease.report(Warned(message=f"the complete log could not be stored: {exc}"))
-            return []
 
     # -- small ones ---------------------------------------------------------------------------------------------------
     def _go_on(self) -> None:

@@ -568,6 +568,9 @@ class Finished(Message):
     usage: Usage = Usage()
     logs: list[LogStored] = Field(default_factory=list)
     interpolated_command: str | None = None
+    preempted: bool = Field(
+        default=False, description="Cut short because the machine, or its agent, has to leave."
+    )
 
 
 class LostLease(Message):
@@ -578,8 +581,13 @@ class LostLease(Message):
 
 
 class Preempted(Message):
+    """The machine, or its agent, has to leave; `finished` follows if there is time for it."""
+
     kind: Literal["preempted"] = "preempted"
-    seconds_left: float | None = None
+    seconds_left: float | None = Field(
+        default=None, description="From the report's time; None if nobody knows."
+    )
+    what: str = Field(default="", description="For people: who reclaims the machine.")
 
 
 ReportBody = Annotated[

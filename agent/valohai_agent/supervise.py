@@ -42,9 +42,10 @@ class Supervisor:
     def cause(self) -> Cause | None:
         return self._sequence.cause
 
-    def stop(self, cause: Cause) -> None:
+    def stop(self, cause: Cause, patience: Patience | None = None) -> None:
+        """`patience`: another one than usual, for this stop."""
         with self._lock:
-            self._sequence.begin(cause, self._clock.monotonic())
+            self._sequence.begin(cause, self._clock.monotonic(), patience)
 
     def kill(self, cause: Cause) -> None:
         with self._lock:

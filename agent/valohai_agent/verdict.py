@@ -24,6 +24,7 @@ class Observed:
     cause: Cause | None = None
     stop_requested: bool = False
     stop_reason: str = ""
+    reclaimed: str = ""  # who reclaims the machine
     failure: str | None = None  # why the command could not be started, or was given up
     output_problems: Sequence[str] = ()
     limits: Limits = field(default_factory=Limits)
@@ -34,6 +35,7 @@ class Verdict:
     outcome: Outcome
     reason: str | None = None
     exit_code: int | None = None
+    preempted: bool = False
 
 
 def judge(seen: Observed) -> Verdict:
@@ -46,8 +48,9 @@ def judge(seen: Observed) -> Verdict:
         return Verdict(
             outcome=Outcome.error, reason=limit_words(seen.cause, seen.limits), exit_code=code
         )
-    if seen.cause is Cause.shutdown:
-        return Verdict(outcome=Outcome.error, reason=_SHUTDOWN, exit_code=code)
+    if seen.cause is Cause.shutdown or seen.cause is Cause.preempted:
+        reason = _SHUTDOWN if seen.cause is Cause.shutdown else _preempted_words(seen)
+        return Verdict(outcome=Outcome.error, reason=reason, exit_code=code, preempted=True)
     if seen.cause is Cause.user or seen.stop_requested:
         reason = seen.stop_reason or "stopped on request"
         return Verdict(outcome=Outcome.stopped, reason=reason, exit_code=code)
@@ -65,6 +68,11 @@ _SHUTDOWN = (
     "the worker agent was shut down before the command ended; outputs up to then are stored. Launch the step again, "
     "and stop agents with one SIGTERM so that they finish what they run."
 )
+
+
+def _preempted_words(seen: Observed) -> str:
+    kept = "its outputs up to then are stored" if seen.exit else "it had not begun"
+    return f"{seen.reclaimed or 'the machine goes away'}; the command was cut short, {kept}"
 
 
 def limit_words(cause: Cause, limits: Limits) -> str:

@@ -13,6 +13,7 @@ import redis
 
 from valohai_agent.commands import CommandReader
 from valohai_agent.lease import Lease
+from valohai_agent.preemption import Notice
 from valohai_agent.protocol import Command
 from valohai_agent.redis_link import BLOCK_SECONDS, Backoff
 from valohai_agent.session import Session, UnreadableJob
@@ -32,6 +33,8 @@ class Run(Protocol):
     def run(self) -> None: ...
 
     def stop(self, *, hard: bool = False, cause: Cause = Cause.user, reason: str = "") -> None: ...
+
+    def preempt(self, notice: Notice) -> None: ...
 
     def fence(self) -> None: ...
 
@@ -69,6 +72,7 @@ class WorkerLoop:
         self._early: dict[str, tuple[float, Command]] = {}
         self._idle_since = time.monotonic()
         self._taken = 0
+        self._notice: Notice | None = None
         keys, identity = session.keys, session.identity
         self._commands = CommandReader(
             session.link, keys.command(identity.group, session.name), self.dispatch
@@ -85,6 +89,16 @@ class WorkerLoop:
             threading.Thread(
                 target=run.stop, kwargs={"hard": hard, "cause": Cause.shutdown}, daemon=True
             ).start()
+
+    def preempt(self, notice: Notice) -> None:
+        """The machine goes away: nothing new is taken, and what runs has the time that is left (K-53)."""
+        self._notice = notice
+        self.drain()
+        for run in list(self._runs.values()):
+            self._preempt(run, notice)
+
+    def _preempt(self, run: Run, notice: Notice) -> None:
+        threading.Thread(target=run.preempt, args=(notice,), name="preempt", daemon=True).start()
 
     def dispatch(self, command: Command, own: bool) -> None:
         """Applies one command; `own` is False when it was addressed to a name that this agent had to give up."""
@@ -183,6 +197,8 @@ class WorkerLoop:
         )
         thread.start()
         self._apply_early_command(run)
+        if self._notice is not None:  # it was being taken when the notice came
+            self._preempt(run, self._notice)
         if self._options.once:
             self.drain()
 

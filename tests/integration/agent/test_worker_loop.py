@@ -13,6 +13,7 @@ from tests.support.agent_sessions import OpenSession
 from tests.support.ports import wait_for
 from tests.support.redis_server import RedisServer
 from valohai_agent.lease import Lease
+from valohai_agent.preemption import Notice
 from valohai_agent.protocol import Finished, Leased, Outcome
 from valohai_agent.session import Session
 from valohai_agent.stopping import Cause
@@ -38,6 +39,9 @@ class HeldRun:
     def stop(self, *, hard: bool = False, cause: Cause = Cause.user, reason: str = "") -> None:
         self.calls.append(f"{'hard' if hard else 'soft'} {cause.value}")
         self.release.set()
+
+    def preempt(self, notice: Notice) -> None:
+        self.calls.append(notice.what)
 
     def fence(self) -> None:
         self.calls.append("fence")
