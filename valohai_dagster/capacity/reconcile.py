@@ -155,7 +155,8 @@ class Reconciler:
             if not look.refused:
                 break
             decided = self._plan(look)
-        self._remind(look)
+        seen = {seat.worker for seat in look.load.seats}
+        self._reminded = {one: at for one, at in self._reminded.items() if one in seen}
         return decided
 
     def retry_now(self) -> None:
@@ -369,32 +370,21 @@ class Reconciler:
         self._book.note(Kind.decision, text, machine_id=action.machine_id)
 
     def _drain(self, look: _Look, action: Action) -> None:
+        """The plan says it again until the worker has heard; the history once."""
         known = look.inventory.known.get(action.machine_id or "")
         if action.worker is None or known is None:
+            return
+        told = self._reminded.get(action.worker)
+        if told is not None and look.now - told < self._patience.remind:
             return
         if known.draining_since is None:
             known = replace(known, draining_since=look.now, reason=action.reason)
             look.inventory.put(known)
             self._remember(look.inventory)
-        self._decided(look, action)
-        look.drain[action.worker] = action.reason
+        if known.draining_since == look.now:
+            self._decided(look, action)
+        look.drain[action.worker] = known.reason or action.reason
         self._reminded[action.worker] = look.now
-
-    def _remind(self, look: _Look) -> None:
-        """Workers of machines that are to go, as long as they do not say themselves that they do."""
-        self._reminded = {
-            worker: at
-            for worker, at in self._reminded.items()
-            if look.now - at < self._patience.remind
-        }
-        for machine_id, seats in look.seats.items():
-            known = look.inventory.known.get(machine_id)
-            if known is None or known.draining_since is None:
-                continue
-            for seat in seats:
-                if not seat.draining and seat.worker not in self._reminded:
-                    look.drain[seat.worker] = known.reason or "its machine is no longer needed"
-                    self._reminded[seat.worker] = look.now
 
     def _launch(self, look: _Look, intent: Intent) -> None:
         launch = self._launches.get(intent.token) or Launch(

@@ -1,4 +1,4 @@
-"""What the planner is shown: machines as they will be when the calls under way have had their effect. Pure."""
+"""What the planner is shown of what is known, and what has become of earlier calls. Pure."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from valohai_dagster.capacity.model import (
 )
 from valohai_dagster.capacity.patience import Patience
 
-EFFECT = {  # what a machine counts as once it was asked for, and in which states it has happened
-    ActionKind.terminate: (MachineState.terminating, {MachineState.terminating, MachineState.gone}),
-    ActionKind.stop: (MachineState.stopping, {MachineState.stopping, MachineState.stopped}),
-    ActionKind.start: (MachineState.starting, {MachineState.starting, MachineState.running}),
+_EFFECT = {  # states in which it has happened
+    ActionKind.terminate: {MachineState.terminating, MachineState.gone},
+    ActionKind.stop: {MachineState.stopping, MachineState.stopped},
+    ActionKind.start: {MachineState.starting, MachineState.running},
 }
 
 
@@ -38,7 +38,6 @@ def view_of(
     listed_at: datetime | None,
 ) -> View:
     """`late`: machines of which a call was refused just now; a stopped one among them is no help."""
-    pending = {one.machine_id: one for one in intents if one.machine_id}
     gone = [one.machine.token for one in known if one.machine.state is MachineState.gone]
     known = [one for one in known if one.machine.state is not MachineState.gone]
     return View(
@@ -71,7 +70,7 @@ def effect_of(
     """What has become of a start, stop or terminate; None as long as that is open. `asked`: by this process."""
     if known is None:
         return "the machine is gone"
-    if known.machine.state in EFFECT[intent.action][1]:
+    if known.machine.state in _EFFECT[intent.action]:
         return known.machine.state.value
     if listed_at is None or listed_at <= intent.at:
         return None
@@ -115,9 +114,7 @@ def due_times(
         yield from (seat.idle_since + policy.grace for seat in those if seat.idle_since)
 
 
-def _expected(machine: Machine, intent: Intent | None, late: Container[str]) -> Machine:
-    if intent is not None:
-        return replace(machine, state=EFFECT[intent.action][0])
+def _at_rest(machine: Machine, late: Container[str]) -> Machine:
     if machine.id in late and machine.state is MachineState.stopped:
         return replace(machine, state=MachineState.stopping)
     return machine
