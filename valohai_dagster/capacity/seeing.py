@@ -43,7 +43,7 @@ def view_of(
     return View(
         waiting=waiting,
         oldest_waiting=oldest_waiting,
-        machines=tuple(_expected(one.machine, pending.get(one.machine.id), late) for one in known),
+        machines=tuple(_at_rest(one.machine, late) for one in known),
         seats=seats,
         registered=frozenset(one.machine.id for one in known if registered(one)),
         drained=frozenset(one.machine.id for one in known if one.draining_since),
