@@ -17,8 +17,9 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 
 from valohai_agent.protocol import Command, Worker
-from valohai_dagster.capacity.book import Book
+from valohai_dagster.capacity.book import Book, Overtaken
 from valohai_dagster.capacity.clouds.base import Driver
+from valohai_dagster.capacity.machines import MachineRecords
 from valohai_dagster.capacity.model import ActionKind, MachineState
 from valohai_dagster.capacity.overrides import effective
 from valohai_dagster.capacity.policy import policy_of
@@ -59,9 +60,7 @@ class GroupCapacity:
         self.name = name
         self.state: CapacityState | None = None  # as of the last look
         self._core, self._file, self._tools, self._may_act = core, settings, tools, may_act
-        from valohai_dagster.capacity.machines import MachineRecords
-
-        self._book: Book = MachineRecords(core.records, name, clock=core.clock)
+        self._book = self._make_book(settings)
         self._seats = Seats()
         self._news = asyncio.Event()
         self._retry = False
@@ -141,6 +140,9 @@ class GroupCapacity:
                 settings = effective(conn, self.name, self._file)
                 release = self._tools.release(conn)
             outcome = self._reconcile(settings, release, waiting, workers)
+        except Overtaken:
+            known = self.state.trouble if self.state else None
+            outcome = Outcome(trouble=known, next_look=self._core.clock())
         except ValohaiError as error:
             outcome = Outcome(trouble=str(error))
         except Exception as error:
@@ -178,6 +180,7 @@ class GroupCapacity:
         """Made anew when settings have changed: a driver has its own idea of them."""
         if self._opened is None or self._opened[0] != settings:
             self._close_driver()
+            self._book = self._make_book(settings)
             driver = self._tools.open_driver(self.name, settings)
             reconciler = Reconciler(
                 self.name,
@@ -189,6 +192,15 @@ class GroupCapacity:
             )
             self._opened = (settings, driver, reconciler)
         return self._opened[2]
+
+    def _make_book(self, settings: CloudGroupSettings) -> Book:
+        return MachineRecords(
+            self._core.records,
+            self.name,
+            kind=getattr(settings, "kind", ""),
+            price_per_hour=settings.price_per_hour,
+            clock=self._core.clock,
+        )
 
     def _close_driver(self) -> None:
         if self._opened is not None:
