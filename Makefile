@@ -26,7 +26,7 @@ OLDEST_TESTS := tests/contract/plugin tests/integration/plugin/driver
 
 export DAGSTER_DISABLE_TELEMETRY ?= yes
 
-.PHONY: help setup setup-dev setup-servers demo up down test test-oldest lint format docs bench-dispatch bench-fleet bench-recovery bench-transfer clean
+.PHONY: help setup setup-dev setup-servers demo up down test test-oldest lint format docs bench-dispatch bench-fleet bench-recovery bench-transfer agent agent-lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -68,6 +68,13 @@ format: $(DEV_STAMP)  ## Format and fix what can be fixed
 
 docs: $(RUN_STAMP)  ## Write the generated pages (docs/settings.md)
 	$(BIN)/python -m valohai_dagster.settings_docs
+
+agent: $(RUN_STAMP)  ## Make the agent as one file for worker machines, dist/valohai-agent.pyz
+	@$(BIN)/valohai-dagster agents build dist/valohai-agent.pyz
+
+agent-lock:  ## Pin newer dependencies of that file (needs uv)
+	uv pip compile -q --upgrade --universal --generate-hashes --python-version 3.10 --no-header --no-annotate --extra ssh \
+		agent/pyproject.toml -o valohai_dagster/capacity/bootstrap/agent-requirements.txt
 
 bench-dispatch: $(RUN_STAMP)  ## Time from launch to first output line, against Dagster's default launcher
 	@$(BIN)/python -m bench.dispatch $(BENCH_ARGS)

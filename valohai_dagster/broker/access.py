@@ -9,6 +9,7 @@ for secrets: those are sealed to the one agent that holds the lease.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import redis
@@ -68,14 +69,21 @@ def control_plane_rules() -> list[str]:
 
 
 def set_agent_user(
-    client: redis.Redis, keys: Keys, group: str, *, username: str, password: str
+    client: redis.Redis,
+    keys: Keys,
+    group: str,
+    *,
+    username: str,
+    password: str,
+    former: Sequence[str] = (),
 ) -> None:
-    """Creates or replaces the user; the password replaces every older one.
+    """Creates or replaces the user; the password replaces every older one but those in `former`.
 
     Users live in the server's ACL file if it has one, else only until it restarts.
     """
     rules = agent_rules(keys, group, version=server_version(client))
-    client.execute_command("ACL", "SETUSER", username, *rules, f">{password}")
+    passwords = [f">{one}" for one in (password, *former)]
+    client.execute_command("ACL", "SETUSER", username, *rules, *passwords)
 
 
 def server_version(client: redis.Redis) -> tuple[int, ...]:
