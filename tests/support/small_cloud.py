@@ -42,9 +42,10 @@ class SmallCloud:
             return [about for name, about in self.calls if name == what]
 
     def lose(self, machine_id: str) -> None:
-        """The machine is gone without anybody having asked for it."""
+        """The machine ends without anybody having asked for it; the cloud lists it as gone, as clouds do for a while."""
         with self._lock:
-            del self.machines[machine_id]
+            gone = replace(self.machines[machine_id], state=MachineState.gone)
+            self.machines[machine_id] = gone
 
     # -- Driver ------------------------------------------------------------------------------------------------
     def check(self) -> Sequence[str]:
