@@ -28,6 +28,8 @@ COMMANDS = {
     "secrets": ("secrets", "app"),
     "retention": ("retention", "app"),
     "agents": ("agents", "app"),
+    "groups": ("groups", "app"),
+    "machines": ("machines", "app"),
     "conductor": ("conductor", "conductor"),
     "down": ("conductor", "down"),
 }

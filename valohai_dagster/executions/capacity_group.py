@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from valohai_agent.protocol import Command, Worker
 from valohai_dagster.capacity.book import Book, Overtaken
+from valohai_dagster.capacity.bootstrap.releases import Release, is_outdated
 from valohai_dagster.capacity.clouds.base import Driver
 from valohai_dagster.capacity.machines import MachineRecords
 from valohai_dagster.capacity.model import ActionKind, MachineState
@@ -138,7 +139,7 @@ class GroupCapacity:
         try:
             with self._core.records.read() as conn:
                 settings = effective(conn, self.name, self._file)
-                release = self._tools.release(conn)
+                release = self._tools.release(conn, settings)
             outcome = self._reconcile(settings, release, waiting, workers)
         except Overtaken:
             known = self.state.trouble if self.state else None
@@ -157,16 +158,14 @@ class GroupCapacity:
     def _reconcile(
         self,
         settings: CloudGroupSettings,
-        release: str | None,
+        release: Release | None,
         waiting: Mapping[int, int],
         workers: Collection[Worker],
     ) -> Outcome:
         now = self._core.clock()
-        outdated = [
-            one.name for one in workers if release and self._tools.outdated(one.version, release)
-        ]
+        outdated = {one.name for one in workers if is_outdated(one.version, release)}
         load = Load(waiting=waiting, seats=self._seats.look(workers, now, outdated=outdated))
-        policy = policy_of(settings, bootstrap=release)
+        policy = policy_of(settings, bootstrap=release.version if release else None)
         # A machine out of reach is not taken before its executions were given up.
         grace = timedelta(seconds=self._core.settings.lost_grace_seconds)
         policy = replace(policy, silence=max(policy.silence, grace))

@@ -161,13 +161,14 @@ class CapacityWatch:
     async def listen(self) -> None:
         """Waits for what others tell. What is missed in an outage is seen at the next look anyway."""
         stream, redis = self._core.keys.kicks(), self._core.dispatch.redis
-        if self._last is None:
+        last = self._last
+        if last is None:
             newest: Any = await redis.xrevrange(stream, count=1)
-            self._last = newest[0][0] if newest else "0-0"
-        reply: Any = await redis.xread({stream: self._last}, block=BLOCK_MS)
+            last = str(newest[0][0]) if newest else "0-0"
+        reply: Any = await redis.xread({stream: last}, block=BLOCK_MS)
         entries = reply[0][1] if reply else []
         for _, fields in entries:
             if fields.get("group") in self._looking:
                 group, _ = self._looking[fields["group"]]
                 group.kick(retry=bool(fields.get("retry")))
-        self._last = entries[-1][0] if entries else self._last
+        self._last = entries[-1][0] if entries else last

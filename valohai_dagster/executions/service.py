@@ -92,7 +92,13 @@ class ExecutionService(ServiceCore):
         self._seat = Seat(broker, self.keys, identity)
         self._supervision = Supervision(self, self.groups, self._seat)
         self._deaths = Deaths(self, lambda dead: self._watch.workers_gone(dead))
-        tools = make_tools(self, name=identity.name, on_gone=self.worker_gone, drivers=drivers)
+        tools = make_tools(
+            self,
+            name=identity.name,
+            secret_key=secret_key,
+            on_gone=self.worker_gone,
+            drivers=drivers,
+        )
         self.capacity = CapacityWatch(self, identity, tools)
         self._losses = Losses(self, self.groups)
         self._watch = LeaseWatch(self, self.shards, self._losses, self)

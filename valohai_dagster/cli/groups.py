@@ -1,0 +1,302 @@
+"""`valohai-dagster groups`: worker groups, what they may do, and whether their clouds let them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from decimal import Decimal
+from typing import Annotated, Any
+
+import typer
+from pydantic import SecretStr, TypeAdapter
+
+from valohai_dagster.capacity.clouds.base import CloudError
+from valohai_dagster.capacity.clouds.registry import open_driver
+from valohai_dagster.capacity.overrides import (
+    changeable,
+    effective,
+    read_overrides,
+    with_overrides,
+    write_overrides,
+)
+from valohai_dagster.capacity.reading import Asked, Line, asked_for, history, holds_of
+from valohai_dagster.cli.capacity import Deployment, Live, deployment
+from valohai_dagster.cli.render import cell_text, counted, in_columns
+from valohai_dagster.errors import RefusedError, ValohaiError
+from valohai_dagster.settings_groups import AnyGroupSettings, CloudGroupSettings
+
+HIDDEN = "**********"
+LINES = 10  # of the history that `show` prints
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Worker groups: what they are, how they stand, whether their cloud lets them, and changing them at run time.",
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str, typer.Argument(metavar="GROUP", help="A worker group of valohai.toml.")]
+
+
+@app.command("ls")
+def list_(as_json: AsJson = False) -> None:
+    """Lists the groups: kind, machines, what waits, and why nothing comes where that is so."""
+    with deployment() as place:
+        rows = [_row(place, name) for name in sorted(place.settings.groups)]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    cells = [["GROUP", "KIND", "TYPE", "MACHINES", "WORKERS", "WAITING", "STANDING"]]
+    for row in rows:
+        standing = row["trouble"] or ("ok" if row["enabled"] else "disabled")
+        machines = f"{row['machines']}/{row['max_machines']}" if row["scales"] else "-"
+        words = (row["group"], row["kind"], row["type"], machines, row["workers"], row["waiting"])
+        cells.append([*map(cell_text, words), standing])
+    for line in in_columns(cells, right=frozenset({3, 4, 5})):
+        typer.echo(line)
+
+
+@app.command()
+def show(name: Name, as_json: AsJson = False) -> None:
+    """Tells all about one group: its settings, how it stands, what is held back and why, and what happened last."""
+    with deployment() as place:
+        file = place.group(name)
+        now = datetime.now(timezone.utc)
+        with place.records.read() as conn:
+            group, changed = effective(conn, name, file), read_overrides(conn, name)
+            holds, asked = holds_of(conn, name, now), asked_for(conn, name)
+            lines = history(conn, name, limit=LINES)
+        row, live = _row(place, name), place.live(name)
+    settings = _plain(group)
+    if as_json:
+        found = {
+            **row,
+            "settings": settings,
+            "changed": _plain_values(changed),
+            "holds": [_plain_values(vars(hold)) for hold in holds],
+            "asked_for": [_plain_values(vars(one)) for one in asked],
+            "history": [_plain_values(vars(line)) for line in lines],
+        }
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for key, value in settings.items():
+        mark = "  (changed; the file has " + cell_text(_plain(file)[key]) + ")"
+        typer.echo(f"{key} = {cell_text(value)}{mark if key in changed else ''}")
+    typer.echo("")
+    for text in _standing(row, live):
+        typer.echo(text)
+    for hold in holds:
+        where = " ".join(filter(None, (hold.zone, hold.purchase and hold.purchase.value)))
+        typer.echo(f"held until {hold.until:%H:%M:%S} UTC ({where or 'everywhere'}): {hold.reason}")
+    for one in asked:
+        typer.echo(_asked_text(one))
+    for line in lines:
+        typer.echo(line_text(line))
+
+
+@app.command()
+def check(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[GROUP]", help="Default: all that have machines.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Asks the cloud whether the settings can work: credentials, image, network, quota. Starts no machine.
+
+    Exit code 1 when something is wrong. What was held back is asked for again at once.
+    """
+    with deployment() as place:
+        if name is not None and not isinstance(place.group(name), CloudGroupSettings):
+            raise RefusedError(
+                f"group {name} has no machines of its own, so there is no cloud to ask"
+            )
+        names = [name] if name else _scaling(place)
+        found = {one: _check(place, one) for one in names}
+        for one in names:
+            place.kick(one)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        for one, problems in found.items():
+            typer.echo(f"{'fail' if problems else 'ok'}  {one}")
+            for problem in problems:
+                typer.echo(f"  {problem}")
+        if not found:
+            typer.echo("no group has machines of its own", err=True)
+    if any(found.values()):
+        sys.exit(1)
+
+
+@app.command("set")
+def set_(
+    name: Name,
+    values: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY=VALUE...", help="Such as max_machines=10 or spot=true."),
+    ],
+) -> None:
+    """Changes settings of a group over those of the file, at once and until `reset`.
+
+    Conductors need no restart. VALUE is read as JSON where it is JSON, else as text.
+    """
+    with deployment() as place:
+        _change(place, name, dict(_pair(text) for text in values))
+
+
+@app.command()
+def reset(
+    name: Name,
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY...]", help="Default: all of them.")
+    ] = None,
+) -> None:
+    """Takes changes back: the settings of the file count again."""
+    with deployment() as place:
+        place.group(name)
+        with place.records.write() as conn:
+            changed = read_overrides(conn, name)
+            for key in keys or list(changed):
+                if changed.pop(key, None) is None and keys:
+                    raise RefusedError(f"group {name}: {key!r} is as in the file already")
+            write_overrides(conn, name, changed, datetime.now(timezone.utc))
+        _tell_conductor(place, name)
+
+
+@app.command()
+def enable(name: Name) -> None:
+    """Lets executions be launched in the group, and machines be started for it."""
+    with deployment() as place:
+        _change(place, name, {"enabled": True})
+
+
+@app.command()
+def disable(name: Name) -> None:
+    """Refuses new executions in the group; its machines finish what they run, and go."""
+    with deployment() as place:
+        _change(place, name, {"enabled": False})
+
+
+def line_text(line: Line) -> str:
+    """One line of a group's history for people."""
+    about = f" [{line.machine_id}]" if line.machine_id else ""
+    return f"{line.at:%Y-%m-%d %H:%M:%S}  {line.kind:10}{about} {line.text}"
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------
+
+
+def _row(place: Deployment, name: str) -> dict[str, Any]:
+    with place.records.read() as conn:
+        group = effective(conn, name, place.settings.groups[name])
+    live = place.live(name)
+    row: dict[str, Any] = {
+        "group": name,
+        "kind": getattr(group, "kind", ""),
+        "enabled": group.enabled,
+        "scales": isinstance(group, CloudGroupSettings),
+        "type": getattr(group, "instance_type", None),
+        "waiting": live.waiting,
+        "workers": len(live.workers) if live.away is None else None,
+        "machines": None,
+        "max_machines": getattr(group, "max_machines", None),
+        "trouble": f"Redis is away: {live.away}" if live.away else None,
+    }
+    if isinstance(group, CloudGroupSettings) and live.away is None:
+        state = live.state
+        row["machines"] = state.starting + state.up if state else None
+        unseen = "no conductor looks after it; `valohai-dagster doctor` checks them"
+        row["trouble"] = state.trouble if state else unseen
+    return row
+
+
+def _standing(row: Mapping[str, Any], live: Live) -> list[str]:
+    if live.away:
+        return [row["trouble"]]
+    workers = counted(len(live.workers), "worker")
+    lines = [f"{row['waiting']} waiting, {workers} checked in"]
+    state = live.state
+    if state is not None:
+        lines.append(f"at {state.at:%H:%M:%S} UTC: {state.summary}")
+    if row["trouble"]:
+        lines.append(f"trouble: {row['trouble']}")
+    return lines
+
+
+def _asked_text(one: Asked) -> str:
+    what = f"{one.action} {one.machine_id}" if one.machine_id else f"{one.action} {one.count}"
+    where = f" in {one.zone}" if one.zone else ""
+    return f"asked for at {one.at:%H:%M:%S} UTC: {what}{where} ({one.purchase}): {one.reason}"
+
+
+def _plain(group: AnyGroupSettings) -> dict[str, Any]:
+    """Settings as JSON; secrets stay hidden, and so do the values of variables, which may be some."""
+    values = {key: getattr(group, key) for key in type(group).model_fields}
+    return _plain_values({**values, "env": dict.fromkeys(group.env, HIDDEN)})
+
+
+def _plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {
+        key: HIDDEN if isinstance(value, SecretStr) else _number(value)
+        for key, value in values.items()
+    }
+    return TypeAdapter(dict[str, Any]).dump_python(shown, mode="json")
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, Decimal) else value
+
+
+# -- checking and changing ------------------------------------------------------------------------------------------------
+
+
+def _scaling(place: Deployment) -> list[str]:
+    groups = place.settings.groups.items()
+    return sorted(name for name, group in groups if isinstance(group, CloudGroupSettings))
+
+
+def _check(place: Deployment, name: str) -> list[str]:
+    with place.records.read() as conn:
+        group = effective(conn, name, place.group(name))
+    assert isinstance(group, CloudGroupSettings)
+    try:
+        driver = open_driver(
+            name,
+            group,
+            deployment=place.records.deployment_id,
+            state_dir=place.settings.state_dir,
+        )
+        try:
+            return list(driver.check())
+        finally:
+            driver.close()
+    except (CloudError, ValohaiError) as error:
+        return [str(error)]
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise RefusedError(f"{text!r} is not KEY=VALUE, such as max_machines=10")
+    try:
+        return key.strip(), json.loads(value)
+    except ValueError:
+        return key.strip(), value
+
+
+def _change(place: Deployment, name: str, values: Mapping[str, Any]) -> None:
+    group = place.group(name)
+    with place.records.write() as conn:
+        changed = {**read_overrides(conn, name), **values}
+        known = {key: value for key, value in changed.items() if key in changeable(group)}
+        new = with_overrides(name, group, {**known, **values})
+        kept = {key: getattr(new, key) for key in known}
+        write_overrides(conn, name, kept, datetime.now(timezone.utc))
+    for key in values:
+        typer.echo(f"{name}: {key} = {cell_text(_plain(new)[key])}")
+    _tell_conductor(place, name)
+
+
+def _tell_conductor(place: Deployment, name: str) -> None:
+    if not place.kick(name):
+        typer.echo("Redis is away; conductors see the change at their next look", err=True)
