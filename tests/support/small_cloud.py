@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -94,6 +94,14 @@ class SmallCloud:
 
     def close(self) -> None:
         """Nothing to close; the cloud outlives its drivers."""
+
+
+def until(true: Callable[[], object], seconds: float = 15.0) -> None:
+    """Waits for it."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
 
 
 def cloud_group(**values: Any) -> SimulatedGroupSettings:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,7 +15,7 @@ from tests.support.service import (
     static_settings,
 )
 from tests.support.sim_agent import SimAgent
-from tests.support.small_cloud import SmallCloud, cloud_group
+from tests.support.small_cloud import SmallCloud, cloud_group, until
 from valohai_dagster.capacity.clouds.base import Trouble
 from valohai_dagster.capacity.overrides import write_overrides
 from valohai_dagster.executions.capacity_state import kick, read_state
@@ -39,13 +38,6 @@ def cloudy(settings: Settings) -> Settings:
 def service(cloudy: Settings, cloud: SmallCloud) -> Iterator[RunningService]:
     with running_service(cloudy, drivers=cloud.open) as service:
         yield service
-
-
-def until(true: Callable[[], object], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def worker_on(
