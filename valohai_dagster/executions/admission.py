@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 from valohai_dagster.data import datums
 from valohai_dagster.data.secrets import SecretKey, Variable, variables_of_groups
 from valohai_dagster.data.survey import Answer, Pattern, Survey, remote_patterns
-from valohai_dagster.errors import ValohaiError
+from valohai_dagster.errors import RefusedError, ValohaiError
 from valohai_dagster.executions import ledger
 from valohai_dagster.executions.credentials import open_credentials
 from valohai_dagster.executions.dispatch import QueueEntry
 from valohai_dagster.executions.grants import GrantPlanner, job_of
 from valohai_dagster.executions.memory import Active, Details, Metrics
 from valohai_dagster.executions.preparation import Prepared, VariablesOf, choose_group, prepare
+from valohai_dagster.executions.quotas import Gate
 from valohai_dagster.executions.remarks import settle_versions_of
 from valohai_dagster.executions.spec_model import ExecutionSpec
 from valohai_dagster.executions.stream import ExecutionStatus as Status
@@ -42,6 +44,7 @@ class Admitted:
     new: bool = False
     elsewhere: bool = False  # the shard is another conductor's
     changed: Sequence[str] = ()  # warnings of inputs that have changed since their last use
+    waits: str | None = None  # why it is not queued yet although nothing is missing (L-10)
 
 
 class Admission:
@@ -111,8 +114,19 @@ class Admission:
                 known[key] = variables_of_groups(writing.conn, groups, self._secret_key)
             return known[key]
 
+        gate = Gate(writing, self._settings)
+        if mine:
+            gate.enter(self._groups_of(mine))
         pairs = zip(created, mine, strict=True)
-        return others + [self._create(writing, c, spec, variables_of) for c, spec in pairs]
+        return others + [self._create(writing, c, spec, variables_of, gate) for c, spec in pairs]
+
+    def _groups_of(self, specs: Sequence[ExecutionSpec]) -> set[str]:
+        """Of those that have one: whoever asks for an unknown one is refused later."""
+        found = set[str]()
+        for spec in specs:
+            with suppress(RefusedError):
+                found.add(choose_group(spec, self._settings)[0])
+        return found
 
     def _shard(self, spec: ExecutionSpec) -> int:
         return self._records.shard_of(spec.run_id or spec.execution_id)
@@ -143,10 +157,15 @@ class Admission:
         created: ledger.Created,
         spec: ExecutionSpec,
         variables_of: VariablesOf,
+        gate: Gate,
     ) -> Admitted:
         try:
+            group, _ = choose_group(spec, self._settings)
+            gate.require(spec, group)
+            if obstacle := gate.obstacle(created.id, spec, group):
+                return self._wait(writing, created, spec, group, obstacle)
             if self.patterns_of(spec):
-                return self._await_stores(writing, created, spec)
+                return self._wait(writing, created, spec, group)
             survey = Survey(self._stores)
             prepared = self._prepare(writing, created, spec, variables_of, survey)
         except ValohaiError as error:
@@ -179,26 +198,34 @@ class Admission:
         datums.hold(writing.conn, {file.datum_id for file in files if file.datum_id})
         return prepared
 
-    # -- those that wait for stores ----------------------------------------------------------------------------
+    # -- those that wait for stores or their turn --------------------------------------------------------------
     def patterns_of(self, spec: ExecutionSpec) -> list[Pattern]:
         """What stores behind a network have to be asked before the execution can be queued."""
         return remote_patterns(open_credentials(spec, self._secret_key), self._stores)
 
-    def _await_stores(
-        self, writing: Writing, created: ledger.Created, spec: ExecutionSpec
+    def _wait(
+        self,
+        writing: Writing,
+        created: ledger.Created,
+        spec: ExecutionSpec,
+        group: str,
+        obstacle: str | None = None,
     ) -> Admitted:
-        group, _ = choose_group(spec, self._settings)
-        row = ledger.execution_row(created, spec, group)
+        """It stays `created`: for its stores, or with an `obstacle` for its turn (L-10)."""
+        row = {**ledger.execution_row(created, spec, group), "reason": obstacle}
         active = _active(created, group, Status.created, spec)
         writing.change(active)
         writing.keep_metrics(created.id, Metrics())
         view = self._insert(writing, active, row, spec.project.name)
-        return Admitted(spec=spec, shard=created.shard, view=view, new=True)
+        return Admitted(spec=spec, shard=created.shard, view=view, new=True, waits=obstacle)
 
     def settle(
         self, writing: Writing, execution_id: str, answers: Mapping[Pattern, Answer]
     ) -> Admitted | None:
-        """Queues or refuses an execution that waited for stores; None when it does not wait any more."""
+        """Queues or refuses an execution that waited for stores, for its turn, or for both in this order.
+
+        None when it does not wait any more, or has to go on waiting for its turn.
+        """
         active = writing.find(execution_id)
         if active is None or active.status is not Status.created:
             return None
@@ -207,6 +234,8 @@ class Admission:
         writing.flush()
         row = ledger.row_of(writing.conn, execution_id)
         spec = ledger.spec_of(row)
+        if self._is_held(writing, active, spec):
+            return None
         identity = {"id": row.id, "shard": active.shard, "ctime": row.ctime}
         created = ledger.Created(**identity, project_id=row.project_id, counter=row.counter)
         survey = Survey(self._stores, answers)
@@ -220,6 +249,7 @@ class Admission:
         job, sources = prepared.job, self._planner.seal_sources(prepared.sources)
         changed = _active(created, job.group, Status.queued, spec)
         queued = {"status": Status.queued.value, "qtime": writing.now, "group_name": job.group}
+        queued["reason"] = None  # why it has waited
         writing.update(active, job=job.model_dump(mode="json"), sources=sources, **queued)
         writing.change(changed)
         if inputs := ledger.input_rows(job, prepared.asked):
@@ -227,6 +257,12 @@ class Admission:
         entry = QueueEntry(job=job, priority=spec.priority)
         known = {"spec": spec, "shard": active.shard, "queue": entry}
         return Admitted(**known, new=True, changed=prepared.changed)
+
+    def _is_held(self, writing: Writing, active: Active, spec: ExecutionSpec) -> bool:
+        """A group that is gone from the settings has no quotas; whatever is wrong with it is said by `_prepare`."""
+        gate = Gate(writing, self._settings)
+        known = active.group in self._settings.groups
+        return known and gate.obstacle(active.id, spec, active.group) is not None
 
     def _variables_now(self, writing: Writing) -> VariablesOf:
         return lambda groups: variables_of_groups(writing.conn, groups, self._secret_key)
@@ -306,8 +342,7 @@ class Admission:
         if active.status is Status.queued and active.token is None:
             # It may have been written without having been queued, just before a conductor died.
             job = job_of(writing.details(active.id), active)
-            front = active.attempt > 1
-            queue = QueueEntry(job=job, priority=active.priority, front=front)
+            queue = QueueEntry(job=job, priority=active.priority, front=active.front)
         elsewhere = not writing.is_mine(shard)
         return Admitted(spec=spec, shard=shard, queue=queue, elsewhere=elsewhere)
 

@@ -234,6 +234,11 @@ def queued_event(group: str, ahead: int, attempt: int, now: datetime) -> FollowE
     )
 
 
+def held_event(why: str, now: datetime) -> FollowEvent:
+    data = {"status": ExecutionStatus.created.value}
+    return FollowEvent(kind=EventKind.state, time=now, message=why, data=data)
+
+
 async def run_all(*parts: Coroutine[Any, Any, None]) -> None:
     """Runs them until all are done or one fails; then, or when cancelled itself, ends the others.
 

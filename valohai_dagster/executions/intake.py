@@ -9,7 +9,12 @@ from dataclasses import replace
 from itertools import groupby
 
 from valohai_dagster.executions.admission import Admission, Admitted
-from valohai_dagster.executions.core import ServiceCore, queued_event, standing_event
+from valohai_dagster.executions.core import (
+    ServiceCore,
+    held_event,
+    queued_event,
+    standing_event,
+)
 from valohai_dagster.executions.outbox import Outbox
 from valohai_dagster.executions.reading import StreamReader
 from valohai_dagster.executions.shards import Shards
@@ -170,12 +175,15 @@ class Intake:
                 outbox.tell(one.spec.execution_id, event)
             if one.view is not None and (standing or (one.new and one.view.status.final)):
                 outbox.tell(one.spec.execution_id, standing_event(one.view, now))
+            if one.waits is not None:
+                outbox.tell(one.spec.execution_id, held_event(one.waits, now))
             outbox.tell(one.spec.execution_id, *changed_events(self._core, one))
             if one.queue is not None:
                 outbox.queued.add(one.queue.job.group)
         await self._core.deliver(outbox)
         for one in admitted:
-            if one.view is not None and one.view.status is ExecutionStatus.created:
+            created = one.view is not None and one.view.status is ExecutionStatus.created
+            if created and one.waits is None:
                 self._surveys.begin(one.spec.execution_id)
 
 

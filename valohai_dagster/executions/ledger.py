@@ -119,6 +119,10 @@ def execution_row(created: Created, spec: ExecutionSpec, group: str) -> dict[str
         "phases": [],
         "usage": None,
         "warnings": [],
+        "restart_of": None,
+        "restarts": 0,
+        "user_name": spec.creator or None,
+        "team_name": ",".join(spec.teams) or None,
     }
 
 
@@ -243,7 +247,8 @@ def _actives(conn: sa.Connection, where: sa.ColumnElement[bool]) -> Iterable[Act
     query = (
         sa.select(
             *(_E.id, _E.shard, _E.group_name, _E.status, _E.attempt, _E.stop_requested),
-            *(_E.reason, _E.priority, _A.token, _A.worker, _A.last_seq, _A.suspected_at, condition),
+            *(_E.reason, _E.priority, _E.restarts, _A.token, _A.worker, _A.last_seq),
+            *(_A.suspected_at, _A.reclaimed_at, condition),
         )
         .join(t.attempts, sa.and_(_A.execution_id == _E.id, _A.number == _E.attempt))
         .where(where)
@@ -262,6 +267,8 @@ def _actives(conn: sa.Connection, where: sa.ColumnElement[bool]) -> Iterable[Act
             stop_requested=row.stop_requested,
             stop_reason=row.reason if row.stop_requested else None,
             suspected_at=row.suspected_at,
+            reclaimed_at=row.reclaimed_at,
+            restarts=row.restarts,
             priority=row.priority,
             condition=row.condition,
         )

@@ -23,6 +23,8 @@ _OF_THE_TRY = {
     "retry_number",
     "log_key",
     "creator",
+    "teams",
+    "organization",
     "client",
     "warnings",
     "sealed_uris",

@@ -13,6 +13,7 @@ from valohai_yaml.utils import listify
 
 from valohai_agent.protocol import JobMount
 from valohai_dagster.errors import SpecError
+from valohai_dagster.executions.access import NOBODY, Launcher
 from valohai_dagster.executions.parameters import (
     build_commands,
     resolve_parameters,
@@ -63,6 +64,7 @@ class StepConfig:
     no_output_timeout: int | float | str | None = None
     priority: int = 0
     fail_fast: bool = False  # C-22
+    autorestart: bool | None = None  # L-31; None: the step's
     remote_debug: Mapping[str, Any] | None = None  # port and public key (K-60)
     commit: str | None = None  # for `project_at`; build_spec itself ignores both
     adhoc: bool = False
@@ -80,7 +82,7 @@ class LaunchIds:
     log_key: Sequence[str] | None = None
     asset_key: Sequence[str] | None = None
     partition_key: str | None = None
-    creator: str = ""
+    launcher: Launcher = NOBODY
 
 
 def build_spec(
@@ -130,6 +132,7 @@ def build_spec(
         no_output_timeout_seconds=limits[1],
         stop_condition=step.stop_condition,
         fail_fast=config.fail_fast,
+        autorestart=bool(step.autorestart if config.autorestart is None else config.autorestart),
         remote_debug=debug,
         title=config.title,
         tags=list(dict.fromkeys(config.tags)),
@@ -152,7 +155,9 @@ def _identity(ids: LaunchIds) -> dict[str, Any]:
         "log_key": list(ids.log_key) if ids.log_key is not None else None,
         "asset_key": list(ids.asset_key) if ids.asset_key is not None else None,
         "partition_key": ids.partition_key,
-        "creator": ids.creator,
+        "creator": ids.launcher.user,
+        "teams": list(ids.launcher.teams),
+        "organization": ids.launcher.organization,
     }
 
 

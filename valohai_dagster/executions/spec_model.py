@@ -82,10 +82,15 @@ class ExecutionSpec(Spec):
     no_output_timeout_seconds: float | None = None
     stop_condition: str | None = Field(None, description="Expression on metadata (M-40).")
     fail_fast: bool = False
+    autorestart: bool = Field(
+        False, description="Another execution continues it when its machine is reclaimed (L-30)."
+    )
     remote_debug: RemoteDebug | None = None
     title: str | None = None
     tags: list[str] = Field(default_factory=list)
-    creator: str = ""
+    creator: str = Field("", description="The user who launched it, as the run's tags say.")
+    teams: list[str] = Field(default_factory=list, description="Teams of that user, likewise.")
+    organization: str = Field("", description="Likewise.")
     priority: int = 0
     client: dict[str, Any] = Field(
         default_factory=dict,

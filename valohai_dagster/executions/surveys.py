@@ -1,4 +1,5 @@
 """Executions whose inputs lie in stores behind a network: asked in threads, with a time limit, outside any transaction.
+Also those that wait for a quota, which are looked at again when their turn has come.
 
 Such an execution is written down as `created` first, so nothing is lost when this process dies: whoever looks after
 its shard then asks again. A store that is slow holds up nobody but those who want its files.
@@ -17,6 +18,7 @@ from valohai_dagster.executions import ledger
 from valohai_dagster.executions.admission import Admission, Admitted
 from valohai_dagster.executions.core import ServiceCore, cancel_all, queued_event
 from valohai_dagster.executions.outbox import Outbox
+from valohai_dagster.executions.quotas import held
 from valohai_dagster.executions.shards import Shards
 from valohai_dagster.executions.stops import add_final
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, FollowEvent
@@ -45,9 +47,16 @@ class Surveys:
         self._pools: dict[str, ThreadPoolExecutor] = {}
 
     async def look(self) -> None:
-        """Takes up what others have left, after a start or a change of shards."""
-        for active in self._core.memory.all():
-            if active.status is ExecutionStatus.created and self._shards.may_write(active.shard):
+        """Takes up what others have left, after a start or a change of shards, and those whose turn has come (L-10)."""
+        core = self._core
+        created = [a for a in core.memory.all() if a.status is ExecutionStatus.created]
+        mine = [a for a in created if self._shards.may_write(a.shard) and a.id not in self._tasks]
+        if not mine:
+            return
+        groups = {active.group for active in mine}
+        waiting = await core.read(lambda conn: held(conn, core.settings, groups))
+        for active in mine:
+            if active.id not in waiting:
                 self.begin(active.id)
 
     def begin(self, execution_id: str) -> None:

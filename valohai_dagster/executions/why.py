@@ -132,6 +132,9 @@ def explain_execution(facts: Facts) -> Explanation:
 
 
 def _created(facts: Facts) -> Explanation:
+    if facts.reason is not None:  # L-10
+        more = f"`valohai-dagster groups set {facts.group} ...` raises the quota"
+        return Explanation(state="quota", text=facts.reason, next_step=f"wait; {more}")
     text = "accepted and not queued yet: the conductor resolves its inputs"
     return Explanation(state="created", text=text)
 

@@ -14,6 +14,7 @@ import dagster as dg
 from dagster import AssetExecutionContext, AssetKey, DagsterEventType, EventLogRecord
 
 from valohai_dagster.errors import SpecError, ValohaiError
+from valohai_dagster.executions.access import launcher_of
 from valohai_dagster.executions.spec import LaunchIds, StepConfig
 from valohai_dagster.executions.spec_model import ExecutionSpec, execution_id_of
 from valohai_dagster.executions.stream import ExecutionStatus, ExecutionView
@@ -214,7 +215,7 @@ def launch_ids(context: AssetExecutionContext, tag: StepTag) -> LaunchIds:
         retry_number=retry,
         log_key=log_key(context, step_key),
         asset_key=list(tag.asset_key),
-        creator=context.run.tags.get("dagster/user", ""),
+        launcher=launcher_of(context.run.tags),
     )
 
 

@@ -17,6 +17,7 @@ from dagster import (
 )
 
 from valohai_dagster.errors import ValohaiError
+from valohai_dagster.executions.access import launcher_of
 from valohai_dagster.executions.effects import leased_text
 from valohai_dagster.executions.service import ExecutionService
 from valohai_dagster.executions.spec import LaunchIds, StepConfig
@@ -255,7 +256,7 @@ class StepTry:
             retry_number=self._previous_attempts,
             log_key=self._log_key(),
             asset_key=list(self._tag.asset_key),
-            creator=run.dagster_run.tags.get("dagster/user", ""),
+            launcher=launcher_of(run.dagster_run.tags),
         )
 
     def _log_key(self) -> Sequence[str]:
