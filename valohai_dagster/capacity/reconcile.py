@@ -75,6 +75,7 @@ class _Look:
         self.seats = by_machine(load.seats)
         self.decisions: list[str] = []
         self.drain: dict[str, str] = {}
+        self.draining: set[str] = set()  # machines that are from now on
         self.refused = False  # something that another zone or way of buying may give
 
     @property
@@ -141,6 +142,7 @@ class Reconciler:
 
     def _look(self, look: _Look) -> Plan:
         look.inventory.close(self._told)
+        self._closed.update((one.machine.id, look.now) for one in look.inventory.closed)
         self._take_list(look)
         look.inventory.take_seats(look.seats)
         self._remember(look.inventory)
@@ -212,7 +214,6 @@ class Reconciler:
         for kind, text, machine_id in inventory.notes:
             self._book.note(kind, text, machine_id=machine_id)
         for one in inventory.closed:
-            self._closed[one.machine.id] = self._clock()
             self._misses.pop(one.machine.id, None)
             self._not_before.pop(one.machine.id, None)
         inventory.saved()
@@ -381,7 +382,8 @@ class Reconciler:
             known = replace(known, draining_since=look.now, reason=action.reason)
             look.inventory.put(known)
             self._remember(look.inventory)
-        if known.draining_since == look.now:
+            look.draining.add(known.machine.id)
+        if known.machine.id in look.draining:
             self._decided(look, action)
         look.drain[action.worker] = known.reason or action.reason
         self._reminded[action.worker] = look.now
@@ -421,7 +423,9 @@ class Reconciler:
         look.refused = True
         holds = self._book.holds()
         self._hold(holding.hold_after(error, holds, look.now), holds)
-        if error.trouble is not Trouble.outage:
+        first = intent.at == look.now  # what is refused later says little about what was accepted before
+        surely = first or error.trouble in (Trouble.capacity, Trouble.quota)
+        if surely and error.trouble is not Trouble.outage:
             self._done(intent, f"refused: {error}")
 
     def _change(self, look: _Look, intent: Intent) -> None:

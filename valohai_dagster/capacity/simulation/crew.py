@@ -36,7 +36,9 @@ class Worker:
     name: str
     machine: str
     slots: int
-    jobs: set[int] = field(default_factory=set)  # that it computes, whoever's they are by now
+    jobs: dict[int, int] = field(
+        default_factory=dict
+    )  # that it computes, by lease; also those of others by now
     draining: bool = False
     alive: bool = True
     cut_off: bool = False
@@ -74,7 +76,11 @@ class Crew:
 
     def holds_work(self, worker: Worker) -> int:
         """How many jobs are its own, as far as anybody else knows."""
-        return sum(self.jobs[number].worker is worker for number in worker.jobs)
+        return sum(self._owns(worker, number) for number in worker.jobs)
+
+    def _owns(self, worker: Worker, number: int) -> bool:
+        job = self.jobs[number]
+        return job.worker is worker and job.lease == worker.jobs[number]
 
     def busy(self, machine: str) -> bool:
         return any(self.holds_work(one) and one.alive for one in self._on(machine))
@@ -101,12 +107,12 @@ class Crew:
         job.worker, job.lease = worker, job.lease + 1
         if job.started_at is None:
             job.started_at = self.timeline.seconds
-        worker.jobs.add(job.number)
+        worker.jobs[job.number] = job.lease
         lease = job.lease
         self.timeline.after(job.work.lasts, lambda: self._computed(worker, job, lease))
 
     def _computed(self, worker: Worker, job: Job, lease: int) -> None:
-        if not worker.alive or job.number not in worker.jobs:
+        if not worker.alive or worker.jobs.get(job.number) != lease:
             return
         if worker.cut_off:
             worker.results.append((job, lease))
@@ -117,7 +123,7 @@ class Crew:
     def _report(self, worker: Worker, job: Job, lease: int) -> None:
         if job.worker is worker and job.lease == lease:
             job.worker, job.finished_at = None, self.timeline.seconds
-        worker.jobs.discard(job.number)
+        worker.jobs.pop(job.number, None)
 
     def _freed(self, worker: Worker) -> None:
         if not worker.jobs:
@@ -134,7 +140,7 @@ class Crew:
             return
         for number in sorted(worker.jobs):
             job = self.jobs[number]
-            if job.worker is worker:
+            if self._owns(worker, number):
                 self.doubled += worker.alive
                 job.worker = None
                 self._enqueue(job, front=True)
@@ -200,9 +206,11 @@ class Crew:
         if not worker.alive:
             return
         worker.cut_off = False
-        worker.jobs = {number for number in worker.jobs if self.jobs[number].worker is worker}
         for job, lease in worker.results:
             self._report(worker, job, lease)
+        worker.jobs = {
+            number: lease for number, lease in worker.jobs.items() if self._owns(worker, number)
+        }
         worker.results = []
         self._freed(worker)
 
