@@ -22,6 +22,13 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from valohai_agent.errors import AgentError
+from valohai_agent.machine.commands import add_commands
+from valohai_agent.machine.program import (
+    BUSY_MARK,
+    EXIT_REFUSED,
+    EXIT_UPDATE,
+    SUPERVISED_VARIABLE,
+)
 from valohai_agent.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from valohai_agent.version import __version__
 
@@ -32,7 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXIT_REFUSED = 2  # cannot work like this; restarting will not help
 EXIT_NAME_TAKEN = 3
 
 app = typer.Typer(
@@ -248,17 +254,18 @@ def run_agent(options: AgentOptions) -> int:
     from valohai_agent.session import NameTaken
 
     try:
-        _run_agent(options)
+        update_wanted = _run_agent(options)
     except NameTaken as exc:
         logger.error("%s", exc, extra={"action": "name-taken"})
         return EXIT_NAME_TAKEN
     except (AgentError, ValueError) as exc:
         logger.error("%s", exc, extra={"action": "refused"})
         return EXIT_REFUSED
-    return 0
+    return EXIT_UPDATE if update_wanted else 0
 
 
-def _run_agent(options: AgentOptions) -> None:
+def _run_agent(options: AgentOptions) -> bool:
+    """Whether it was told to give way to a newer agent."""
     from valohai_agent.cache.keeping import Caretaker
     from valohai_agent.host import observe_host
     from valohai_agent.job import JobRun
@@ -283,7 +290,7 @@ def _run_agent(options: AgentOptions) -> None:
     reap()
     link = connect(options.redis_url, stop=signals.leaving)
     if signals.leaving.is_set():
-        return
+        return False
     identity = AgentIdentity(
         deployment=options.deployment or find_deployment(link),
         group=options.queue,
@@ -291,6 +298,7 @@ def _run_agent(options: AgentOptions) -> None:
         slots=options.slots,
         runtime=runtime.name,
         host=host,
+        supervised=SUPERVISED_VARIABLE in os.environ,
     )
     session = Session(link, identity, work_dir=options.work_dir, cached=cache.marks)
     session.register(stop=signals.leaving)
@@ -304,7 +312,10 @@ def _run_agent(options: AgentOptions) -> None:
         gpus=options.gpus,
     )
     wanted = LoopOptions(
-        slots=options.slots, once=options.once, idle_exit_seconds=options.idle_exit_seconds
+        slots=options.slots,
+        once=options.once,
+        idle_exit_seconds=options.idle_exit_seconds,
+        busy_mark=options.work_dir / BUSY_MARK,
     )
     loop = WorkerLoop(session, wanted, start_run=lambda lease: JobRun(lease, around), reap=reap)
     caretaker = Caretaker(cache, idle=lambda: session.busy == 0, share=share)
@@ -320,6 +331,7 @@ def _run_agent(options: AgentOptions) -> None:
         caretaker.close()
         _close_caches(cache, share)
     logger.info("agent %s is done", options.name, extra={"action": "exit"})
+    return loop.update_wanted
 
 
 @contextlib.contextmanager
@@ -411,6 +423,9 @@ def _log_start(options: AgentOptions, runtime: str) -> None:
     text = "agent %s %s takes jobs of %s in %d slots, %s runtime, working in %s"
     values = (options.name, __version__, options.queue, options.slots, runtime, options.work_dir)
     logger.info(text, *values, extra=extra)
+
+
+add_commands(app)
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ def observe_host() -> Host:
     VALOHAI_AGENT_LOCAL_IP and VALOHAI_AGENT_PUBLIC_IP, since this asks no metadata service."""
     return Host(
         hostname=socket.gethostname(),
-        machine_id=os.environ.get("VALOHAI_AGENT_MACHINE_ID") or _machine_id(),
+        machine_id=os.environ.get("VALOHAI_AGENT_MACHINE_ID") or observe_machine_id(),
         local_ips=_local_ips(),
         public_ip=os.environ.get("VALOHAI_AGENT_PUBLIC_IP", ""),
         gpus=_gpus(),
@@ -71,7 +71,8 @@ def disk_free_bytes(path: Path) -> int:
         return 0
 
 
-def _machine_id() -> str:
+def observe_machine_id() -> str:
+    """What the operating system calls this machine; empty when it does not."""
     for path in _MACHINE_ID_FILES:
         try:
             return path.read_text().strip()

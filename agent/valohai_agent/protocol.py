@@ -709,6 +709,9 @@ class Worker(Message):
     started_at: str = ""
     seen_at: str = ""
     disk_free_bytes: int = 0
+    supervised: bool = Field(
+        default=False, description="Told to `update`, it is started again as the published agent."
+    )
     gpus: str = Field(default="", description="Comma-separated device names.")
     cached: str = Field(
         default="",

@@ -58,6 +58,7 @@ class AgentIdentity:
     slots: int = 1
     runtime: str = ""
     host: Host = field(default_factory=Host)
+    supervised: bool = False
     protocol_min: int = MIN_PROTOCOL_VERSION
     protocol_max: int = PROTOCOL_VERSION
 
@@ -246,6 +247,7 @@ class Session:
             protocol=identity.protocol_max,
             protocol_min=identity.protocol_min,
             runtime=identity.runtime,
+            supervised=identity.supervised,
             slots=identity.slots,
             busy=self.busy,
             state=self.state,

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import redis
@@ -46,6 +47,7 @@ class LoopOptions:
     slots: int = 1
     once: bool = False  # run one job, then end
     idle_exit_seconds: float | None = None  # end after being idle for so long
+    busy_mark: Path | None = None  # a file that is touched while something runs
 
 
 class WorkerLoop:
@@ -72,6 +74,7 @@ class WorkerLoop:
         self._early: dict[str, tuple[float, Command]] = {}
         self._idle_since = time.monotonic()
         self._taken = 0
+        self.update_wanted = False  # to be started again, by a newer agent
         self._notice: Notice | None = None
         keys, identity = session.keys, session.identity
         self._commands = CommandReader(
@@ -109,6 +112,9 @@ class WorkerLoop:
         if command.execution_id is not None:
             self._dispatch_to_run(command.execution_id, command)
         elif own and command.kind in ("drain", "update"):
+            self.update_wanted = command.kind == "update" and (
+                self.update_wanted or not self._draining.is_set()
+            )
             self.drain()
         elif own and command.kind == "upload-now":
             for run in list(self._runs.values()):
@@ -125,6 +131,7 @@ class WorkerLoop:
             self._draining.wait(0.5) if not self._draining.is_set() else self._wait_for_change(0.2)
             self._drain_when_idle()
             self._announce_drain()
+            self._mark_busy()
             if time.monotonic() - reaped_at > REAP_SECONDS:
                 self._clean_up()
                 reaped_at = time.monotonic()
@@ -139,6 +146,16 @@ class WorkerLoop:
     def _wait_for_change(self, seconds: float) -> None:
         with self._changed:
             self._changed.wait(seconds)
+
+    def _mark_busy(self) -> None:
+        """Whoever powers abandoned machines off sees that this one is in use."""
+        mark = self._options.busy_mark
+        if mark is not None and self._runs:
+            try:
+                mark.touch()
+            except OSError as exc:
+                extra = {"action": "busy-mark-failed"}
+                logger.warning("cannot mark this machine as busy: %s", exc, extra=extra)
 
     def _announce_drain(self) -> None:
         if self._draining.is_set() and not self._session.draining:

@@ -9,6 +9,7 @@ What is unpacked lies beside the file, else in the user's cache. It is used only
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -35,9 +36,7 @@ def main() -> None:
     os.environ["VALOHAI_AGENT_FILE"] = file
     os.environ["PYTHONPATH"] = tree  # for the agent's own helper processes
     sys.path[0] = tree
-    from valohai_agent.cli import main as run
-
-    run()
+    importlib.import_module("valohai_agent.cli").main()
 
 
 def tag() -> str:

@@ -53,8 +53,8 @@ def releases(conn: sa.Connection) -> Sequence[Release]:
     return [Release(**row._mapping) for row in rows]
 
 
-def is_outdated(worker_version: str, release: Release | None) -> bool:
-    """Whether a worker is so far from the current release that its machine has to be replaced.
+def is_outdated(worker_version: str, release: str | None) -> bool:
+    """Whether a worker is so far from the current release (its version) that its machine has to be replaced.
 
     Within the window, one minor version to either side, agents and control planes understand each other, and an agent
     brings itself up to date when it is told to (`update`). Nothing is known of a version that is none.
@@ -62,7 +62,7 @@ def is_outdated(worker_version: str, release: Release | None) -> bool:
     if release is None:
         return False
     try:
-        mine, current = Version(worker_version), Version(release.version)
+        mine, current = Version(worker_version), Version(release)
     except InvalidVersion:
         return False
     return mine.major != current.major or abs(mine.minor - current.minor) > WINDOW
