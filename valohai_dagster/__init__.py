@@ -18,6 +18,7 @@ from valohai_dagster.version import __version__
 if TYPE_CHECKING:
     from valohai_dagster.errors import ProjectError, SpecError, ValohaiError
     from valohai_dagster.plugin.assets import load_valohai_project, project_assets
+    from valohai_dagster.plugin.autoscaling import valohai_autoscaling_sensor
     from valohai_dagster.plugin.checks import MetricCheck
     from valohai_dagster.plugin.component import ValohaiProjectComponent
     from valohai_dagster.plugin.compute_logs import ValohaiComputeLogManager
@@ -52,6 +53,7 @@ _HOME = {
     "load_valohai_project": "plugin.assets",
     "project_assets": "plugin.assets",
     "store_resources": "plugin.store_resources",
+    "valohai_autoscaling_sensor": "plugin.autoscaling",
     "valohai_job": "plugin.jobs",
 }
 
@@ -77,6 +79,7 @@ __all__ = [
     "load_valohai_project",
     "project_assets",
     "store_resources",
+    "valohai_autoscaling_sensor",
     "valohai_job",
 ]
 

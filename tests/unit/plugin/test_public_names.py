@@ -29,6 +29,7 @@ NAMES = [
     "load_valohai_project",
     "project_assets",
     "store_resources",
+    "valohai_autoscaling_sensor",
     "valohai_job",
 ]
 HEAVY = {
