@@ -97,7 +97,8 @@ class ExecutionClient:
         """Yields the execution's events up to and including `final`; `None` about once a second of silence.
 
         The `None` ticks give the caller a moment for its own business, such as noticing an interrupt. An event
-        may come twice after a restart of the service. Outages of Redis are waited out.
+        may come twice after a restart of the service. Outages of Redis are waited out. Where another execution
+        continues this one (L-32), its events follow, and the `final` is that of the last one.
         """
         stream, last, silent = self._keys.follow(execution_id), "0-0", 0.0
         while True:
@@ -115,9 +116,21 @@ class ExecutionClient:
             for entry_id, fields in batch:
                 last = entry_id
                 event = FollowEvent.model_validate_json(fields["e"])
-                yield event
+                following = event.data.get("continued_by")
+                if event.kind is not EventKind.final or following is None:
+                    yield event
                 if event.kind is EventKind.final:
+                    if following is not None:
+                        yield _handed_on(event)
+                        yield from self._follow_next(execution_id, following)
                     return
+
+    def _follow_next(self, execution_id: str, following: str) -> Iterator[FollowEvent | None]:
+        """The execution that continues it, known by what was asked for."""
+        spec = self._specs.get(execution_id)
+        if spec is not None:
+            self._specs[following] = spec.model_copy(update={"execution_id": following})
+        return self.follow(following)
 
     def _revive_conductor(self) -> None:
         """One that was killed is replaced; the new one goes on from the records."""
@@ -164,6 +177,12 @@ class ExecutionClient:
             log.warning(text, error, extra={"action": "outage", "step": "follow"})
             time.sleep(FOLLOW_BLOCK_MS / 1000)
             return None
+
+
+def _handed_on(final: FollowEvent) -> FollowEvent:
+    """The end of an execution that another one continues is no end for those who follow it."""
+    data = {"continued_by": final.data["continued_by"]}
+    return final.model_copy(update={"kind": EventKind.state, "data": data, "view": None})
 
 
 def _entry_id(text: str) -> tuple[int, int]:

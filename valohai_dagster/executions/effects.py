@@ -36,7 +36,6 @@ _ONLY_TOLD = (
     p.GrantsWanted,
     p.Warned,
     p.StopAcknowledged,
-    p.Preempted,
     p.LostLease,
 )
 
@@ -267,12 +266,16 @@ def _(body: p.StopAcknowledged, cause: Cause) -> list[FollowEvent]:
 
 @_apply.register
 def _(body: p.Preempted, cause: Cause) -> list[FollowEvent]:
+    """L-30. An agent that is shut down says so too, and says nothing of the machine."""
+    worker = cause.report.worker
+    if not body.what:
+        return [cause.event(EventKind.warning, f"the agent {worker} has to leave")]
+    gone_at = moment_of(cause.report) + timedelta(seconds=body.seconds_left or 0.0)
+    cause.update_attempt(reclaimed_at=gone_at)
+    cause.change(reclaimed_at=gone_at)
     left = "" if body.seconds_left is None else f", {body.seconds_left:.0f} s left"
-    return [
-        cause.event(
-            EventKind.warning, f"the machine of {cause.report.worker} is being reclaimed{left}"
-        )
-    ]
+    text = f"{body.what}{left}: worker {worker} interrupts the command and stores its outputs"
+    return [cause.event(EventKind.warning, text)]
 
 
 @_apply.register

@@ -15,6 +15,7 @@ from valohai_agent.protocol import Outcome
 from valohai_dagster.executions.stream import ExecutionStatus as Status
 
 MAX_INFRASTRUCTURE_ATTEMPTS = 3
+MAX_RESTARTS = 10  # L-32; counted apart from the attempts of one execution
 PARTITION_GRACE = timedelta(seconds=300)
 STOP_ACKNOWLEDGEMENT = timedelta(seconds=15)  # longer silence after a stop request is said
 
@@ -83,6 +84,7 @@ class LossStep(str, Enum):
     requeue = "requeue"
     give_up = "give-up"
     stopped = "stopped"
+    reclaimed = "reclaimed"  # `after_reclaim` decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ class Loss:
     death_confirmed: bool
     stop_requested: bool
     attempt: int
+    reclaimed_at: datetime | None = None  # by when its cloud had announced to take the machine
 
 
 def judge_loss(
@@ -105,11 +108,39 @@ def judge_loss(
     """The next step for a silent attempt.
 
     "Cannot reach" is not "failed": without a confirmed death the grace runs first, since the container may
-    well be computing on. Infrastructure attempts are bounded and never count as the user's retries.
+    well be computing on. A machine that is silent after its cloud had announced to take it away is gone.
+    Infrastructure attempts are bounded and never count as the user's retries.
     """
     expired = loss.suspected_at is not None and now - loss.suspected_at >= grace
-    if not (loss.death_confirmed or expired):
+    taken = loss.reclaimed_at is not None and now >= loss.reclaimed_at
+    if not (loss.death_confirmed or expired or taken):
         return LossStep.suspect if loss.suspected_at is None else LossStep.wait
     if loss.stop_requested:
         return LossStep.stopped
+    if loss.reclaimed_at is not None:
+        return LossStep.reclaimed
     return LossStep.give_up if loss.attempt >= max_attempts else LossStep.requeue
+
+
+class AfterReclaim(str, Enum):
+    """What follows an attempt that was cut short because its machine goes away."""
+
+    again = "again"  # the same execution, another attempt: nothing was lost
+    restart = "restart"  # another execution that continues it (L-30)
+    end = "end"
+
+
+def after_reclaim(
+    *,
+    began: bool,
+    autorestart: bool,
+    restarts: int,
+    attempt: int,
+    max_attempts: int = MAX_INFRASTRUCTURE_ATTEMPTS,
+) -> AfterReclaim:
+    """`began`: whether the command did. `restarts`: of the executions before it (L-31, L-32)."""
+    if not began and attempt < max_attempts:
+        return AfterReclaim.again
+    if autorestart and restarts < MAX_RESTARTS:
+        return AfterReclaim.restart
+    return AfterReclaim.end

@@ -7,22 +7,23 @@ from datetime import timedelta
 from typing import Any
 
 from valohai_dagster.executions import ledger
-from valohai_dagster.executions.core import ServiceCore, queued_event
-from valohai_dagster.executions.dispatch import QueueEntry
-from valohai_dagster.executions.grants import job_of
+from valohai_dagster.executions.core import ServiceCore
 from valohai_dagster.executions.lifecycle import Loss, LossStep, judge_loss
-from valohai_dagster.executions.memory import Active, Metrics
+from valohai_dagster.executions.memory import Active
 from valohai_dagster.executions.outbox import Outbox
+from valohai_dagster.executions.restarts import Restarts, begin_again
 from valohai_dagster.executions.salvage import Supervisor, recorded, salvage
 from valohai_dagster.executions.stops import add_final, end
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, FollowEvent
 from valohai_dagster.executions.writing import Writing
-from valohai_dagster.records import tables as t
 
 
 class Losses:
-    def __init__(self, core: ServiceCore, groups: Mapping[str, Supervisor]) -> None:
+    def __init__(
+        self, core: ServiceCore, groups: Mapping[str, Supervisor], restarts: Restarts
+    ) -> None:
         self._core = core
+        self._restarts = restarts
         self._groups = groups
         self._handling: set[str] = set()
 
@@ -47,6 +48,7 @@ class Losses:
             death_confirmed=death_confirmed,
             stop_requested=active.stop_requested > 0,
             attempt=active.attempt,
+            reclaimed_at=active.reclaimed_at,
         )
         step = judge_loss(
             loss,
@@ -59,6 +61,9 @@ class Losses:
             await self._suspect(active)
         elif step is LossStep.requeue:
             await self.requeue(active, why)
+        elif step is LossStep.reclaimed:
+            text = f"the machine of worker {active.worker} was reclaimed before the command ended: {what}"
+            await self._reclaimed(active, text)
         elif step in (LossStep.stopped, LossStep.give_up):
             await self._finish(active, why, stopped=step is LossStep.stopped)
 
@@ -90,43 +95,36 @@ class Losses:
         """Another attempt after an infrastructure loss, ahead of everything that waits."""
         logs = await self._salvage(active)
 
-        def change(writing: Writing) -> tuple[Outbox, QueueEntry | None]:
+        def change(writing: Writing) -> Outbox:
             outbox = Outbox()
             current = _same_attempt(writing, active)
-            if current is None:
-                return outbox, None
-            _end_attempt(writing, current, why, logs)
-            _withdraw_effects(writing, current)
-            number = current.attempt + 1
-            writing.insert(current, t.attempts, {"execution_id": active.id, "number": number})
-            status = ExecutionStatus.queued
-            writing.update(current, attempt=number, status=status.value)
-            current = writing.change(
-                current,
-                attempt=number,
-                status=status,
-                token=None,
-                worker=None,
-                last_seq=0,
-                suspected_at=None,
-            )
-            text = f"starting attempt {number}: {why}"
-            outbox.tell(active.id, _event(writing, current, text, EventKind.state))
-            job = job_of(writing.details(active.id), current)
-            entry = QueueEntry(job=job, priority=current.priority, front=True, force=True)
-            return outbox, entry
+            if current is not None:
+                _end_attempt(writing, current, why, logs)
+                begin_again(writing, outbox, current, why)
+            return outbox
 
-        core = self._core
-        async with core.admission:
-            outbox, entry = await core.transact(change)
-            if entry is not None:
-                (ahead,) = await core.patiently(lambda: core.dispatch.enqueue(entry), "queueing")
-                outbox.queued.add(entry.job.group)
-                if ahead is not None:
-                    job = entry.job
-                    event = queued_event(job.group, ahead, job.attempt, core.clock())
-                    outbox.tell(active.id, event)
-        await core.deliver(outbox)
+        async with self._core.admission:
+            outbox = await self._core.transact(change)
+            await self._core.deliver(outbox)
+            await self._restarts.queue(outbox)
+
+    async def _reclaimed(self, active: Active, why: str) -> None:
+        """Its cloud had announced to take the machine away, and nothing more was heard of it (L-30)."""
+        logs = await self._salvage(active)
+
+        def change(writing: Writing) -> Outbox:
+            outbox = Outbox()
+            current = _same_attempt(writing, active)
+            if current is not None:
+                _end_attempt(writing, current, why, logs)
+                self._restarts.after_loss(writing, outbox, current, why)
+                add_final(writing, outbox, [active.id], self._core)
+            return outbox
+
+        async with self._core.admission:
+            outbox = await self._core.transact(change)
+            await self._core.deliver(outbox)
+            await self._restarts.queue(outbox)
 
     async def _finish(self, active: Active, why: str, *, stopped: bool) -> None:
         logs = await self._salvage(active)
@@ -167,17 +165,6 @@ def _same_attempt(writing: Writing, active: Active) -> Active | None:
     if current is None or current.status.final or current.attempt != active.attempt:
         return None
     return current
-
-
-def _withdraw_effects(writing: Writing, active: Active) -> None:
-    """What the lost attempt has reported is no output of the execution any more, since the next one reports it anew.
-
-    Its files stay datums that this execution made: somebody may use them already, by an alias or as live outputs.
-    """
-    mine = t.datums.c.execution_id == active.id
-    writing.touch(active, t.datums).execute(t.datums.update().where(mine).values(withdrawn=True))
-    writing.keep_metrics(active.id, Metrics(count=writing.metrics(active.id).count))
-    writing.update(active, cumulative_metadata={})
 
 
 def _end_attempt(writing: Writing, active: Active, why: str, logs: dict[str, Any]) -> None:

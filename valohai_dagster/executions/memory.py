@@ -35,8 +35,15 @@ class Active:
     stop_requested: int = 0  # 0 no, 1 soft, 2 hard
     stop_reason: str | None = None
     suspected_at: datetime | None = None
+    reclaimed_at: datetime | None = None  # by when its cloud takes the machine of its worker away
     priority: int = 0
     condition: str | None = None  # M-40
+    restarts: int = 0  # executions that it continues (L-32)
+
+    @property
+    def front(self) -> bool:
+        """Whether it waits before all others: it was interrupted by no fault of its own."""
+        return self.attempt > 1 or self.restarts > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

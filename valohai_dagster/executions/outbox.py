@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from valohai_agent.protocol import Command
+from valohai_agent.protocol import Command, Job
 from valohai_dagster.executions.stream import FollowEvent
 from valohai_dagster.executions.wishes import Wish
 
@@ -24,6 +24,7 @@ class Outbox:
     queued: set[str] = field(default_factory=set)  # groups that have got new jobs
     stops_sent: list[str] = field(default_factory=list)  # executions whose worker has to answer
     stops_answered: list[str] = field(default_factory=list)
+    front: list[tuple[Job, int]] = field(default_factory=list)  # to queue before all; priority
     applied: list[str] = field(default_factory=list)  # kinds of reports, for those who count
 
     def tell(self, execution_id: str, *events: FollowEvent) -> None:

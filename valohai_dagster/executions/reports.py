@@ -7,6 +7,7 @@ again after a crash repeats only what followers or its agent may have missed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from valohai_dagster.executions.memory import Active
 from valohai_dagster.executions.minting import Minting
 from valohai_dagster.executions.outbox import Outbox
 from valohai_dagster.executions.reading import StreamReader
+from valohai_dagster.executions.restarts import Restarts
 from valohai_dagster.executions.shards import Shards
 from valohai_dagster.executions.stops import (
     StopConditions,
@@ -63,11 +65,13 @@ class Reports:
         shards: Shards,
         planner: GrantPlanner,
         minting: Minting,
+        restarts: Restarts,
     ) -> None:
         self._core = core
         self._shards = shards
         self._planner = planner
         self._minting = minting
+        self._restarts = restarts
         self._conditions = StopConditions()
         self._groups = {
             core.keys.reports(group, shard): group
@@ -140,12 +144,15 @@ class Reports:
             leases = await core.dispatch.leases(self._leases_wanted(ours))
             return await core.transact(lambda writing: self._change(writing, ours, leases))
 
-        outbox = await self._shards.insist(step, "reports")
-        for kind in outbox.applied:
-            telemetry.count(Count.reports, kind=kind)
-        for wish in outbox.wishes:
-            self._minting.begin(wish)
-        await self._core.deliver(outbox)
+        cut_short = any(_cuts_short(arrival) for arrival in arrivals)
+        async with core.admission if cut_short else contextlib.nullcontext():
+            outbox = await self._shards.insist(step, "reports")
+            for kind in outbox.applied:
+                telemetry.count(Count.reports, kind=kind)
+            for wish in outbox.wishes:
+                self._minting.begin(wish)
+            await core.deliver(outbox)
+            await self._restarts.queue(outbox)
 
     def _leases_wanted(self, arrivals: Sequence[Arrival]) -> set[tuple[str, str]]:
         """Where a token has to be bound to an attempt, or grants to be sealed."""
@@ -207,6 +214,10 @@ class Reports:
             )
             outbox.tell(active.id, *apply_report(cause))
             outbox.applied.append(report.body.kind)
+            if _cuts_short(arrival) and not active.stop_requested:
+                assert isinstance(report.body, p.Finished)
+                if not self._restarts.after_finish(writing, outbox, active, report.body):
+                    return False
         return self._answer(writing, outbox, report, lease)
 
     def _answer(
@@ -265,6 +276,11 @@ class Reports:
         end(writing, outbox, active, ExecutionStatus.crashed, reason)
         add_final(writing, outbox, [active.id], self._core)
         return outbox
+
+
+def _cuts_short(arrival: Arrival) -> bool:
+    body = arrival.report.body if arrival.report is not None else None
+    return isinstance(body, p.Finished) and body.preempted
 
 
 def _judge(active: Active, report: p.Report, lease: LeaseFacts | None) -> Verdict:

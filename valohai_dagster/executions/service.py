@@ -34,6 +34,7 @@ from valohai_dagster.executions.minting import Minting
 from valohai_dagster.executions.packaging import Packager
 from valohai_dagster.executions.registries.logins import RegistryLogins
 from valohai_dagster.executions.reports import Reports
+from valohai_dagster.executions.restarts import Restarts
 from valohai_dagster.executions.seat import Seat
 from valohai_dagster.executions.shards import Shards
 from valohai_dagster.executions.spec_model import ExecutionSpec
@@ -100,10 +101,11 @@ class ExecutionService(ServiceCore):
             drivers=drivers,
         )
         self.capacity = CapacityWatch(self, identity, tools)
-        self._losses = Losses(self, self.groups)
+        restarts = Restarts(self, planner)
+        self._losses = Losses(self, self.groups, restarts)
         self._watch = LeaseWatch(self, self.shards, self._losses, self)
         self._stops = Stops(self)
-        self._reports = Reports(self, self.shards, planner, self._minting)
+        self._reports = Reports(self, self.shards, planner, self._minting, restarts)
         admission = Admission(
             settings, records=records, stores=stores, planner=planner, secret_key=secret_key
         )

@@ -17,7 +17,7 @@ from valohai_dagster.executions.outbox import Outbox
 from valohai_dagster.executions.remarks import settle_versions_of
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, FollowEvent
 from valohai_dagster.executions.submissions import Submission
-from valohai_dagster.executions.views import views_of
+from valohai_dagster.executions.views import continued_by, views_of
 from valohai_dagster.executions.writing import Writing
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Stops:
         if active is None:
             log.warning("stop of unknown execution %s", execution_id, extra={"action": "stop"})
         elif active.status.final:
-            await core.patiently(lambda: core.snapshot(execution_id), "stopping")
+            await self._stop_continuation(execution_id, hard=hard, reason=reason)
         elif active.shard not in core.memory.fences:
             await self._pass_on(active, hard=hard, reason=reason)
         else:
@@ -43,6 +43,17 @@ class Stops:
                     lambda: self._stop(execution_id, hard=hard, reason=reason), "stopping"
                 )
             await core.deliver(outbox)
+
+    async def _stop_continuation(self, execution_id: str, *, hard: bool, reason: str) -> None:
+        """Who asks may not know yet that another execution continues it (L-32)."""
+        core, this = self._core, [execution_id]
+        following = await core.patiently(
+            lambda: core.read(lambda conn: continued_by(conn, this)), "stopping"
+        )
+        if execution_id in following:
+            await self.stop(following[execution_id], hard=hard, reason=reason)
+        else:
+            await core.patiently(lambda: core.snapshot(execution_id), "stopping")
 
     async def _pass_on(self, active: Active, *, hard: bool, reason: str) -> None:
         """To the conductor that looks after it."""

@@ -135,6 +135,13 @@ class ExecutionView(View):
     qtime: datetime | None = None
     started_at: datetime | None = None
     ended_at: datetime | None = None
+    restarts: int = 0
+    restart_of: str | None = Field(
+        default=None, description="The execution that was interrupted and that this one continues."
+    )
+    continued_by: str | None = Field(
+        default=None, description="The execution that continues this one (L-32)."
+    )
 
 
 class FollowEvent(View):

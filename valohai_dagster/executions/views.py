@@ -110,6 +110,8 @@ def views_of(
     with_inputs = [row.id for row in rows if (row.job or {}).get("inputs")]
     c = t.execution_inputs.c
     inputs = _by_execution(conn, t.execution_inputs, with_inputs, c.input, c.name)
+    stopped = [row.id for row in rows if row.status == ExecutionStatus.stopped.value]
+    continued = continued_by(conn, stopped) if stopped else {}
     return {
         row.id: execution_view(
             row,
@@ -117,9 +119,17 @@ def views_of(
             attempts=attempts[row.id],
             inputs=[input_view(item) for item in inputs[row.id]],
             outputs=[datum_view(item, datum_url) for item in outputs[row.id]],
+            continued_by=continued.get(row.id),
         )
         for row in rows
     }
+
+
+def continued_by(conn: sa.Connection, execution_ids: Collection[str]) -> dict[str, str]:
+    """Which execution continues each of these, where one does (L-32)."""
+    c = t.executions.c
+    query = sa.select(c.restart_of, c.id).where(c.restart_of.in_(execution_ids))
+    return {row.restart_of: row.id for row in conn.execute(query)}
 
 
 def _by_execution(
@@ -145,6 +155,7 @@ def execution_view(
     attempts: Sequence[Any],
     inputs: list[InputView],
     outputs: list[DatumView],
+    continued_by: str | None = None,
 ) -> ExecutionView:
     """`row`: the columns of the execution; `attempts`: rows of its attempts, oldest first."""
     last = attempts[-1] if attempts else None
@@ -185,4 +196,7 @@ def execution_view(
         qtime=row.qtime,
         started_at=row.started_at,
         ended_at=row.ended_at,
+        restarts=row.restarts,
+        restart_of=row.restart_of,
+        continued_by=continued_by,
     )

@@ -177,7 +177,7 @@ class LeaseWatch:
                 QueueEntry(
                     job=job_of(writing.details(active.id), active),
                     priority=active.priority,
-                    front=active.attempt > 1,
+                    front=active.front,
                 )
                 for active in known
                 if active is not None and active.status is ExecutionStatus.queued

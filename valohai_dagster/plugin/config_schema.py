@@ -123,6 +123,11 @@ def _running_fields(raw: Any) -> dict[str, Field]:
             is_required=False,
             description="Place in the queue: higher runs before lower. Default: 0.",
         ),
+        "autorestart": _optional(
+            Bool,
+            "Another execution continues this one when the machine is reclaimed (L-31), with the outputs so far in "
+            f"the input `_restart`. Default: {bool(raw.autorestart)}.",
+        ),
         "fail_fast": Field(
             Bool,
             is_required=False,
@@ -296,6 +301,7 @@ def step_config(
         no_output_timeout=config.get("no_output_timeout"),
         priority=config.get("priority") or 0,
         fail_fast=bool(config.get("fail_fast")),
+        autorestart=config.get("autorestart"),
         remote_debug=config.get("remote_debug"),
         tags=tuple(config.get("tags") or ()),
         title=config.get("title"),

@@ -71,6 +71,7 @@ class Follower:
         self._standing = ""  # what the last snapshot said
         self._outputs = OutputCount(clock)
         self._stopping = False
+        self._execution_id = spec.execution_id  # or of the one that continues it (L-32)
         self._mirror = Mirror(context.instance.compute_log_manager, backend, spec.execution_id)
 
     def wait(self) -> ExecutionView:
@@ -138,6 +139,9 @@ class Follower:
             if event.kind is EventKind.final and (words := self._outputs.words()):
                 self._say(words)
             self._say(event.message)
+        if following := event.data.get("continued_by"):
+            self._mirror.turn_to(following)
+            self._execution_id = following
 
     def _tell_snapshot(self, event: FollowEvent, before: Any) -> None:
         """Silence is answered by a snapshot each time; one that says nothing new would read like another start."""
@@ -155,7 +159,7 @@ class Follower:
             self._context.log.info(self._named(message))
 
     def _named(self, message: str) -> str:
-        return f"execution {self._spec.execution_id[:8]}: {message}"
+        return f"execution {self._execution_id[:8]}: {message}"
 
     def _hop(self, message: str) -> None:
         """A step of the stop's way to the container and back, as an event of its own."""
@@ -164,7 +168,7 @@ class Follower:
             self._context.run,
             self._named(message),
             step_key=step_key_of(self._context),
-            metadata={"execution": self._spec.execution_id},
+            metadata={"execution": self._execution_id},
         )
 
     # -- metrics while running ----------------------------------------------------------------------------------------
@@ -222,6 +226,11 @@ class Mirror:
         self._active = not isinstance(manager, ValohaiComputeLogManager)
         self._backend, self._execution_id = backend, execution_id
         self._cursor: str | None = None
+
+    def turn_to(self, execution_id: str) -> None:
+        """All of the one before is repeated first."""
+        self.pump()
+        self._execution_id, self._cursor = execution_id, None
 
     def pump(self) -> None:
         if not self._active:

@@ -101,6 +101,8 @@ def _facts(view: ExecutionView) -> dict[str, MetadataValue[Any]]:
         out["command"] = MetadataValue.md(_code_block(view.command))
     if view.attempt > 1:
         out["attempt"] = MetadataValue.int(view.attempt)
+    if view.restarts:
+        out["restarts"] = MetadataValue.int(view.restarts)
     if view.warnings:
         out["warnings"] = MetadataValue.md("\n".join(f"- {warning}" for warning in view.warnings))
     return out

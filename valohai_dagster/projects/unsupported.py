@@ -19,7 +19,6 @@ _STEP_KEYS = {
     "cache-volumes": "only Kubernetes workers have cache volumes (Y-14)",
     "runtime-config-preset": "runtime presets are not supported yet",
     "resources": "only Kubernetes workers have resource requests",
-    "autorestart": "restart after a spot interruption is not supported yet",
     "icon": "assets have no icons of their own",
 }
 _DAGSTER_GOES_ON = "stop-next"  # the `on-error` that Dagster has by itself (Y-95)

@@ -162,8 +162,9 @@ attempts = sa.Table(
     sa.Column("last_seq", sa.Integer, nullable=False, default=0),  # reports up to here are applied
     sa.Column("leased_at", UtcDateTime),
     sa.Column("suspected_at", UtcDateTime),
+    sa.Column("reclaimed_at", UtcDateTime),  # by when its cloud has announced to take the machine
     sa.Column("ended_at", UtcDateTime),
-    sa.Column("end", sa.String(32)),  # finished, lost, fenced
+    sa.Column("end", sa.String(32)),  # finished, lost, preempted
     sa.Column("reason", sa.Text),
     sa.Column(
         "logs", sa.JSON, nullable=False, default=dict

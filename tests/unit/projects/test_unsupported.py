@@ -68,7 +68,6 @@ def told(checked: CheckedConfig, *words: str) -> tuple[int | None, tuple[str, ..
     ("key", "value"),
     [
         ("icon", "rocket"),
-        ("autorestart", "true"),
         ("cache-volumes", "[v]"),
         ("runtime-config-preset", "p"),
         ("resources", "{cpu: {min: 1}}"),
@@ -88,7 +87,7 @@ def test_a_parameter_widget_is_named() -> None:
 
 
 def test_keys_that_ask_for_nothing_or_have_an_effect_are_not_named() -> None:
-    outputs = "    outputs: [{name: model, description: d}]\n    autorestart: false\n"
+    outputs = "    outputs: [{name: model, description: d}]\n    autorestart: true\n"
     assert not check(f"- step:\n    name: s\n    image: i\n    command: c\n{outputs}").unsupported
 
 

@@ -40,7 +40,8 @@ def identity(entry: EventLogEntry) -> tuple[Any, ...]:
     if kind is DagsterEventType.STEP_RESTARTED:
         return (DagsterEventType.STEP_START,)
     if kind is DagsterEventType.ENGINE_EVENT:
-        return (kind, event.message, str(data.metadata.get("attempt")) if data else None)
+        which = [data.metadata.get(name) for name in ("attempt", "restart")] if data else []
+        return (kind, event.message, *map(str, which))
     if kind is DagsterEventType.ASSET_OBSERVATION:
         return (kind, entry.timestamp)
     return (kind,)

@@ -150,6 +150,7 @@ class StepTry:
         self._warnings: list[str] = []  # about what the launch asks for
         self._told: set[tuple[int, str]] = set()
         self._leased = int((DagsterEventType.STEP_WORKER_STARTED,) in written)  # by which attempt
+        self._restart = 0  # which of the executions that continue each other
         self._observed_at = started_at
         self._key = AssetKey(list(facts.tag.asset_key))
         self.execution_id = execution_id_of(
@@ -167,6 +168,9 @@ class StepTry:
         mailbox = self._run.open_mailbox(self.execution_id)
         try:
             view = await self._begin(mailbox)
+            while view.continued_by is not None:
+                mailbox = self._turn_to(view.continued_by)
+                view = await self._go_on(mailbox, view)
             event = await self._end(view)
             told_in_log(mailbox.final_reported_at)
             return event
@@ -185,6 +189,29 @@ class StepTry:
         else:
             await self._run.call(self._remember)
         await self._write(self._opening(view, mailbox))
+        return await self._follow(mailbox, view)
+
+    def _turn_to(self, execution_id: str) -> Mailbox:
+        """L-32: another execution continues the one that was followed; for Dagster it is the same try of the step."""
+        self._run.close_mailbox(self.execution_id)
+        self.execution_id = execution_id
+        self._restart += 1
+        self._leased = -1
+        self._told.clear()
+        return self._run.open_mailbox(execution_id)
+
+    async def _go_on(self, mailbox: Mailbox, before: ExecutionView) -> ExecutionView:
+        view = await self._run.patiently(self._look)
+        assert view is not None, "it was written together with the end of the one before"
+        text = f"execution #{view.counter} continues #{before.counter}: {before.reason}"
+        entries = self._engine_event(text)
+        if view.worker:  # leased before anybody was there to be told
+            self._leased = view.attempt
+            entries += self._engine_event(leased_text(view.worker, view.host, view.runtime))
+        await self._write(entries)
+        return await self._follow(mailbox, view)
+
+    async def _follow(self, mailbox: Mailbox, view: ExecutionView) -> ExecutionView:
         if self._run.terminating and not view.status.final:
             await self._run.patiently(self.stop)
         while not view.status.final and mailbox.final is None:
@@ -315,7 +342,11 @@ class StepTry:
 
     def _engine(self, event: FollowEvent) -> list[EventLogEntry]:
         again = {"attempt": event.attempt} if event.attempt > 1 else {}
-        return self._events.engine(event.message, execution=self.execution_id, **again)
+        return self._engine_event(event.message, **again)
+
+    def _engine_event(self, message: str, **values: int) -> list[EventLogEntry]:
+        restart = {"restart": self._restart} if self._restart else {}
+        return self._events.engine(message, execution=self.execution_id, **values, **restart)
 
     def _start(self) -> list[EventLogEntry]:
         """STEP_START, once; a step that ends without ever having a worker starts just before its end."""

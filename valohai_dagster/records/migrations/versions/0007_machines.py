@@ -176,6 +176,9 @@ def _machines() -> None:
 
 
 def _executions() -> None:
+    op.add_column(
+        "vh_attempts", sa.Column("reclaimed_at", sa.DateTime(timezone=True), nullable=True)
+    )
     op.add_column("vh_executions", sa.Column("restart_of", sa.String(length=36), nullable=True))
     op.add_column(
         "vh_executions", sa.Column("restarts", sa.Integer(), server_default="0", nullable=False)
