@@ -116,11 +116,12 @@ class Claim:
     waits: bool
     priority: int = 0
     at: datetime
+    counter: int = 0  # in its project; of those that came together
 
     @property
-    def rank(self) -> tuple[int, datetime, str]:
+    def rank(self) -> tuple[int, datetime, int, str]:
         """Of two that wait the lower one goes first."""
-        return (-self.priority, self.at, self.id)
+        return (-self.priority, self.at, self.counter, self.id)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,7 +162,7 @@ class Admission:
         try:
             group, _ = choose_group(spec, self._settings)
             gate.require(spec, group)
-            if obstacle := gate.obstacle(created.id, spec, group):
+            if obstacle := gate.obstacle(spec, group, created.counter):
                 return self._wait(writing, created, spec, group, obstacle)
             if self.patterns_of(spec):
                 return self._wait(writing, created, spec, group)
@@ -234,7 +234,7 @@ class Admission:
         writing.flush()
         row = ledger.row_of(writing.conn, execution_id)
         spec = ledger.spec_of(row)
-        if self._is_held(writing, active, spec):
+        if self._is_held(writing, active, spec, row.counter):
             return None
         identity = {"id": row.id, "shard": active.shard, "ctime": row.ctime}
         created = ledger.Created(**identity, project_id=row.project_id, counter=row.counter)
@@ -258,11 +258,11 @@ class Admission:
         known = {"spec": spec, "shard": active.shard, "queue": entry}
         return Admitted(**known, new=True, changed=prepared.changed)
 
-    def _is_held(self, writing: Writing, active: Active, spec: ExecutionSpec) -> bool:
+    def _is_held(self, writing: Writing, active: Active, spec: ExecutionSpec, counter: int) -> bool:
         """A group that is gone from the settings has no quotas; whatever is wrong with it is said by `_prepare`."""
         gate = Gate(writing, self._settings)
         known = active.group in self._settings.groups
-        return known and gate.obstacle(active.id, spec, active.group) is not None
+        return known and gate.obstacle(spec, active.group, counter) is not None
 
     def _variables_now(self, writing: Writing) -> VariablesOf:
         return lambda groups: variables_of_groups(writing.conn, groups, self._secret_key)

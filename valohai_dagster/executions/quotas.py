@@ -67,28 +67,32 @@ class Gate:
         self.enter([group])
         require_access(group, self._groups[group], launcher_of_spec(spec))
 
-    def obstacle(self, execution_id: str, spec: ExecutionSpec, group: str) -> str | None:
-        """Why it has to stay `created` for now; None when it may be queued, and then it counts."""
+    def obstacle(self, spec: ExecutionSpec, group: str, counter: int) -> str | None:
+        """Why it has to stay `created` for now; None when it may be queued, and then it counts.
+
+        `counter`: of the execution, in its project.
+        """
         self.enter([group])
         turns = self._turns.get(group)
         if turns is None:
             return None
         return turns.take(
             Claim(
-                id=execution_id,
+                id=spec.execution_id,
                 launcher=launcher_of_spec(spec),
                 waits=True,
                 priority=spec.priority,
                 at=self._writing.now,
+                counter=counter,
             )
         )
 
 
 def _claims(conn: sa.Connection, group: str) -> list[Claim]:
     c = t.executions.c
-    query = sa.select(c.id, c.status, c.user_name, c.team_name, c.priority, c.ctime).where(
-        c.group_name == group, c.status.in_(_UNFINISHED)
-    )
+    query = sa.select(
+        c.id, c.status, c.user_name, c.team_name, c.priority, c.ctime, c.counter
+    ).where(c.group_name == group, c.status.in_(_UNFINISHED))
     return [
         Claim(
             id=row.id,
@@ -96,6 +100,7 @@ def _claims(conn: sa.Connection, group: str) -> list[Claim]:
             waits=row.status == Status.created.value,
             priority=row.priority,
             at=row.ctime,
+            counter=row.counter,
         )
         for row in conn.execute(query)
     ]

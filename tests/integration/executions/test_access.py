@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -38,8 +39,12 @@ def serve(settings: Settings) -> Iterator[Serve]:
         service.close()
 
 
+RUN = "7a2b2a0c-1d0e-4a7c-9a55-0d5a3e1f7c11"
+
+
 def submit(service: RunningService, user: str = "ann", **values: object) -> str:
-    spec = make_spec(creator=user, **values)
+    """All of one run, so that one conductor takes them in this order."""
+    spec = make_spec(**{"creator": user, "run_id": RUN, **values})
     service.client.submit(spec)
     return spec.execution_id
 
@@ -178,7 +183,7 @@ def test_l10_two_conductors_together_do_not_exceed_a_quota(
     with running_service(limited) as one, running_service(limited) as two:
         wait_for(lambda: one.held and two.held, seconds=20, what="both to have shards")
         for service in (one, two) * 10:
-            submit(service)
+            submit(service, run_id=str(uuid.uuid4()))
         wait_for(
             lambda: _statuses(one) == {"queued": 3, "created": 17}, seconds=20, what="3 and 17"
         )
