@@ -36,8 +36,8 @@ class Spell:
 class Weather:
     """How the cloud behaves. Rates are chances from 0 to 1 of each call or machine; times are in seconds.
 
-    `lost_answer_rate`: calls that have their effect and fail all the same. `partial_rate`: launches that give some of
-    the machines and fail. `silent_failure_rate`: launches that are accepted and never give a machine. `listing_lag`: how
+    `lost_answer_rate`: calls that have their effect and fail all the same. `partial_rate`: launches that give
+    only some of their machines; who asks again gets the rest, or is refused. `silent_failure_rate`: launches that are accepted and never give a machine. `listing_lag`: how
     old a list may be at most; a later list may be older. `delivery`: until an accepted launch makes its machines.
     """
 
@@ -226,10 +226,8 @@ class SimulatedCloud:
         if missing > 1 and chance.random() < weather.partial_rate:
             given = chance.randint(1, missing - 1)
         for _ in range(given):
-            self._make(launch)
+            self._make(launch, at_once=given < missing)
         self._asked[launch.token] = self._asked.get(launch.token, 0) + given
-        if given < missing:
-            raise _no_capacity(launch.zone, launch.purchase)
 
     def _check_capacity(self, zone: str, purchase: Purchase) -> None:
         now = self._clock()
@@ -240,9 +238,11 @@ class SimulatedCloud:
         if drought or self._random.random() < self.weather.capacity_error_rate:
             raise _no_capacity(zone, purchase)
 
-    def _make(self, launch: Launch) -> None:
+    def _make(self, launch: Launch, *, at_once: bool) -> None:
         now, chance = self._clock(), self._random
-        made = now + timedelta(seconds=chance.uniform(*self.weather.delivery))
+        made = now
+        if not at_once:
+            made += timedelta(seconds=chance.uniform(*self.weather.delivery))
         runs = made + timedelta(seconds=2)
         machine_id = f"sim-{chance.getrandbits(48):012x}"
         self.machines[machine_id] = SimulatedMachine(
