@@ -12,7 +12,8 @@ import sqlalchemy as sa
 
 from valohai_dagster.capacity.book import Known
 from valohai_dagster.capacity.machines import hold_of, known_of
-from valohai_dagster.capacity.model import Hold, MachineState
+from valohai_dagster.capacity.model import Hold
+from valohai_dagster.capacity.standing import state_of
 from valohai_dagster.records.capacity_tables import capacity_events as events
 from valohai_dagster.records.capacity_tables import holds as held
 from valohai_dagster.records.capacity_tables import intents as asked
@@ -32,22 +33,7 @@ class MachineRow:
 
     def state(self, busy: int | None = None) -> str:
         """One word. `busy`: executions of the workers on it, None when none has checked in."""
-        known = self.known
-        if known.gone_at is not None:
-            return "gone"
-        if known.missing_since is not None:
-            return "missing"
-        if known.machine.state is not MachineState.running:
-            return known.machine.state.value
-        if known.orphan_since is not None:
-            return "orphan"
-        if busy:
-            return "busy"
-        if known.draining_since is not None:
-            return "draining"
-        if known.registered_at is None:
-            return "starting"
-        return "idle" if busy == 0 else "silent"
+        return state_of(self.known, busy)
 
     def age(self, now: datetime) -> float:
         """Seconds from its launch until now, or until it was gone."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,6 +26,7 @@ from valohai_dagster.capacity.model import ActionKind, MachineState
 from valohai_dagster.capacity.overrides import effective
 from valohai_dagster.capacity.policy import policy_of
 from valohai_dagster.capacity.reconcile import Load, Outcome, Reconciler
+from valohai_dagster.capacity.standing import state_of
 from valohai_dagster.errors import ValohaiError
 from valohai_dagster.executions.capacity_load import Seats, fingerprint
 from valohai_dagster.executions.capacity_state import STATE_SECONDS, CapacityState
@@ -153,7 +155,7 @@ class GroupCapacity:
             log.exception("looking after the machines of %s failed", self.name, extra=extra)
             text = f"a defect of the execution service: {error!r}; its log has the details"
             outcome = Outcome(trouble=text)
-        return outcome, self._state(outcome, settings)
+        return outcome, self._state(outcome, settings, workers)
 
     def _reconcile(
         self,
@@ -206,8 +208,13 @@ class GroupCapacity:
             self._opened[1].close()
             self._opened = None
 
-    def _state(self, outcome: Outcome, settings: CloudGroupSettings) -> CapacityState:
+    def _state(
+        self, outcome: Outcome, settings: CloudGroupSettings, workers: Collection[Worker]
+    ) -> CapacityState:
         known = self._book.machines()
+        busy: dict[str, int] = defaultdict(int)
+        for worker in workers:
+            busy[worker.machine_id] += worker.busy
         alive = [
             one
             for one in known
@@ -230,6 +237,7 @@ class GroupCapacity:
             starting_since=min((since for since, _ in coming), default=None),
             up=sum(one.registered_at is not None for one in alive),
             stopped=sum(one.machine.state is MachineState.stopped for one in known),
+            states=Counter(state_of(one, busy.get(one.machine.id)) for one in known),
             max_machines=settings.max_machines,
             enabled=settings.enabled,
             looked_after_by=self._tools.name,

@@ -22,7 +22,8 @@ _TIME = re.compile(r"\d{1,2}:\d{2}(:\d{2})?")
 
 class CapacityState(BaseModel):
     """`trouble`: why machines that are needed do not come, None while all is well. `starting`: machines asked for or
-    booting, whose agent has not checked in; `starting_since`: the first of them."""
+    booting, whose agent has not checked in; `starting_since`: the first of them. `states`: machines that are there by
+    the word for how they stand."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -33,6 +34,7 @@ class CapacityState(BaseModel):
     starting_since: datetime | None = None
     up: int = 0
     stopped: int = 0
+    states: dict[str, int] = {}
     max_machines: int = 0
     enabled: bool = True
     looked_after_by: str = ""

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from valohai_dagster.executions.capacity_group import GroupCapacity
-from valohai_dagster.executions.capacity_state import KICKS_KEPT
+from valohai_dagster.executions.capacity_state import KICKS_KEPT, CapacityState
 from valohai_dagster.executions.capacity_tools import Tools
 from valohai_dagster.executions.core import ServiceCore, cancel_all
 from valohai_dagster.executions.identity import Identity
@@ -57,11 +57,15 @@ class CapacityWatch:
         """Groups that this conductor looks after."""
         return self._looking.keys()
 
+    def states(self) -> dict[str, CapacityState]:
+        """How the groups stood at the last look, of those that this conductor looks after."""
+        found = {name: one.state for name, (one, _) in self._looking.items()}
+        return {name: state for name, state in found.items() if state is not None}
+
     @property
     def busy(self) -> bool:
         """Whether there are machines that somebody has to look after."""
-        states = [one.state for one, _ in self._looking.values()]
-        return any(one and (one.starting or one.up or one.stopped) for one in states)
+        return any(one.starting or one.states for one in self.states().values())
 
     # -- leases ------------------------------------------------------------------------------------------------
     async def keep(self) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from valohai_dagster import telemetry
 from valohai_dagster.observability.listener import EndListener
 from valohai_dagster.observability.prometheus import EXTRA, Metrics
-from valohai_dagster.observability.readings import Driven, Queues, Unfinished, readings
+from valohai_dagster.observability.readings import (
+    Driven,
+    Machines,
+    Queues,
+    Unfinished,
+    readings,
+)
 from valohai_dagster.observability.spans import open_spans
 
 if TYPE_CHECKING:
@@ -41,6 +47,9 @@ class Hub:
     @property
     def driver(self) -> Driven | None:
         return self._driver()
+
+    def machines(self) -> Mapping[str, Machines]:
+        return self._service.capacity.states()
 
     def unfinished(self) -> Collection[Unfinished]:
         return self._service.memory.all()

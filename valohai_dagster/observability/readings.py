@@ -11,6 +11,7 @@ from typing import Protocol
 import redis
 
 from valohai_agent.protocol import Worker, WorkerState
+from valohai_dagster.capacity.standing import STATES
 from valohai_dagster.executions.stream import ExecutionStatus
 from valohai_dagster.observability.prometheus import Reading
 
@@ -57,6 +58,19 @@ class Driven(Protocol):
     def lanes(self) -> Lanes: ...
 
 
+class Machines(Protocol):
+    """How the machines of a group stood at the last look."""
+
+    @property
+    def states(self) -> Mapping[str, int]: ...
+
+    @property
+    def max_machines(self) -> int: ...
+
+    @property
+    def trouble(self) -> str | None: ...
+
+
 class Conductor(Protocol):
     """Everything that is read."""
 
@@ -74,10 +88,18 @@ class Conductor(Protocol):
 
     def unfinished(self) -> Collection[Unfinished]: ...
 
+    def machines(self) -> Mapping[str, Machines]:
+        """By group, of those that this conductor looks after."""
+        ...
+
 
 async def readings(conductor: Conductor) -> list[Reading]:
     """Values of this conductor; queues and workers are the deployment's, so every conductor tells the same of them."""
-    found = [*_executions(conductor.unfinished()), *_driver(conductor.driver)]
+    found = [
+        *_executions(conductor.unfinished()),
+        *_driver(conductor.driver),
+        *_machines(conductor.machines()),
+    ]
     found.append(
         Reading(
             name="shards_held",
@@ -123,6 +145,30 @@ def _driver(driver: Driven | None) -> Iterator[Reading]:
         value=driver.lanes.written,
         counter=True,
     )
+
+
+def _machines(groups: Mapping[str, Machines]) -> Iterator[Reading]:
+    for group, found in sorted(groups.items()):
+        for state in STATES:
+            if state != "gone":
+                yield Reading(
+                    name="machines",
+                    help="Machines of groups that this conductor looks after.",
+                    value=found.states.get(state, 0),
+                    labels={"group": group, "state": state},
+                )
+        yield Reading(
+            name="machines_max",
+            help="Machines that a group may have.",
+            value=found.max_machines,
+            labels={"group": group},
+        )
+        yield Reading(
+            name="machines_refused",
+            help="1 while machines that a group needs do not come, whatever the reason.",
+            value=1.0 if found.trouble else 0.0,
+            labels={"group": group},
+        )
 
 
 async def _groups(conductor: Conductor) -> list[Reading]:

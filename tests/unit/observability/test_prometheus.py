@@ -38,6 +38,9 @@ def page(queues: FakeQueues | None = None, **values: Any) -> str:
         shards_held=8,
         driver=SimpleNamespace(driven=5, lanes=SimpleNamespace(backlog=2, written=70)),
         unfinished=lambda: [SimpleNamespace(status=Status.queued, group="gpu")] * 3,
+        machines=lambda: {
+            "gpu": SimpleNamespace(states={"busy": 2, "starting": 1}, max_machines=5, trouble="no")
+        },
     )
     for name, value in values.items():
         setattr(conductor, name, value)
@@ -53,6 +56,10 @@ def test_everything_that_is_read_at_a_scrape_is_on_the_page():
         'valohai_workers{group="gpu",state="draining"} 1.0',
         'valohai_worker_slots{group="gpu",use="busy"} 1.0',
         'valohai_worker_slots{group="gpu",use="all"} 4.0',
+        'valohai_machines{group="gpu",state="busy"} 2.0',
+        'valohai_machines{group="gpu",state="idle"} 0.0',
+        'valohai_machines_max{group="gpu"} 5.0',
+        'valohai_machines_refused{group="gpu"} 1.0',
         "valohai_runs_in_flight 5.0",
         "valohai_lane_backlog 2.0",
         "valohai_events_written_total 70.0",

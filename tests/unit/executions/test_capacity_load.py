@@ -1,0 +1,64 @@
+"""Workers as the planner sees them."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from valohai_agent.protocol import Worker, WorkerState
+from valohai_dagster.executions.capacity_load import SETTLE, Seats, fingerprint
+
+NOW = datetime(2026, 5, 4, 12, 0, 0, tzinfo=timezone.utc)
+
+
+def worker(**values: Any) -> Worker:
+    defaults = {"name": "w", "incarnation": "i", "group": "gpu", "machine_id": "m-1"}
+    return Worker(**{**defaults, **values})
+
+
+def at(seconds: float) -> datetime:
+    return NOW + timedelta(seconds=seconds)
+
+
+def test_idle_is_counted_from_when_it_was_first_seen_and_anew_after_work():
+    seats = Seats()
+    assert seats.look([worker()], at(0))[0].idle_since == at(0)
+    assert seats.look([worker()], at(9))[0].idle_since == at(0)
+    assert seats.look([worker(busy=1)], at(10))[0].idle_since is None
+    assert seats.look([worker()], at(20))[0].idle_since == at(20)
+
+
+def test_another_process_of_the_same_name_is_another_worker():
+    seats = Seats()
+    seats.look([worker()], at(0))
+    assert seats.look([worker(incarnation="j")], at(9))[0].idle_since == at(9)
+
+
+def test_a_worker_that_begins_to_drain_may_still_be_getting_a_job():
+    seats, drains = Seats(), worker(state=WorkerState.draining)
+    assert seats.look([drains], at(0))[0].busy == 1
+    settled = at(SETTLE.total_seconds())
+    assert seats.look([drains], settled)[0].busy == 0
+    assert seats.look([worker(state=WorkerState.draining, busy=2)], settled)[0].busy == 2
+
+
+def test_who_was_on_a_machine_is_known_after_they_have_fallen_silent():
+    seats = Seats()
+    seats.look([worker(name="a"), worker(name="b"), worker(name="c", machine_id="m-2")], at(0))
+    seats.look([], at(60))
+    assert seats.workers_on("m-1") == {"a", "b"}
+    seats.forget("m-1")
+    assert seats.workers_on("m-1") == set()
+
+
+def test_outdated_workers_are_marked():
+    seats = Seats()
+    assert [one.outdated for one in seats.look([worker()], NOW, outdated={"w"})] == [True]
+
+
+def test_only_what_matters_changes_the_fingerprint():
+    before = fingerprint({0: 2}, [worker(seen_at="1")])
+    assert fingerprint({0: 1, 5: 1}, [worker(seen_at="2")]) == before
+    assert fingerprint({0: 2}, [worker(busy=1)]) != before
+    assert fingerprint({0: 2}, []) != before
+    assert fingerprint({0: 3}, [worker()]) != before
