@@ -229,7 +229,6 @@ class AwsGroupSettings(CloudGroupSettings):
     """Amazon EC2: an Auto Scaling group with a launch template, both made and kept up to date by us (E-40 to E-47)."""
 
     kind: Literal["aws"] = Field(description="`aws`.")
-    stops: ClassVar[bool] = False  # an Auto Scaling group replaces what is stopped
     instance_types: list[str] = Field(
         default_factory=list,
         description="Further instance types that may stand in for `instance_type` (mixed instances).",
@@ -246,6 +245,12 @@ class AwsGroupSettings(CloudGroupSettings):
     endpoint_url: str | None = Field(
         default=None, description="Address of the EC2 and Auto Scaling APIs other than that of AWS."
     )
+
+    @model_validator(mode="after")
+    def _stops_no_spot(self) -> AwsGroupSettings:
+        if self.stop_when_idle and self.spot:
+            raise ValueError("stop_when_idle: EC2 stops no spot machines, it only destroys them")
+        return self
 
 
 class GcpGroupSettings(CloudGroupSettings):

@@ -36,6 +36,7 @@ from moto.autoscaling.responses import AutoScalingResponse
 from moto.core.responses import ActionResult
 from moto.ec2.models import ec2_backends
 from moto.ec2.models.instances import Instance, InstanceBackend
+from moto.ec2.models.launch_templates import LaunchTemplateBackend
 from moto.ec2.responses.launch_templates import LaunchTemplates
 from moto.ec2.utils import parse_user_data
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -92,13 +93,16 @@ def launch_instances(response: AutoScalingResponse) -> ActionResult:
         raise _invalid("The launch would exceed the maximum size of the group")
     answer: dict[str, Any] = {"AutoScalingGroupName": name, "ClientToken": token}
     described = {"InstanceType": _type(group), "MarketType": market, "AvailabilityZone": zone}
+    answer |= {"Instances": [], "Errors": []}
     fault = WORLD.launch_fault(zone, "spot" if market == "Spot" else "on-demand")
     if fault is not None:
         error = {"ErrorCode": fault["code"], "ErrorMessage": fault["message"]}
-        return ActionResult({**answer, "Instances": [], "Errors": [{**described, **error}]})
-    ids = _launch(group, zone, market, count)
-    answer |= {"Instances": [{**described, "InstanceIds": ids}], "Errors": []}
-    WORLD.launches[name, token] = (parameters, answer)
+        answer["Errors"] = [{**described, **error}]
+        count = fault.get("room", 0)  # how many come all the same
+    if count:
+        ids = _launch(group, zone, market, count)
+        answer["Instances"] = [{**described, "InstanceIds": ids}]
+        WORLD.launches[name, token] = (parameters, answer)
     return ActionResult(answer)
 
 
@@ -174,6 +178,7 @@ def _launch(group: FakeAutoScalingGroup, zone: str, market: str, count: int) -> 
 _moto_reservations = InstanceBackend.all_reservations
 _moto_create_version = LaunchTemplates.create_launch_template_version
 _moto_terminated = AutoScalingBackend.notify_terminate_instances
+_moto_describe_versions = LaunchTemplateBackend.describe_launch_template_versions
 _moto_exit_standby = AutoScalingBackend.exit_standby_instances
 
 
@@ -211,6 +216,14 @@ def delete_launch_template_versions(response: LaunchTemplates) -> ActionResult:
     return ActionResult(answer)
 
 
+def _describe_versions(backend: Any, *arguments: Any, **more: Any) -> list[Any]:
+    return [
+        (template, version)
+        for template, version in _moto_describe_versions(backend, *arguments, **more)
+        if version.number not in template.__dict__.get("deleted", ())
+    ]
+
+
 def _terminated(backend: AutoScalingBackend, instance_ids: list[str]) -> None:
     still = {}
     for name, group in list(backend.autoscaling_groups.items()):
@@ -239,6 +252,7 @@ def correct_moto() -> None:
         (LaunchTemplates, "create_launch_template_version", _create_version),
         (AutoScalingBackend, "notify_terminate_instances", _terminated),
         (AutoScalingBackend, "exit_standby_instances", _exit_standby),
+        (LaunchTemplateBackend, "describe_launch_template_versions", _describe_versions),
         (InstanceBackend, "all_reservations", _all_reservations),
     ):
         setattr(owner, name, corrected)
@@ -255,12 +269,12 @@ def _instances() -> Iterator[Instance]:
 
 def _wipe() -> None:
     """All that drivers make. Networks stay: to make those of a region anew takes moto a third of a second."""
-    for ec2 in ec2_backends[ACCOUNT].values():
+    for ec2 in [one for account in ec2_backends.values() for one in account.values()]:
         ec2.reservations.clear()
         ec2.launch_templates.clear()
         ec2.launch_template_name_to_ids.clear()
         ec2.launch_template_insert_order.clear()
-    for scaling in autoscaling_backends[ACCOUNT].values():
+    for scaling in [one for account in autoscaling_backends.values() for one in account.values()]:
         scaling.reset()
     WORLD.clear()
 

@@ -131,7 +131,9 @@ class AwsDriver:
                     return _ids(known)
                 zones = self._places.zones(launch.zone, token=launch.token)
                 name = self._groups.prepare(launch, tags=self._tags(launch))
-                return self._launch_in(name, zones, launch)
+                made = self._launch_in(name, zones, launch)
+                self._groups.delete_old_versions(name)
+                return made
         except CloudError as error:
             if error.trouble is Trouble.invalid:
                 self._places.forget()  # images and subnets are replaced, and then the old ones are unknown

@@ -59,7 +59,7 @@ _MEANINGS: dict[str, Meaning] = {
         Scope.group,
         "RequestLimitExceeded Throttling ThrottlingException ThrottledException RequestThrottled "
         "RequestThrottledException EC2ThrottledException TooManyRequestsException SlowDown BandwidthLimitExceeded "
-        "PriorRequestNotComplete ResourceContention ResourceInUse ScalingActivityInProgress IdempotentCallInProgress "
+        "PriorRequestNotComplete ResourceContention ResourceInUse ScalingActivityInProgress "
         "ConcurrentTagAccess IncorrectInstanceState IncorrectState",
     ),
     **_all(
@@ -72,9 +72,11 @@ _MEANINGS: dict[str, Meaning] = {
         "MetadataRetrievalError ProfileNotFound TokenRetrievalError SSOTokenLoadError UnauthorizedSSOTokenError "
         "InvalidConfigError RefreshWithMFAUnsupportedError",
     ),
+    # A call that is still being worked on is like one without an answer: it may have its effect.
     **_all(
         Trouble.outage,
         Scope.group,
+        "IdempotentCallInProgress "
         "InternalError InternalFailure InternalServerError ServerInternal ServiceUnavailable Unavailable "
         "ServiceUnavailableException RequestTimeout EndpointConnectionError ConnectTimeoutError ReadTimeoutError "
         "ConnectionClosedError ConnectionError ProxyConnectionError HTTPClientError SSLError ResponseParserError",

@@ -76,7 +76,6 @@ class AwsGroups:
         most = max(settings["MaxSize"], found[0]["DesiredCapacity"] + launch.count)
         self._scaling.update_auto_scaling_group(**{**settings, "MaxSize": most})
         self._keep_still(found[0])
-        self._delete_old(name, version)
         return name
 
     def _write_version(self, name: str, launch: Launch, tags: Mapping[str, str]) -> int:
@@ -133,12 +132,19 @@ class AwsGroups:
         if not self._tags.items() <= requests.tags_of(found).items():
             self._scaling.create_or_update_tags(Tags=requests.group_tags(name, self._tags))
 
-    def _delete_old(self, name: str, newest: int) -> None:
+    # -- after one ----------------------------------------------------------------------------------------------
+
+    def delete_old_versions(self, name: str) -> None:
         """User data of past launches is of no use to anybody. Version 1 is the default, which cannot be deleted."""
-        last = newest - KEPT_VERSIONS
+        self._try("delete old versions of the launch template", lambda: self._delete_old(name))
+
+    def _delete_old(self, name: str) -> None:
+        ec2 = self._access.client("ec2")
+        found = ec2.describe_launch_templates(LaunchTemplateNames=[name])["LaunchTemplates"][0]
+        last = found["LatestVersionNumber"] - KEPT_VERSIONS
         old = range(max(2, last - DELETED_AT_ONCE + 1), last + 1)
         if old:
-            self._access.client("ec2").delete_launch_template_versions(
+            ec2.delete_launch_template_versions(
                 LaunchTemplateName=name, Versions=[str(one) for one in old]
             )
 
@@ -170,10 +176,10 @@ class AwsGroups:
                 if member["LifecycleState"].startswith(_LEAVING):
                     continue
                 if state in _DEAD or (state is None and unhealthy):
-                    self._try("remove", lambda member=member: self._end(member))
+                    self._try("remove a member", lambda member=member: self._end(member))
                 elif member["LifecycleState"] == "Standby" and state == "running":
                     self._try(
-                        "take back",
+                        "take back a member",
                         lambda found=found, member=member: self._scaling.exit_standby(
                             AutoScalingGroupName=found["AutoScalingGroupName"],
                             InstanceIds=[member["InstanceId"]],
@@ -186,7 +192,7 @@ class AwsGroups:
             call()
         except (BotoCoreError, ClientError) as error:
             log.warning(
-                "group %s: cannot %s a member of the Auto Scaling group yet: %s",
+                "group %s: cannot %s yet: %s",
                 self._group,
                 doing,
                 type(error).__name__,

@@ -52,7 +52,7 @@ class Launch:
     count: int = 1
     zone: str = ""
     purchase: Purchase = Purchase.on_demand
-    user_data: str = ""
+    user_data: str = field(default="", repr=False)
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
