@@ -28,7 +28,7 @@ from valohai_dagster.capacity.policy import policy_of
 from valohai_dagster.capacity.reconcile import Load, Outcome, Reconciler
 from valohai_dagster.capacity.standing import state_of
 from valohai_dagster.errors import ValohaiError
-from valohai_dagster.executions.capacity_load import Seats, fingerprint
+from valohai_dagster.executions.capacity_load import Seats, Updates, fingerprint
 from valohai_dagster.executions.capacity_state import STATE_SECONDS, CapacityState
 from valohai_dagster.executions.capacity_tools import Tools
 from valohai_dagster.executions.core import ServiceCore, is_outage
@@ -64,7 +64,8 @@ class GroupCapacity:
         self.state: CapacityState | None = None  # as of the last look
         self._core, self._file, self._tools, self._may_act = core, settings, tools, may_act
         self._book = self._make_book(settings)
-        self._seats = Seats()
+        self._seats, self._updates = Seats(), Updates()
+        self._update: str | None = None  # worker that is to make way for a newer agent
         self._news = asyncio.Event()
         self._retry = False
         self._seen: tuple[object, ...] = ()
@@ -166,6 +167,9 @@ class GroupCapacity:
     ) -> Outcome:
         now = self._core.clock()
         outdated = {one.name for one in workers if is_outdated(one.version, release)}
+        if release is not None:
+            version = release.version
+            self._update = self._updates.next(workers, version, now, outdated=outdated)
         load = Load(waiting=waiting, seats=self._seats.look(workers, now, outdated=outdated))
         policy = policy_of(settings, bootstrap=release.version if release else None)
         # A machine out of reach is not taken before its executions were given up.
@@ -252,6 +256,10 @@ class GroupCapacity:
             (self.name, worker, Command(kind="drain", reason=reason))
             for worker, reason in outcome.drain.items()
         ]
+        if self._update is not None:
+            command = Command(kind="update", reason="another version of the agent is published")
+            commands.append((self.name, self._update, command))
+            self._update = None
         if commands:
             await self._core.deliver(Outbox(commands=commands))
         for machine_id, what in outcome.dead.items():

@@ -11,6 +11,9 @@ from valohai_dagster.capacity.model import Seat
 
 # A worker that begins to drain may just be getting a job that it took before: not believed to be idle at once.
 SETTLE = timedelta(seconds=5)
+UPDATE_PAUSE = timedelta(
+    minutes=10
+)  # before a worker that is still of another version is told again
 
 
 class Seats:
@@ -62,6 +65,34 @@ class Seats:
 
     def forget(self, machine_id: str) -> None:
         self._machines.pop(machine_id, None)
+
+
+class Updates:
+    """Which worker is to make way for the published agent: idle ones, one after another."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, datetime] = {}
+
+    def next(
+        self, workers: Collection[Worker], version: str, now: datetime, *, outdated: Collection[str]
+    ) -> str | None:
+        """`version`: of the published agent. `outdated`: those that cannot be updated; their machines are replaced."""
+        self._told = {name: at for name, at in self._told.items() if now - at < UPDATE_PAUSE}
+        if any(one.state is WorkerState.draining for one in workers):
+            return None
+        able = (
+            one.name
+            for one in workers
+            if one.version != version
+            and one.state is WorkerState.idle
+            and one.busy == 0
+            and one.name not in self._told
+            and one.name not in outdated
+        )
+        found = min(able, default=None)
+        if found is not None:
+            self._told[found] = now
+        return found
 
 
 def fingerprint(waiting: Mapping[int, int], workers: Collection[Worker]) -> tuple[object, ...]:

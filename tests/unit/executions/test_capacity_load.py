@@ -6,7 +6,13 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from valohai_agent.protocol import Worker, WorkerState
-from valohai_dagster.executions.capacity_load import SETTLE, Seats, fingerprint
+from valohai_dagster.executions.capacity_load import (
+    SETTLE,
+    UPDATE_PAUSE,
+    Seats,
+    Updates,
+    fingerprint,
+)
 
 NOW = datetime(2026, 5, 4, 12, 0, 0, tzinfo=timezone.utc)
 
@@ -62,3 +68,16 @@ def test_only_what_matters_changes_the_fingerprint():
     assert fingerprint({0: 2}, [worker(busy=1)]) != before
     assert fingerprint({0: 2}, []) != before
     assert fingerprint({0: 3}, [worker()]) != before
+
+
+def test_idle_workers_of_another_version_are_updated_one_after_another():
+    updates = Updates()
+    old, busy = worker(name="a", version="1.0.0"), worker(name="b", version="1.0.0", busy=1)
+    new, far = worker(name="c", version="1.0.1"), worker(name="d", version="0.1.0")
+    them = [old, busy, new, far]
+    assert updates.next(them, "1.0.1", at(0), outdated={"d"}) == "a"
+    assert updates.next(them, "1.0.1", at(1), outdated={"d"}) is None  # told, and on its way
+    later = UPDATE_PAUSE.total_seconds() + 1
+    assert updates.next(them, "1.0.1", at(later), outdated={"d"}) == "a"
+    leaving = [old, worker(name="e", version="1.0.0", state=WorkerState.draining)]
+    assert Updates().next(leaving, "1.0.1", NOW, outdated=()) is None
