@@ -1,4 +1,4 @@
-"""`valohai-dagster agents`: what agents on other machines need to join a worker group."""
+"""`valohai-dagster agents`: what agents on other machines need to join a worker group, and which agent they run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from redis.exceptions import NoPermissionError
 from valohai_agent.protocol import Keys
 from valohai_dagster.broker.access import agent_rules, server_version, set_agent_user
 from valohai_dagster.broker.connection import broker_url, connect
+from valohai_dagster.cli.agents_files import build, publish, releases, update, use
+from valohai_dagster.cli.agents_joining import join_token, new_password
 from valohai_dagster.errors import ConfigurationError, RefusedError
 from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import Settings, load_settings
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Agents on other machines.")
-
-
-@app.callback()
-def agents() -> None:
-    """Keeps `acl` a subcommand: typer would make a lone command the whole application."""
+for command in (join_token, build, publish, releases, use, update, new_password):
+    app.command()(command)
 
 
 @app.command("acl")

@@ -25,6 +25,7 @@ from valohai_dagster.observability.hub import observing
 from valohai_dagster.records.engine import Records, open_records
 from valohai_dagster.settings import Settings, load_settings
 from valohai_dagster.stores.registry import Stores, open_stores
+from valohai_dagster.web.joining import Joining
 from valohai_dagster.web.service_app import make_app
 from valohai_dagster.web.settings_watch import InUse
 
@@ -73,14 +74,16 @@ LEAVES_NOTHING = (Ending.idle, Ending.changed)
 async def _serve(settings: Settings, on_demand: bool) -> Ending:
     records, stores = open_records(settings), open_stores(settings)
     broker = await connect_async(settings)
+    secret_key = load_secret_key(settings)
     service = ExecutionService(
         settings,
         records=records,
         broker=broker,
         broker_url=broker_url(settings),
         stores=stores,
-        secret_key=load_secret_key(settings),
+        secret_key=secret_key,
     )
+    joining = Joining(settings, records=records, stores=stores, secret_key=secret_key)
     listener = _listen(settings)
     driving = Driving(settings, service, records, stores)
     with observing(service, lambda: driving.driver) as hub:
@@ -90,6 +93,7 @@ async def _serve(settings: Settings, on_demand: bool) -> Ending:
             host=settings.http_host,
             metrics=hub.render,
             webserver_url=lambda: settings.webserver_address,
+            further=joining.routes(),
         )
         ending = await _serve_until_told(
             settings, service, driving, _http_server(app), listener, on_demand=on_demand

@@ -1,7 +1,8 @@
 """The conductor's small HTTP server: files and logs at addresses that never expire.
 
 `/datum/<id>` opens an output, `/log/<execution>/<attempt>/<stream>` a stored log, `/datum/<id>/trace` and
-`/execution/<id>/trace` draw where things come from, `/metrics` is for Prometheus. Read-only and without state.
+`/execution/<id>/trace` draw where things come from, `/metrics` is for Prometheus. Read-only and without state;
+worker machines join elsewhere (`joining.py`).
 A server on a loopback address answers only to loopback names, so no web page can read it through a rebound name.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,7 +18,7 @@ from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from valohai_dagster.data import datums
 from valohai_dagster.data.trace import trace
@@ -43,10 +44,12 @@ def make_app(
     host: str,
     metrics: RenderMetrics | None = None,
     webserver_url: Callable[[], str] = str,
+    further: Sequence[BaseRoute] = (),
 ) -> Starlette:
     """`host` is the address that the server listens on; `metrics` gives the page, None without the extra.
 
     `webserver_url` gives the address of Dagster's webserver, for links to runs; an empty one means no links.
+    `further` are routes of other parts of the service.
     """
     files = _Files(records, stores, webserver_url)
     routes = [
@@ -57,6 +60,7 @@ def make_app(
         Route("/execution/{execution_id}/trace", files.execution_trace),
         Route("/datum/{datum_id}/{name:path}", files.datum),
         Route("/log/{execution_id}/{attempt:int}/{stream}", files.log),
+        *further,
     ]
     app = Starlette(routes=routes)
     if _is_loopback(host):

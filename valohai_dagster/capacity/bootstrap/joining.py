@@ -148,8 +148,9 @@ def _row(conn: sa.Connection, token: str, now: datetime) -> Any:
 # -- the group's user in Redis ---------------------------------------------------------------------------------------
 
 
-def agents_user(group: str) -> str:
-    return f"{group}-agents"
+def machines_user(group: str) -> str:
+    """Not that of `agents acl`, whose password somebody keeps."""
+    return f"{group}-machines"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +197,7 @@ def make_user(settings: Settings, keys: Keys, group: str, passwords: Passwords) 
             "then join again"
         )
     client = make_client(address)
-    user = agents_user(group)
+    user = machines_user(group)
     try:
         set_agent_user(
             client,
@@ -237,7 +238,7 @@ def redis_address(settings: Settings, group: str, password: str) -> tuple[str, d
     parts = parts._replace(query=urlencode(options, safe="/{}"))
     if not own_user(settings):
         host = parts.netloc.rpartition("@")[2]
-        parts = parts._replace(netloc=f"{quote(agents_user(group), safe='')}:{password}@{host}")
+        parts = parts._replace(netloc=f"{quote(machines_user(group), safe='')}:{password}@{host}")
     return urlunsplit(parts), files
 
 
