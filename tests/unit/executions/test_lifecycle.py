@@ -9,11 +9,14 @@ import pytest
 
 from valohai_agent.protocol import Outcome
 from valohai_dagster.executions.lifecycle import (
+    MAX_RESTARTS,
     PARTITION_GRACE,
+    AfterReclaim,
     Loss,
     LossStep,
     Standing,
     Verdict,
+    after_reclaim,
     judge_loss,
     judge_report,
     status_after_finish,
@@ -133,3 +136,33 @@ def test_infrastructure_attempts_are_bounded():
 
 def test_a_stopped_execution_is_not_started_again():
     assert judge_loss(loss(death_confirmed=True, stop_requested=True), NOW) is LossStep.stopped
+
+
+def test_a_machine_that_is_silent_after_its_reclaim_was_due_is_gone():
+    announced = loss(reclaimed_at=NOW)
+    assert judge_loss(announced, NOW - timedelta(seconds=1)) is LossStep.suspect
+    assert judge_loss(announced, NOW) is LossStep.reclaimed
+    assert judge_loss(replace(announced, attempt=3), NOW) is LossStep.reclaimed
+    assert judge_loss(replace(announced, stop_requested=True), NOW) is LossStep.stopped
+
+
+def follows(**changes: object) -> AfterReclaim:
+    facts = {"began": True, "autorestart": True, "restarts": 0, "attempt": 1, **changes}
+    return after_reclaim(**facts)
+
+
+def test_l31_autorestart_is_asked_for():
+    assert follows() is AfterReclaim.restart
+    assert follows(autorestart=False) is AfterReclaim.end
+
+
+def test_l32_at_most_ten_restarts_whatever_the_attempts_are():
+    assert MAX_RESTARTS == 10
+    assert follows(restarts=9, attempt=3) is AfterReclaim.restart
+    assert follows(restarts=10) is AfterReclaim.end
+
+
+def test_a_command_that_had_not_begun_needs_no_restart():
+    assert follows(began=False, autorestart=False) is AfterReclaim.again
+    assert follows(began=False, attempt=3) is AfterReclaim.restart
+    assert follows(began=False, attempt=3, autorestart=False) is AfterReclaim.end

@@ -123,6 +123,13 @@ def test_launch_values_beat_the_step() -> None:
     assert spec.fail_fast
 
 
+def test_l31_autorestart_is_the_launchs_else_the_steps() -> None:
+    assert not build(define()).autorestart
+    assert build(define(autorestart=True)).autorestart
+    assert not build(define(autorestart=True), autorestart=False).autorestart
+    assert build(define(), autorestart=True).autorestart
+
+
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA me@here"
 
 

@@ -240,6 +240,14 @@ def test_k72_groups_limits_priority_and_fail_fast_are_set_at_launch(step: StepDe
     assert config.remote_debug == {"port": 2222, "key": "ssh-ed25519 AAAA"}
 
 
+def test_l31_autorestart_is_chosen_in_the_launchpad(step: StepDefinition) -> None:
+    schema: Any = config_schema(step)
+    for given, expected in (({}, None), ({"autorestart": True}, True)):
+        resolved = resolve(schema, valid(given)).value
+        assert step_config(step, resolved, given).autorestart is expected
+    assert "Default: False." in schema.fields["autorestart"].description
+
+
 def test_k72_groups_that_are_not_given_are_the_steps_and_an_empty_list_is_none_of_them(
     step: StepDefinition,
 ) -> None:
