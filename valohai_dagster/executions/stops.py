@@ -14,6 +14,7 @@ from valohai_dagster.executions.core import ServiceCore, standing_event
 from valohai_dagster.executions.lifecycle import status_after_stop
 from valohai_dagster.executions.memory import Active
 from valohai_dagster.executions.outbox import Outbox
+from valohai_dagster.executions.pricing import write_prices
 from valohai_dagster.executions.remarks import settle_versions_of
 from valohai_dagster.executions.stream import EventKind, ExecutionStatus, FollowEvent
 from valohai_dagster.executions.submissions import Submission
@@ -110,6 +111,7 @@ def add_final(
     for execution_id, settled in settle_versions_of(writing, execution_ids).items():
         outbox.tell(execution_id, *_settled(writing, execution_id, settled))
     writing.flush()
+    write_prices(writing.conn, execution_ids, core.settings.groups)
     views = views_of(writing.conn, list(execution_ids), datum_url=core.settings.datum_url)
     reported = reported_at or {}
     for execution_id, view in views.items():

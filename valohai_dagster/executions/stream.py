@@ -7,6 +7,7 @@ than the records do. A follower that comes late, or comes back, submits again an
 from __future__ import annotations
 
 from datetime import datetime
+from decimal import Decimal
 from enum import Enum
 from typing import Any
 
@@ -135,6 +136,10 @@ class ExecutionView(View):
     qtime: datetime | None = None
     started_at: datetime | None = None
     ended_at: datetime | None = None
+    price: Decimal | None = Field(
+        default=None,
+        description="Its time at the price of its machine (L-40); None if that is not known.",
+    )
     restarts: int = 0
     restart_of: str | None = Field(
         default=None, description="The execution that was interrupted and that this one continues."

@@ -196,6 +196,7 @@ def execution_view(
         qtime=row.qtime,
         started_at=row.started_at,
         ended_at=row.ended_at,
+        price=row.price,
         restarts=row.restarts,
         restart_of=row.restart_of,
         continued_by=continued_by,

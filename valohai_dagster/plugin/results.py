@@ -277,7 +277,7 @@ def _label(datum: DatumView) -> str:
 
 
 def _durations(view: ExecutionView) -> dict[str, MetadataValue[Any]]:
-    """Seconds per phase; only `running` counts towards limits."""
+    """Seconds per phase; only `running` counts towards limits. And what they cost (L-40)."""
     seconds: dict[str, float] = {}
     if view.qtime and view.started_at:
         seconds["queued"] = (view.started_at - view.qtime).total_seconds()
@@ -289,6 +289,8 @@ def _durations(view: ExecutionView) -> dict[str, MetadataValue[Any]]:
         f"seconds/{phase}": MetadataValue.float(round(max(0.0, value), 3))
         for phase, value in seconds.items()
     }
+    if view.price is not None:
+        out["price"] = MetadataValue.float(float(view.price))
     return {**out, **_usage(view)}
 
 
