@@ -121,6 +121,7 @@ def execution_row(created: Created, spec: ExecutionSpec, group: str) -> dict[str
         "warnings": [],
         "restart_of": None,
         "restarts": 0,
+        "price": None,
         "user_name": spec.creator or None,
         "team_name": ",".join(spec.teams) or None,
     }
