@@ -29,10 +29,10 @@ def _in_wheel(path: str) -> Path:
 
 
 @contextmanager
-def moto() -> Iterator[str]:
+def moto(host: str = "127.0.0.1") -> Iterator[str]:
     program = installed("venv/bin/moto_server")
-    address = f"127.0.0.1:{free_port()}"
-    host, _, port = address.partition(":")
+    address = f"{host}:{free_port()}"
+    port = address.rpartition(":")[2]
     with ServerProcess("moto") as server:
         server.run([program, "-H", host, "-p", port])
         server.wait(f"http://{address}/moto-api/")
