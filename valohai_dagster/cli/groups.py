@@ -135,13 +135,14 @@ def set_(
         list[str],
         typer.Argument(metavar="KEY=VALUE...", help="Such as max_machines=10 or spot=true."),
     ],
+    as_json: AsJson = False,
 ) -> None:
     """Changes settings of a group over those of the file, at once and until `reset`.
 
     Conductors need no restart. VALUE is read as JSON where it is JSON, else as text.
     """
     with deployment() as place:
-        _change(place, name, dict(_pair(text) for text in values))
+        _change(place, name, dict(_pair(text) for text in values), as_json)
 
 
 @app.command()
@@ -150,31 +151,33 @@ def reset(
     keys: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY...]", help="Default: all of them.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Takes changes back: the settings of the file count again."""
     with deployment() as place:
-        place.group(name)
+        group = place.group(name)
         with place.records.write() as conn:
             changed = read_overrides(conn, name)
             for key in keys or list(changed):
                 if changed.pop(key, None) is None and keys:
                     raise RefusedError(f"group {name}: {key!r} is as in the file already")
             write_overrides(conn, name, changed, datetime.now(timezone.utc))
+        _say_changed(name, with_overrides(name, group, changed), changed, as_json)
         _tell_conductor(place, name)
 
 
 @app.command()
-def enable(name: Name) -> None:
+def enable(name: Name, as_json: AsJson = False) -> None:
     """Lets executions be launched in the group, and machines be started for it."""
     with deployment() as place:
-        _change(place, name, {"enabled": True})
+        _change(place, name, {"enabled": True}, as_json)
 
 
 @app.command()
-def disable(name: Name) -> None:
+def disable(name: Name, as_json: AsJson = False) -> None:
     """Refuses new executions in the group; its machines finish what they run, and go."""
     with deployment() as place:
-        _change(place, name, {"enabled": False})
+        _change(place, name, {"enabled": False}, as_json)
 
 
 def line_text(line: Line) -> str:
@@ -284,7 +287,7 @@ def _pair(text: str) -> tuple[str, Any]:
         return key.strip(), value
 
 
-def _change(place: Deployment, name: str, values: Mapping[str, Any]) -> None:
+def _change(place: Deployment, name: str, values: Mapping[str, Any], as_json: bool) -> None:
     group = place.group(name)
     with place.records.write() as conn:
         changed = {**read_overrides(conn, name), **values}
@@ -292,9 +295,22 @@ def _change(place: Deployment, name: str, values: Mapping[str, Any]) -> None:
         new = with_overrides(name, group, {**known, **values})
         kept = {key: getattr(new, key) for key in known}
         write_overrides(conn, name, kept, datetime.now(timezone.utc))
-    for key in values:
-        typer.echo(f"{name}: {key} = {cell_text(_plain(new)[key])}")
+    _say_changed(name, new, kept, as_json)
     _tell_conductor(place, name)
+
+
+def _say_changed(
+    name: str, group: AnyGroupSettings, changed: Mapping[str, Any], as_json: bool
+) -> None:
+    """All that is not as in the file now."""
+    shown = {key: value for key, value in _plain(group).items() if key in changed}
+    if as_json:
+        typer.echo(json.dumps({"group": name, "changed": shown}, indent=2))
+        return
+    for key, value in shown.items():
+        typer.echo(f"{name}: {key} = {cell_text(value)}")
+    if not shown:
+        typer.echo(f"{name}: all as in the file")
 
 
 def _tell_conductor(place: Deployment, name: str) -> None:
