@@ -37,11 +37,14 @@ def make_tools(
     name: str,
     secret_key: SecretKey,
     on_gone: Callable[[str, str, str], Awaitable[None]],
+    redis_url: str,
     drivers: OpenDriver | None = None,
 ) -> Tools:
-    """The usual ones. `drivers` stands in for those of the clouds."""
+    """The usual ones. `redis_url`: for machines on this host. `drivers` stands in for those of the clouds."""
     deployment, state_dir = core.records.deployment_id, core.settings.state_dir
-    usual = functools.partial(open_driver, deployment=deployment, state_dir=state_dir)
+    usual = functools.partial(
+        open_driver, deployment=deployment, state_dir=state_dir, redis_url=redis_url
+    )
     return Tools(
         open_driver=drivers or usual,
         prepare=functools.partial(

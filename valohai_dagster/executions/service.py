@@ -98,6 +98,7 @@ class ExecutionService(ServiceCore):
             name=identity.name,
             secret_key=secret_key,
             on_gone=self.worker_gone,
+            redis_url=broker_url,
             drivers=drivers,
         )
         self.capacity = CapacityWatch(self, identity, tools)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import secrets
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -25,12 +23,10 @@ from typing import Any
 
 from valohai_agent.protocol import Worker, WorkerState, digest, utcnow
 from valohai_dagster.capacity.agent_planner import AgentSeen, GroupPolicy, plan
+from valohai_dagster.capacity.clouds import host_agents
 from valohai_dagster.settings_groups import LocalGroupSettings
 
 log = logging.getLogger(__name__)
-
-# What an agent process has no business with: our own settings and the host's cloud credentials.
-_WITHHELD = ("VALOHAI_", "DAGSTER_", "AWS_", "AZURE_", "GOOGLE_")
 
 DrainWorker = Callable[[str, str], Awaitable[None]]  # worker, reason
 AgentGone = Callable[[str, str], Awaitable[None]]  # worker, what happened
@@ -140,7 +136,7 @@ class LocalGroup:
 
     def is_dead(self, worker: str) -> bool:
         """True only if it was one of ours and is surely gone; False for living and for unknown workers."""
-        held = _lock_held(self._dir, worker)
+        held = host_agents.lock_held(self._dir / f"{worker}.lock")
         return worker.startswith(self._prefix) if held is None else not held
 
     async def drain_all(self, timeout: float) -> None:
@@ -196,22 +192,12 @@ class LocalGroup:
 
     def _start(self) -> None:
         name = f"{self._prefix}{secrets.token_hex(3)}"
-        lock = os.open(self._dir / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        log_path = self._dir / f"{name}.log"
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with log_path.open("ab") as out:
-                process = subprocess.Popen(
-                    self._command(name),
-                    env=self._environment(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=out,
-                    start_new_session=True,
-                    pass_fds=(lock,),
-                )
-        finally:
-            os.close(lock)
+        process = host_agents.start(
+            self._command(name),
+            self._environment(),
+            lock=self._dir / f"{name}.lock",
+            log=self._dir / f"{name}.log",
+        )
         entry = {"name": name, "pid": process.pid, "started_at": self._clock().isoformat()}
         (self._dir / f"{name}.json").write_text(json.dumps(entry))
         self._children.add(name)
@@ -265,31 +251,18 @@ class LocalGroup:
         await self._on_gone(name, f"its agent process ended with {how}")
 
     def _command(self, name: str) -> list[str]:
-        return [
-            *(sys.executable, "-m", "valohai_agent", "run"),
-            *("--queue", self.name, "--deployment", self._deployment, "--name", name),
-            *("--slots", str(self._settings.slots), "--runtime", self._settings.runtime),
-            *("--work-dir", str(self._work_dir)),
-            *self._cache_options(),
-        ]
-
-    def _cache_options(self) -> list[str]:
-        group = self._settings
-        options = ["--cache-disk-percent", str(group.cache_disk_percent)]
-        if group.cache_max_gb is not None:
-            options += ["--cache-max-gb", str(group.cache_max_gb)]
-        if group.shared_cache is not None:
-            options += ["--shared-cache", str(group.shared_cache)]
-            options += ["--shared-cache-copy"] if group.shared_cache_copy else []
-        return options
+        return host_agents.command(
+            self.name,
+            self._settings,
+            deployment=self._deployment,
+            name=name,
+            work_dir=self._work_dir,
+        )
 
     def _environment(self) -> dict[str, str]:
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(_WITHHELD)}
-        ours = {
-            "VALOHAI_AGENT_REDIS": self._redis_url,
-            "VALOHAI_AGENT_LOG_FORMAT": self._log_format,
-        }
-        return {**inherited, **ours, **self._settings.env}
+        return host_agents.environment(
+            self._settings, redis_url=self._redis_url, log_format=self._log_format
+        )
 
 
 def _host() -> str:
@@ -307,7 +280,11 @@ def _last_line(path: Path) -> str:
 def living_agents(state_dir: Path) -> list[Launched]:
     """All agents of this deployment that run on this host, whichever group they serve."""
     directory = state_dir / "agents"
-    return [agent for agent in _launched(directory, "") if _lock_held(directory, agent.name)]
+    return [
+        agent
+        for agent in _launched(directory, "")
+        if host_agents.lock_held(directory / f"{agent.name}.lock")
+    ]
 
 
 def _launched(directory: Path, prefix: str) -> list[Launched]:
@@ -318,15 +295,3 @@ def _launched(directory: Path, prefix: str) -> list[Launched]:
             started = datetime.fromisoformat(data["started_at"])
             agents.append(Launched(name=data["name"], pid=data["pid"], started_at=started))
     return agents
-
-
-def _lock_held(directory: Path, worker: str) -> bool | None:
-    """Whether the agent's process lives; None when there is no lock of that name."""
-    try:
-        with (directory / f"{worker}.lock").open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return None
-    return False

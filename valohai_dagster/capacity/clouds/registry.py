@@ -24,12 +24,22 @@ _DRIVERS = {
 
 
 def open_driver(
-    name: str, settings: CloudGroupSettings, *, deployment: str, state_dir: Path
+    name: str,
+    settings: CloudGroupSettings,
+    *,
+    deployment: str,
+    state_dir: Path,
+    redis_url: str | None = None,
 ) -> Driver:
-    """The driver of a group. Raises ConfigurationError when its client library is not installed."""
+    """The driver of a group. Raises ConfigurationError when its client library is not installed.
+
+    `redis_url`: where simulated machines, which are on this host, join; without it they have no agents.
+    """
     kind: str = getattr(settings, "kind", "")
     module, attribute = _DRIVERS[kind]
-    options: dict[str, Any] = {"state_dir": state_dir} if kind == "simulated" else {}
+    options: dict[str, Any] = {}
+    if kind == "simulated":
+        options = {"state_dir": state_dir, "redis_url": redis_url}
     try:
         home = importlib.import_module(f"valohai_dagster.capacity.clouds.{module}")
         return getattr(home, attribute)(name, settings, deployment=deployment, **options)

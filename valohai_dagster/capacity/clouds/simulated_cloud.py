@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from random import Random
+from typing import Any
 
 from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble
 from valohai_dagster.capacity.model import Machine, MachineState, Purchase
@@ -17,6 +18,10 @@ from valohai_dagster.capacity.model import Machine, MachineState, Purchase
 ALIVE = frozenset({MachineState.starting, MachineState.running})
 OVER = frozenset({MachineState.terminating, MachineState.gone})
 _LISTED_AFTER_END = timedelta(seconds=60)
+_REFUSALS = {
+    Trouble.quota: "may have no more machines: the quota of the account is reached",
+    Trouble.invalid: "does not know the image",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,8 @@ class Weather:
 
     `lost_answer_rate`: calls that have their effect and fail all the same. `partial_rate`: launches that give
     only some of their machines; who asks again gets the rest, or is refused. `silent_failure_rate`: launches that are accepted and never give a machine. `listing_lag`: how
-    old a list may be at most; a later list may be older. `delivery`: until an accepted launch makes its machines.
+    old a list may be at most; a later list may be older. `delivery`: until an accepted launch makes its machines. `refuses`: troubles of all launches, `credentials` of all
+    calls.
     """
 
     seed: int = 0
@@ -55,6 +61,7 @@ class Weather:
     keeps_tokens: bool = True
     droughts: Sequence[Spell] = ()
     outages: Sequence[Spell] = ()
+    refuses: frozenset[Trouble] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +100,13 @@ class SimulatedMachine:
 class SimulatedCloud:
     """One group's machines, and the API that makes and ends them."""
 
-    def __init__(self, weather: Weather, *, clock: Callable[[], datetime]) -> None:
-        self.weather, self._clock = weather, clock
+    def __init__(
+        self, weather: Weather, *, clock: Callable[[], datetime], group: str = "simulated"
+    ) -> None:
+        self.weather, self._clock, self.group = weather, clock, group
         self._random = Random(weather.seed)  # noqa: S311
         self.machines: dict[str, SimulatedMachine] = {}
-        self._asked: dict[str, int] = {}  # by token: how many were given or promised
+        self.asked: dict[str, int] = {}  # by token: how many were given or promised
 
     # -- what users of the API see ---------------------------------------------------------------------------------
 
@@ -112,7 +121,7 @@ class SimulatedCloud:
     def launch(self, launch: Launch) -> list[str]:
         """Ids of what was made at once. One token gives no more than one launch."""
         lost = self._gate(changes=True)
-        given = self._asked.get(launch.token, 0)
+        given = self.asked.get(launch.token, 0)
         missing = launch.count - given
         if missing > 0:
             self._grant(launch, missing)
@@ -123,6 +132,8 @@ class SimulatedCloud:
 
     def terminate(self, machine_id: str) -> None:
         lost = self._gate(changes=True)
+        if machine_id not in self.machines:
+            raise self._unknown(machine_id)
         self.end(machine_id, after=self._random.uniform(0, 30))
         self._answer(lost)
 
@@ -141,11 +152,8 @@ class SimulatedCloud:
         if machine.state(now) is not MachineState.stopped:
             if machine.state(now) in ALIVE:
                 return
-            raise CloudError(
-                f"cannot start {machine_id} while it is {machine.state(now)}",
-                code="IncorrectInstanceState",
-                trouble=Trouble.invalid,
-                zone=machine.zone,
+            raise self._no(
+                "IncorrectInstanceState", Trouble.invalid, f"cannot start {machine_id} just now"
             )
         self._check_capacity(machine.zone, machine.purchase)
         boots = self._boots(now)
@@ -191,43 +199,48 @@ class SimulatedCloud:
         lost = changes and chance.random() < weather.lost_answer_rate
         if any(spell.holds(now) for spell in weather.outages):
             if not (changes and chance.random() < 0.2):
-                raise _no_answer()
+                raise self._no_answer()
             lost = True
         if chance.random() < weather.throttle_rate:
-            raise CloudError(
-                "too many calls to the cloud; it asks to wait a little",
-                code="RequestLimitExceeded",
-                trouble=Trouble.throttled,
+            raise self._no(
+                "RequestLimitExceeded",
+                Trouble.throttled,
+                "gets too many calls, and asks to wait a little",
                 retry_after=float(chance.randint(1, 10)),
             )
+        if Trouble.credentials in weather.refuses:
+            raise self._no("AuthFailure", Trouble.credentials, "does not know these credentials")
         return lost
 
     def _answer(self, lost: bool) -> None:
         if lost:
-            raise _no_answer()
+            raise self._no_answer()
 
     def _existing(self, machine_id: str) -> SimulatedMachine:
         machine = self.machines.get(machine_id)
         if machine is None or machine.state(self._clock()) in OVER:
-            raise CloudError(
-                f"there is no machine {machine_id}",
-                code="InvalidInstanceID.NotFound",
-                trouble=Trouble.invalid,
-            )
+            raise self._unknown(machine_id)
         return machine
+
+    def _unknown(self, machine_id: str) -> CloudError:
+        return self._no(
+            "InvalidInstanceID.NotFound", Trouble.invalid, f"has no machine {machine_id}"
+        )
 
     def _grant(self, launch: Launch, missing: int) -> None:
         chance, weather = self._random, self.weather
+        for trouble in sorted(weather.refuses):
+            raise self._no(trouble.value, trouble, _REFUSALS.get(trouble, "refuses all launches"))
         self._check_capacity(launch.zone, launch.purchase)
         if chance.random() < weather.silent_failure_rate:
-            self._asked[launch.token] = launch.count
+            self.asked[launch.token] = launch.count
             return
         given = missing
         if missing > 1 and chance.random() < weather.partial_rate:
             given = chance.randint(1, missing - 1)
         for _ in range(given):
             self._make(launch, at_once=given < missing)
-        self._asked[launch.token] = self._asked.get(launch.token, 0) + given
+        self.asked[launch.token] = self.asked.get(launch.token, 0) + given
 
     def _check_capacity(self, zone: str, purchase: Purchase) -> None:
         now = self._clock()
@@ -236,7 +249,7 @@ class SimulatedCloud:
             for spell in self.weather.droughts
         )
         if drought or self._random.random() < self.weather.capacity_error_rate:
-            raise _no_capacity(zone, purchase)
+            raise self._no_capacity(zone, purchase)
 
     def _make(self, launch: Launch, *, at_once: bool) -> None:
         now, chance = self._clock(), self._random
@@ -277,17 +290,20 @@ class SimulatedCloud:
             reclaimed_at=one.reclaimed_at,
         )
 
+    def _no_answer(self) -> CloudError:
+        return self._no("ServiceUnavailable", Trouble.outage, "did not answer")
 
-def _no_answer() -> CloudError:
-    return CloudError("the cloud did not answer", code="ServiceUnavailable", trouble=Trouble.outage)
+    def _no_capacity(self, zone: str, purchase: Purchase) -> CloudError:
+        place = f" in zone {zone}" if zone else ""
+        return self._no(
+            "InsufficientInstanceCapacity",
+            Trouble.capacity,
+            f"has no {purchase.value} capacity{place} just now",
+            zone=zone or None,
+            purchase=purchase,
+        )
 
-
-def _no_capacity(zone: str, purchase: Purchase) -> CloudError:
-    place = f" in zone {zone}" if zone else ""
-    return CloudError(
-        f"the cloud has no {purchase.value} capacity{place} just now",
-        code="InsufficientInstanceCapacity",
-        trouble=Trouble.capacity,
-        zone=zone or None,
-        purchase=purchase,
-    )
+    def _no(self, code: str, trouble: Trouble, what: str, **about: Any) -> CloudError:
+        return CloudError(
+            f"the cloud of group {self.group} {what}", code=code, trouble=trouble, **about
+        )
