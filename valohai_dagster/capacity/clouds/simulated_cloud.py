@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from hashlib import sha256
 from random import Random
 from typing import Any
 
@@ -257,7 +258,9 @@ class SimulatedCloud:
         if not at_once:
             made += timedelta(seconds=chance.uniform(*self.weather.delivery))
         runs = made + timedelta(seconds=2)
-        machine_id = f"sim-{chance.getrandbits(48):012x}"
+        number = sum(one.token == launch.token for one in self.machines.values())
+        name = f"{self.group}/{launch.token}/{number}"  # unlike those of other processes, too
+        machine_id = f"sim-{sha256(name.encode()).hexdigest()[:12]}"
         self.machines[machine_id] = SimulatedMachine(
             id=machine_id,
             token=launch.token,
