@@ -19,6 +19,7 @@ from tests.support.redis_server import RedisServer
 from tests.support.remote_stores import section_of, toml_of
 from tests.support.servers.kinds import moto
 from tests.support.servers.s3_stores import s3_store
+from valohai_agent.machine.one_file import tag
 from valohai_dagster.capacity.bootstrap.agent_file import build
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ def agent_file(directory: Path) -> Path:
     """The agent as one file for the Python of the test image."""
     file = directory / "valohai-agent.pyz"
     build(file, tags=[f"cp{PYTHON.replace('.', '')}-{platform.machine()}"])
+    return file
+
+
+def small_agent_file(file: Path) -> Path:
+    """One without its dependencies, for a Python that has them."""
+    build(file, tags=[tag()], install=lambda tag, folder: None)
     return file
 
 

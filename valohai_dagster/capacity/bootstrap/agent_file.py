@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -38,6 +38,7 @@ _MOMENT = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say
 _NOT_NEEDED = ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json")
 _FASTER_ONLY = ("yaml/", "charset_normalizer/")  # compiled parts that are not needed
 Tree = dict[str, bytes]  # content by path
+Install = Callable[[str, Path], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +53,17 @@ class AgentFileFacts:
     size: int
 
 
-def build(target: Path, *, tags: Sequence[str] = TAGS) -> AgentFileFacts:
-    """Makes the file. Raises ConfigurationError when the dependencies cannot be had."""
+def build(
+    target: Path, *, tags: Sequence[str] = TAGS, install: Install | None = None
+) -> AgentFileFacts:
+    """Makes the file; `install` puts the dependencies for a tag into a directory. Raises ConfigurationError when the dependencies cannot be had."""
     own = {f"valohai_agent/{path}": content for path, content in _agent_sources()}
     trees: dict[str, Tree] = {}
     with tempfile.TemporaryDirectory(prefix="valohai-agent-") as work:
         for tag in tags:
             folder = Path(work) / tag
-            _install(tag, folder)
+            folder.mkdir()
+            (install or install_dependencies)(tag, folder)
             trees[tag] = {**dict(_files(folder)), **own}
     target.parent.mkdir(parents=True, exist_ok=True)
     half = target.with_name(f".{target.name}.half")
@@ -115,11 +119,10 @@ def _files(root: Path) -> Iterator[tuple[str, bytes]]:
             yield name.as_posix(), path.read_bytes()
 
 
-def _install(tag: str, folder: Path) -> None:
+def install_dependencies(tag: str, folder: Path) -> None:
     """The pinned dependencies for another Python and processor than this one, wheels only."""
     digits, _, cpu = tag.removeprefix("cp").partition("-")
     python = f"{digits[0]}.{digits[1:]}"
-    folder.mkdir()
     wanted = folder.with_suffix(".txt")
     wanted.write_text(requirements_for(python, cpu))
     common = ["--target", str(folder), "--python-version", python, "--no-deps", "--require-hashes"]
