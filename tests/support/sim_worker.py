@@ -40,6 +40,14 @@ class Play:
     until: threading.Event | None = None  # runs until the test says so
     versions: Mapping[str, str] | None = None  # URI of an input file -> what its source called it
     while_running: Callable[[p.Job], None] | None = None  # called once the command runs
+    preempted: bool = False  # cut short, since the machine goes away
+
+    @classmethod
+    def reclaimed(cls, outputs: Mapping[str, bytes], **values: Any) -> Play:
+        """What was stored before the machine went away."""
+        reason = "AWS reclaims this spot machine (terminate)"
+        ended = {"outcome": p.Outcome.error, "exit_code": 130, "reason": reason}
+        return cls(outputs=outputs, preempted=True, **ended, **values)
 
     @classmethod
     def failing(cls, exit_code: int = 3, *, stderr: str = "") -> Play:
@@ -147,10 +155,7 @@ class SimWorker:
             lease.report(p.StopAcknowledged(signal="SIGINT", message="sent SIGINT"))
             lease.finish(p.Outcome.stopped, exit_code=130, reason="stopped on request")
             return
-        for name, content in play.outputs.items():
-            lease.store(name, content, **play.sidecars.get(name, {}))
-        logs = [lease.store_log("stderr", play.stderr.encode())] if play.stderr else []
-        lease.finish(play.outcome, exit_code=play.exit_code, reason=play.reason, logs=logs)
+        _end(lease, play)
 
     def _wait(self, lease: SimLease, done: Callable[[], bool]) -> None:
         while not done() and not self._ending.wait(POLL_SECONDS):
@@ -161,6 +166,22 @@ class SimWorker:
             command.kind in ("stop", "stop-hard") and command.execution_id == lease.job.execution_id
             for command in self.agent.commands()
         )
+
+
+def _end(lease: SimLease, play: Play) -> None:
+    for name, content in play.outputs.items():
+        lease.store(name, content, **play.sidecars.get(name, {}))
+    logs = [lease.store_log("stderr", play.stderr.encode())] if play.stderr else []
+    values: dict[str, Any] = {"exit_code": play.exit_code, "reason": play.reason, "logs": logs}
+    if play.preempted:
+        lease.report(p.Preempted(seconds_left=100.0, what=str(play.reason)))
+        values |= {"preempted": True, "phases": [_span(p.Phase.running)]}
+    lease.finish(play.outcome, **values)
+
+
+def _span(phase: p.Phase) -> p.PhaseSpan:
+    now = p.utcnow()
+    return p.PhaseSpan(phase=phase.value, started_at=now, ended_at=now)
 
 
 def _tell_inputs(lease: SimLease, versions: Mapping[str, str]) -> None:
