@@ -384,7 +384,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         try:
             if not url.path.startswith("/subscriptions/"):
-                self._send(*endpoint.sign_in(url.path, body))
+                self._send(endpoint.sign_in(url.path, body))
                 return
             if self.headers.get("Authorization") != "Bearer of-the-tests":
                 raise Refused(401, "InvalidAuthenticationToken", "The token is invalid")
@@ -392,7 +392,7 @@ class _Handler(BaseHTTPRequestHandler):
             path = unquote(url.path).lower()
             content = json.loads(body) if body else {}
             request = Request(self.command, path, query, dict(self.headers), content)
-            self._send(*endpoint.world.answer(request))
+            self._send(endpoint.world.answer(request))
         except Unacceptable as error:
             self._refuse(Refused(400, "InvalidRequestContent", str(error)))
         except Refused as error:
@@ -402,9 +402,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, error: Refused) -> None:
         content = {"error": {"code": error.code, "message": str(error)}}
-        self._send(error.status, content, error.headers)
+        self._send((error.status, content, error.headers))
 
-    def _send(self, status: int, content: Any, headers: Mapping[str, str]) -> None:
+    def _send(self, answer: Answer) -> None:
+        status, content, headers = answer
         data = b"" if content is None else json.dumps(content).encode()
         self.send_response(status)
         for name, value in headers.items():

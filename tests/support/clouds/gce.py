@@ -271,10 +271,18 @@ class World:
         return self._change(call, "DELETING", "DELETED")
 
     def _instanceGroupManagers_stopInstances(self, call: Call) -> Mapping[str, Any]:
+        self._all_are(call, "RUNNING")
         return self._change(call, "STOPPING", "STOPPED")
 
     def _instanceGroupManagers_startInstances(self, call: Call) -> Mapping[str, Any]:
+        self._all_are(call, "TERMINATED")
         return self._change(call, "STARTING", "RUNNING")
+
+    def _all_are(self, call: Call, status: str) -> None:
+        for path in call.body["instances"]:
+            one = self.machine(_last(path))
+            if (one.status, one.action) != (status, "NONE"):
+                raise Refused(400, "invalid", f"The instance {one.name!r} is not {status}")
 
     def _change(self, call: Call, action: str, target: str) -> Mapping[str, Any]:
         members = {

@@ -117,11 +117,11 @@ class GcpDriver:
 
     def stop(self, machine_id: str) -> None:
         with self._api.translated(f"stop {machine_id}"):
-            self._switch(machine_id, "stop", MachineState.running)
+            self._switch(machine_id, "stop", MachineState.running, MachineState.stopped)
 
     def start(self, machine_id: str) -> None:
         with self._api.translated(f"start {machine_id}"):
-            self._switch(machine_id, "start", MachineState.stopped, MachineState.stopping)
+            self._switch(machine_id, "start", MachineState.stopped, MachineState.running)
 
     def protect(self, machine_id: str, *, on: bool) -> None:
         """The group managers have no autoscaler and take no machine by themselves."""
@@ -222,20 +222,31 @@ class GcpDriver:
             )
         return None
 
-    def _switch(self, machine_id: str, method: str, *states: MachineState) -> None:
-        """Only from one of the states: the other way it is done already, or no longer possible."""
-        manager = self._home(machine_id)
-        members = self._members(manager) if manager else []
-        for member in members:
-            if manager and last(member.instance) == machine_id:
-                if state_of(member) in states:
-                    self._tell(manager, f"{method}_instances", [machine_id])
-                return
-        raise CloudError(
-            f"There is no machine {machine_id} in the group {self._group!r} any more.",
-            code="notFound",
-            trouble=Trouble.invalid,
-        )
+    def _switch(
+        self, machine_id: str, method: str, before: MachineState, after: MachineState
+    ) -> None:
+        """Nothing to do on the way to `after`; only from `before` does Google accept it."""
+        way = {
+            MachineState.stopped: MachineState.stopping,
+            MachineState.running: MachineState.starting,
+        }
+        member, manager = None, self._home(machine_id)
+        if manager is not None:
+            named = (one for one in self._members(manager) if last(one.instance) == machine_id)
+            member = next(named, None)
+        if manager is None or member is None:
+            raise CloudError(
+                f"There is no machine {machine_id} in the group {self._group!r} any more.",
+                code="notFound",
+                trouble=Trouble.invalid,
+            )
+        state = state_of(member)
+        if state is before:
+            self._tell(manager, f"{method}_instances", [machine_id])
+        elif state not in (after, way[after]):
+            raise self._api.refusal(
+                f"{method} {machine_id}", "resourceNotReady", f"it is {state.value} just now"
+            )
 
     def _delete(self, manager: _Manager, names: Sequence[str]) -> None:
         """The group becomes smaller by them; those that are going already are passed over."""
@@ -266,6 +277,8 @@ class GcpDriver:
                     return self._launch_in(zone, launch, names)
             except CloudError as error:
                 if error.trouble is not Trouble.capacity or number == len(zones):
+                    if not launch.zone:
+                        error.zone = None  # all of them
                     raise
         raise CloudError(
             f"No zone of {region_of(self._settings) or 'no region'} has machines of the type "
