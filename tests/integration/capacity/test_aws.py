@@ -122,6 +122,9 @@ def test_e46_a_price_cap_is_passed_on(rig: aws.AwsRig) -> None:
     policy = scaling_group(rig, f"{NAME}-spot")["MixedInstancesPolicy"]
     assert policy["InstancesDistribution"]["SpotMaxPrice"] == "0.0125"
     assert policy["InstancesDistribution"]["SpotAllocationStrategy"] == "capacity-optimized"
+    launch(rig, Launch(token="t-2", purchase=Purchase.spot), spot=True)
+    policy = scaling_group(rig, f"{NAME}-spot")["MixedInstancesPolicy"]
+    assert not policy["InstancesDistribution"].get("SpotMaxPrice")  # taken away again
 
 
 def test_e47_machines_live_in_the_account_of_the_role(rig: aws.AwsRig) -> None:
@@ -214,6 +217,14 @@ def test_a_launch_that_is_filled_in_part_tells_what_came(rig: aws.AwsRig) -> Non
     ids = driver.launch(Launch(token=TOKEN, count=3))
     assert len(ids) == 1
     assert list(driver.launch(Launch(token=TOKEN, count=3))) == ids
+
+
+def test_more_than_a_hundred_machines_take_several_calls(rig: aws.AwsRig) -> None:
+    driver = rig.driver(max_machines=150)
+    ids = driver.launch(Launch(token=TOKEN, count=101))
+    assert len(set(ids)) == 101
+    assert scaling_group(rig)["DesiredCapacity"] == 101
+    assert len(driver.launch(Launch(token=TOKEN, count=101))) == 101
 
 
 def test_a_machine_that_no_list_has_yet_is_not_taken_for_dead(rig: aws.AwsRig) -> None:

@@ -89,6 +89,8 @@ def launch_instances(response: AutoScalingResponse) -> ActionResult:
         return ActionResult(known[1])
     zone, market = _zone(group, parameters), _market(group)
     count = int(parameters["RequestedCapacity"])
+    if count > 100:
+        raise _invalid("At most 100 instances can be launched at once")
     if (group.desired_capacity or 0) + count > (group.max_size or 0):
         raise _invalid("The launch would exceed the maximum size of the group")
     answer: dict[str, Any] = {"AutoScalingGroupName": name, "ClientToken": token}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from valohai_dagster.capacity.clouds.aws_requests import resource_name, resource_tags
+from valohai_dagster.capacity.clouds.aws_requests import client_token, resource_name, resource_tags
 from valohai_dagster.capacity.clouds.base import Launch
 from valohai_dagster.capacity.model import Purchase
 from valohai_dagster.settings_groups import AwsGroupSettings
@@ -31,6 +31,13 @@ def test_names_are_valid_and_apart_whatever_the_group_is_called(group: str) -> N
     names |= {resource_name("d1", group + "x"), resource_name("d1", "a-b")}
     assert len(names) == 4
     assert all(LAUNCH_TEMPLATE_NAME.fullmatch(one) for one in names)
+
+
+def test_tokens_of_calls_fit_aws_and_are_apart() -> None:
+    assert client_token("a1b2", 1, 0) == "a1b2-1-0"
+    tokens = {client_token(one, 0) for one in ("x" * 70, "ä", "x y", "x:y")}
+    assert len(tokens) == 4
+    assert all(re.fullmatch(r"[A-Za-z0-9\-_/]{1,64}", one) for one in tokens)
 
 
 def test_tags_of_the_settings_do_not_replace_ours() -> None:

@@ -150,25 +150,33 @@ class AwsDriver:
         repeated, and each attempt is idempotent for itself."""
         refused: list[CloudError] = []
         for number, zone in enumerate(zones):
+            made, error = self._ask(name, zone, number, launch)
+            if made:
+                if error is not None:
+                    _log_partial(self._group, launch, made, error)
+                return made
+            refused.append(error or self._refusal({}, zone, launch))
+            if refused[-1].trouble is not Trouble.capacity:
+                raise refused[-1]
+        raise refused[0] if launch.zone else self._nowhere(zones, refused, launch)
+
+    def _ask(
+        self, name: str, zone: str, number: int, launch: Launch
+    ) -> tuple[list[str], CloudError | None]:
+        """Ids of what was made, and what stood in the way of more."""
+        made: list[str] = []
+        for start in range(0, launch.count, requests.MOST_AT_ONCE):
             answer = self._access.client("autoscaling").launch_instances(
                 AutoScalingGroupName=name,
-                RequestedCapacity=launch.count,
-                ClientToken=launch.token if len(zones) == 1 else f"{launch.token}-{number}",
+                RequestedCapacity=min(requests.MOST_AT_ONCE, launch.count - start),
+                ClientToken=requests.client_token(launch.token, number, start),
                 AvailabilityZones=[zone],
                 RetryStrategy="none",
             )
-            made = [one for some in answer.get("Instances", ()) for one in some["InstanceIds"]]
-            errors = [self._refusal(one, zone, launch) for one in answer.get("Errors", ())]
-            if made:
-                if errors:
-                    _log_partial(self._group, launch, made, errors[0])
-                return made
-            refused += errors[:1] or [self._refusal({}, zone, launch)]
-            if refused[-1].trouble is not Trouble.capacity:
-                raise refused[-1]
-        if len(zones) > 1:
-            raise self._nowhere(zones, refused, launch)
-        raise refused[0]
+            made += [one for some in answer.get("Instances", ()) for one in some["InstanceIds"]]
+            for error in answer.get("Errors", ()):
+                return made, self._refusal(error, zone, launch)
+        return made, None
 
     def _refusal(self, error: Mapping[str, Any], zone: str, launch: Launch) -> CloudError:
         return cloud_error(

@@ -56,26 +56,31 @@ class AwsGroups:
         """The name of the Auto Scaling group, ready to launch just this."""
         name = self._names[launch.purchase]
         version = self._write_version(name, launch, tags)
-        settings = requests.scaling_group(
-            name,
-            policy=requests.mixed_instances(
-                self._settings, template=name, version=version, purchase=launch.purchase
-            ),
-            subnets=[one for some in self._places.subnets.values() for one in some],
-            most=self._settings.max_machines,
-        )
-        found = self._described(launch.purchase)
-        if not found:
-            self._make(name, {**settings, "MaxSize": max(settings["MaxSize"], launch.count)})
-            return name
-        if not self._is_ours(found[0]):
+        described = self._described(launch.purchase)
+        found = described[0] if described else None
+        if found is not None and not self._is_ours(found):
             raise cloud_error(
                 self._group, f"use the Auto Scaling group {name}", code="NotOurs", text=_NOT_OURS
             )
-        # Never the limit itself: that is the planner's, and a smaller one would begin to terminate.
-        most = max(settings["MaxSize"], found[0]["DesiredCapacity"] + launch.count)
-        self._scaling.update_auto_scaling_group(**{**settings, "MaxSize": most})
-        self._keep_still(found[0])
+        there = found["DesiredCapacity"] if found is not None else 0
+        settings = requests.scaling_group(
+            name,
+            policy=requests.mixed_instances(
+                self._settings,
+                template=name,
+                version=version,
+                purchase=launch.purchase,
+                capped=found is not None and _is_capped(found),
+            ),
+            subnets=[one for some in self._places.subnets.values() for one in some],
+            # Never the limit itself: that is the planner's, and a smaller one would begin to terminate.
+            most=max(self._settings.max_machines, there + launch.count),
+        )
+        if found is None:
+            self._make(name, settings)
+        else:
+            self._scaling.update_auto_scaling_group(**settings)
+            self._keep_still(found)
         return name
 
     def _write_version(self, name: str, launch: Launch, tags: Mapping[str, str]) -> int:
@@ -249,6 +254,11 @@ class AwsGroups:
                 InstanceIds=[machine_id],
                 ProtectedFromScaleIn=on,
             )
+
+
+def _is_capped(found: Mapping[str, Any]) -> bool:
+    policy = found.get("MixedInstancesPolicy", {})
+    return bool(policy.get("InstancesDistribution", {}).get("SpotMaxPrice"))
 
 
 def _code(error: ClientError) -> str:

@@ -24,6 +24,7 @@ SUSPENDED = (
     "ReplaceUnhealthy",
     "ScheduledActions",
 )
+MOST_AT_ONCE = 100  # machines in one LaunchInstances
 LAUNCH_TAG = "valohai-launch"
 BOOTSTRAP_TAG = "valohai-bootstrap"
 
@@ -39,6 +40,18 @@ def resource_name(deployment: str, group: str, purchase: Purchase = Purchase.on_
     if name != wanted or len(name) > NAME_CHARACTERS:
         name = f"{name[: NAME_CHARACTERS - 9]}-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}"
     return f"{name}-spot" if purchase is Purchase.spot else name
+
+
+def client_token(token: str, *parts: int) -> str:
+    """What makes one call of a launch idempotent: AWS allows 64 characters, and not all.
+
+    >>> client_token("a1b2", 1, 0)
+    'a1b2-1-0'
+    """
+    wanted = "-".join((token, *map(str, parts)))
+    if re.fullmatch(r"[A-Za-z0-9\-_/]{1,64}", wanted):
+        return wanted
+    return hashlib.sha256(wanted.encode()).hexdigest()
 
 
 def resource_tags(deployment: str, group: str, settings: AwsGroupSettings) -> dict[str, str]:
@@ -109,11 +122,12 @@ def template_data(
 
 
 def mixed_instances(
-    settings: AwsGroupSettings, *, template: str, version: int, purchase: Purchase
+    settings: AwsGroupSettings, *, template: str, version: int, purchase: Purchase, capped: bool
 ) -> dict[str, Any]:
-    """All spot or all on demand: LaunchInstances takes no mixture of the two."""
+    """All spot or all on demand: LaunchInstances takes no mixture of the two. `capped`: the group has a highest price,
+    which an empty one takes away."""
     spot = purchase is Purchase.spot
-    price = settings.spot_max_price
+    price = str(settings.spot_max_price or "")
     types = dict.fromkeys((settings.instance_type, *settings.instance_types))
     return {
         "LaunchTemplate": {
@@ -131,7 +145,7 @@ def mixed_instances(
             "SpotAllocationStrategy": "capacity-optimized-prioritized"
             if len(types) > 1
             else "capacity-optimized",
-            **({"SpotMaxPrice": str(price)} if spot and price is not None else {}),
+            **({"SpotMaxPrice": price} if spot and (price or capped) else {}),
         },
     }
 
