@@ -30,6 +30,7 @@ COMMANDS = {
     "agents": ("agents", "app"),
     "groups": ("groups", "app"),
     "machines": ("machines", "app"),
+    "cost": ("cost", "cost"),
     "conductor": ("conductor", "conductor"),
     "down": ("conductor", "down"),
 }
