@@ -315,6 +315,17 @@ def test_the_newest_ubuntu_is_the_default_image(
     assert newest(rig)["ImageId"] in ids
 
 
+def test_a_quota_that_is_too_small_is_told(rig: aws.AwsRig) -> None:
+    rig.server.order("quotas", {"L-DB2E81BA": 8.0, "L-3819A6DF": 0.0})
+    settings: dict[str, Any] = {"instance_type": "g4dn.xlarge", "max_machines": 2}
+    assert list(rig.driver(**settings).check()) == []
+    (few,) = rig.driver(**settings | {"max_machines": 3}).check()
+    assert few.startswith("quota: ")
+    assert "enough for 2 g4dn.xlarge of max_machines = 3" in few
+    (none,) = rig.driver(**settings, spot=True, on_demand_fallback=True).check()
+    assert "0 vCPUs for G and VT instances, spot" in none
+
+
 def test_a_missing_region_is_told(rig: aws.AwsRig) -> None:
     (problem,) = rig.driver(region="").check()
     assert "set `region`" in problem

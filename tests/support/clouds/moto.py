@@ -5,6 +5,7 @@ Added or put right, each as the API reference of AWS has it:
 - LaunchInstances of Auto Scaling (moto has none): synchronous, in one zone, idempotent by its token, refused for groups
   of several zones without one, for mixtures of spot and on demand, and beyond the maximum;
 - CreateLaunchTemplateVersion takes user data (moto fails), DeleteLaunchTemplateVersions exists;
+- quotas of EC2 are those that a test sets (moto knows none);
 - instances launched are `pending` until the test settles them, and carry their market (spot);
 - with ReplaceUnhealthy suspended, an instance that is terminated from outside stays a member, unhealthy, and nothing
   replaces it (moto always does).
@@ -40,6 +41,8 @@ from moto.ec2.models.launch_templates import LaunchTemplateBackend
 from moto.ec2.responses.launch_templates import LaunchTemplates
 from moto.ec2.utils import parse_user_data
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.servicequotas.exceptions import NoSuchResource
+from moto.servicequotas.responses import ServiceQuotasResponse
 from werkzeug.serving import WSGIRequestHandler, run_simple
 from werkzeug.wrappers import Request, Response
 
@@ -58,6 +61,7 @@ class _World:
         self.faults: list[dict[str, Any]] = []
         self.lagging = False
         self.unseen: set[str] = set()  # instances that lists do not have yet
+        self.quotas: dict[str, float] = {}  # of EC2, by code; moto knows none
         self.launches: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]] = {}
         self.actions: list[str] = []  # all that was asked, in order
 
@@ -175,6 +179,17 @@ def _launch(group: FakeAutoScalingGroup, zone: str, market: str, count: int) -> 
     return [instance.id for instance in reservation.instances]
 
 
+def get_service_quota(response: ServiceQuotasResponse) -> str:
+    code = json.loads(response.body)["QuotaCode"]
+    if code not in WORLD.quotas:
+        raise NoSuchResource
+    return json.dumps({"Quota": {"QuotaCode": code, "Value": WORLD.quotas[code]}})
+
+
+def get_default_quota(response: ServiceQuotasResponse) -> str:
+    raise NoSuchResource
+
+
 # -- corrections ---------------------------------------------------------------------------------------------------
 
 _moto_reservations = InstanceBackend.all_reservations
@@ -250,6 +265,8 @@ def _exit_standby(backend: AutoScalingBackend, group_name: str, instance_ids: li
 def correct_moto() -> None:
     for owner, name, corrected in (
         (AutoScalingResponse, "launch_instances", launch_instances),
+        (ServiceQuotasResponse, "get_service_quota", get_service_quota),
+        (ServiceQuotasResponse, "get_aws_default_service_quota", get_default_quota),
         (LaunchTemplates, "delete_launch_template_versions", delete_launch_template_versions),
         (LaunchTemplates, "create_launch_template_version", _create_version),
         (AutoScalingBackend, "notify_terminate_instances", _terminated),
@@ -313,6 +330,7 @@ _ORDERS: dict[str, Callable[..., Any]] = {
     "actions": lambda: WORLD.actions,
     "lag": _set("lagging"),
     "faults": _set("faults"),
+    "quotas": _set("quotas"),
 }
 
 
@@ -348,14 +366,20 @@ def application() -> Wsgi:
             return answer(environ, start_response)
         body = request.get_data()  # cached, and put back for moto
         environ["wsgi.input"] = _again(body)
-        action = next((one[7:] for one in body.decode().split("&") if one[:7] == "Action="), "")
-        WORLD.actions.append(action)
+        WORLD.actions.append(_action(request, body.decode()))
         for fault in WORLD.faults:
             if fault.get("status"):
                 return _refused(request, fault)(environ, start_response)
         return moto(environ, start_response)
 
     return serve
+
+
+def _action(request: Request, body: str) -> str:
+    """Of the services that are asked by forms, and of those that are asked by JSON."""
+    target = request.headers.get("X-Amz-Target", "")
+    forms = (one[7:] for one in body.split("&") if one[:7] == "Action=")
+    return target.rpartition(".")[2] or next(forms, "")
 
 
 def _again(body: bytes) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from valohai_dagster.capacity.clouds.aws_quotas import quota_of
 from valohai_dagster.capacity.clouds.aws_requests import client_token, resource_name, resource_tags
 from valohai_dagster.capacity.clouds.base import Launch
 from valohai_dagster.capacity.model import Purchase
@@ -44,6 +45,29 @@ def test_tags_of_the_settings_do_not_replace_ours() -> None:
     tags = resource_tags("d1", "gpu", settings(tags={"valohai-group": "x", "team": "t"}))
     assert (tags["valohai-group"], tags["team"]) == ("gpu", "t")
     assert "valohai-launch" not in tags
+
+
+@pytest.mark.parametrize(
+    ("instance_type", "purchase", "code"),
+    [
+        ("t3.medium", Purchase.on_demand, "L-1216C47A"),
+        ("m7i-flex.large", Purchase.spot, "L-34B43A08"),
+        ("g4dn.xlarge", Purchase.on_demand, "L-DB2E81BA"),
+        ("g6e.xlarge", Purchase.spot, "L-3819A6DF"),
+        ("p5.48xlarge", Purchase.on_demand, "L-417A185B"),
+        ("inf2.xlarge", Purchase.spot, "L-B5D1601B"),
+        ("trn1.2xlarge", Purchase.on_demand, "L-2C3B7624"),
+    ],
+)
+def test_each_family_has_its_quota(instance_type: str, purchase: Purchase, code: str) -> None:
+    quota = quota_of(instance_type)
+    assert quota is not None
+    assert quota.code(purchase) == code
+
+
+def test_families_without_a_known_quota_are_left_alone() -> None:
+    assert quota_of("u-6tb1.56xlarge") is None
+    assert quota_of("") is None
 
 
 def test_spot_machines_cannot_be_stopped() -> None:

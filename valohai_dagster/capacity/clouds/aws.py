@@ -23,6 +23,7 @@ from valohai_dagster.capacity.clouds.aws_access import AwsAccess
 from valohai_dagster.capacity.clouds.aws_errors import cloud_error, of_exception
 from valohai_dagster.capacity.clouds.aws_groups import AwsGroups
 from valohai_dagster.capacity.clouds.aws_places import AwsPlaces
+from valohai_dagster.capacity.clouds.aws_quotas import problems_of_quotas
 from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble, identity_tags
 from valohai_dagster.capacity.model import Machine, MachineState, Purchase
 from valohai_dagster.settings_groups import AwsGroupSettings
@@ -86,6 +87,10 @@ class AwsDriver:
             ("look up the network", places.problems_of_zones),
             ("look up the security groups", places.problems_of_security),
             ("look up the Auto Scaling group", self._groups.problems),
+            (
+                "look up the quotas",
+                lambda: problems_of_quotas(self._settings, self._access),
+            ),
         ):
             try:
                 with self._explained(doing):
