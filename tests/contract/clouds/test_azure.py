@@ -151,6 +151,16 @@ def test_a_quota_of_nothing_is_told_by_the_check(rig: azure.AzureRig) -> None:
     assert list(rig.driver(spot=True).check()) == []
 
 
+def test_e61_rights_in_the_resource_group_are_enough(rig: azure.AzureRig) -> None:
+    rig.world.group_only = True
+    driver = rig.driver()
+    assert list(driver.check()) == []
+    (first,) = running(rig, driver)
+    driver.terminate(first)
+    rig.settle()
+    assert list(driver.list()) == []
+
+
 def test_nobody_answers(rig: azure.AzureRig) -> None:
     with pytest.raises(CloudError) as caught:
         rig.driver(endpoint_url="https://127.0.0.1:9").list()

@@ -107,12 +107,16 @@ class World:
         self.machines: dict[str, Machine] = {}
         self.refusals: list[Refusal] = []
         self.quotas: dict[str, int] = {"standardDSv5Family": 10, "lowPriorityCores": 10}
+        self.group_only = (
+            False  # whoever calls has rights in the resource group, not in the subscription
+        )
         self.requests: list[Request] = []
         self._hidden: set[str] | None = None
         self._numbers = itertools.count(1)
         self._routes: list[tuple[str, re.Pattern[str], Callable[[Request], Answer]]] = [
             (verb, re.compile(pattern), answer)
             for verb, pattern, answer in (
+                ("GET", rf"{_COMPUTE}/virtualmachinescalesets", self._list_sets),
                 ("GET", rf"{_COMPUTE}/virtualmachinescalesets{_NAME}", self._get_set),
                 ("PUT", rf"{_COMPUTE}/virtualmachinescalesets{_NAME}", self._put_set),
                 ("GET", rf"{_COMPUTE}/virtualmachines", self._list),
@@ -136,6 +140,11 @@ class World:
                     raise Refused(*_AT_ONCE[refusal.trouble], **{"Retry-After": "7"})
             if "api-version" not in request.query:
                 raise Refused(400, "MissingApiVersionParameter", "api-version is required")
+            place = re.match(r"/subscriptions/[^/]+/resourcegroups/([^/]+)/", request.path)
+            if place and place[1] != PLACE:
+                raise Refused(404, "ResourceGroupNotFound", f"{place[1]!r} could not be found.")
+            if self.group_only and not place and "/operations/" not in request.path:
+                raise Refused(403, "AuthorizationFailed", "The client has no authorization.")
             for verb, pattern, answer in self._routes:
                 match = pattern.fullmatch(request.path)
                 if match and verb == request.verb:
@@ -176,6 +185,9 @@ class World:
             self.refusals.remove(refusal)
 
     # -- scale sets ----------------------------------------------------------------------------------------------
+
+    def _list_sets(self, request: Request) -> Answer:
+        return 200, {"value": [self._shown_set(one) for one in self.sets.values()]}, {}
 
     def _get_set(self, request: Request) -> Answer:
         return 200, self._shown_set(self._set(request.names[0])), {}

@@ -12,30 +12,43 @@ from valohai_dagster.settings_groups import AzureGroupSettings
 
 
 def problems(api: ResourceManager, settings: AzureGroupSettings) -> Iterator[str]:
-    """Stops at the first that concerns everything: no region, no credentials, no answer."""
+    """Stops at the first that concerns everything: no region, no credentials, no answer.
+
+    Machine types, quotas and images are things of the subscription. An app registration that has rights in the
+    resource group only (E-61) may not look at them, and need not.
+    """
     if not settings.region:
         yield "region is not set; set it to the group's location, such as region = 'northeurope'."
         return
     try:
-        with api.translated(f"look at the machine types of {settings.region!r}"):
-            found = api.client.resource_skus.list(filter=f"location eq '{settings.region}'")
-            types = [sku for sku in found if sku.resource_type == "virtualMachines"]
-            sku = next((one for one in types if one.name == settings.instance_type), None)
+        with api.translated(f"look at the resource group {settings.resource_group!r}"):
+            for _ in api.client.virtual_machine_scale_sets.list(settings.resource_group):
+                break
     except CloudError as error:
         yield str(error)
         return
-    yield from _machine_type(settings, sku, region_has_any=bool(types))
+    looks = [lambda: _of_subscription(api, settings), lambda: _image(api, settings)]
     subnet = subnet_path(settings)
     if subnet is None:
         yield "subnets is not set: Azure has no default network; name one subnet, with `network`, or by its whole path."
-    for look in (lambda: _quota(api, settings, sku), lambda: _image(api, settings)):
+    else:
+        looks.append(lambda: _subnet(api, subnet))
+    for look in looks:
         try:
-            with api.translated("check the settings"):
-                yield from look()
+            yield from look()
         except CloudError as error:
-            yield str(error)
-    if subnet is not None:
-        yield from _subnet(api, subnet)
+            if error.code != "AuthorizationFailed":
+                yield str(error)
+
+
+def _of_subscription(api: ResourceManager, settings: AzureGroupSettings) -> Iterator[str]:
+    with api.translated(f"look at the machine types of {settings.region!r}"):
+        found = api.client.resource_skus.list(filter=f"location eq '{settings.region}'")
+        types = [sku for sku in found if sku.resource_type == "virtualMachines"]
+    sku = next((one for one in types if one.name == settings.instance_type), None)
+    yield from _machine_type(settings, sku, region_has_any=bool(types))
+    with api.translated(f"look at the quotas of {settings.region!r}"):
+        yield from _quota(api, settings, sku)
 
 
 def _machine_type(
@@ -86,8 +99,6 @@ def _image(api: ResourceManager, settings: AzureGroupSettings) -> Iterator[str]:
 
 
 def _subnet(api: ResourceManager, subnet: str) -> Iterator[str]:
-    try:
-        with api.translated(f"find the subnet {subnet!r}"):
-            api.get(subnet, api_version=NETWORK_API)
-    except CloudError as error:
-        yield str(error)
+    with api.translated(f"find the subnet {subnet!r}"):
+        api.get(subnet, api_version=NETWORK_API)
+    yield from ()

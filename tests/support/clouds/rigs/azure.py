@@ -107,6 +107,7 @@ class AzureRig(Rig):
             "Standard_Nothing": {"instance_type": "Standard_Nothing"},
             "'9'": {"zones": ["9"]},
             "nowhere": {"region": "nowhere"},
+            "no-such-group": {"resource_group": "no-such-group"},
             "region is not set": {"region": ""},
             "subnets is not set": {"subnets": []},
             "no-such-subnet": {"subnets": [SUBNET.replace("workers", "no-such-subnet")]},
