@@ -319,7 +319,7 @@ def test_a_quota_that_is_too_small_is_told(rig: aws.AwsRig) -> None:
     rig.server.order("quotas", {"L-DB2E81BA": 8.0, "L-3819A6DF": 0.0})
     settings: dict[str, Any] = {"instance_type": "g4dn.xlarge", "max_machines": 2}
     assert list(rig.driver(**settings).check()) == []
-    (few,) = rig.driver(**settings | {"max_machines": 3}).check()
+    (few,) = rig.driver(instance_type="g4dn.xlarge", max_machines=3).check()
     assert few.startswith("quota: ")
     assert "enough for 2 g4dn.xlarge of max_machines = 3" in few
     (none,) = rig.driver(**settings, spot=True, on_demand_fallback=True).check()
