@@ -25,13 +25,12 @@ from valohai_dagster.capacity.model import (
     MachineState,
     Plan,
     Policy,
-    Purchase,
     Seat,
     View,
 )
 from valohai_dagster.capacity.patience import PATIENCE, Patience
 from valohai_dagster.capacity.planner import plan
-from valohai_dagster.capacity.seeing import due_times, effect_of, view_of
+from valohai_dagster.capacity.seeing import decision_text, due_times, effect_of, place_text, view_of
 from valohai_dagster.errors import ValohaiError
 
 _ROUNDS = 12  # plans in one look, each after a refusal
@@ -273,7 +272,7 @@ class Reconciler:
         text = f"{came} of {intent.count} machines asked for at {since:%H:%M:%S} UTC came"
         if intent.token in self._asked:
             error = CloudError(
-                f"{text} ({_place(intent.zone, intent.purchase)})",
+                f"{text} ({place_text(intent.zone, intent.purchase)})",
                 code="none-came",
                 trouble=Trouble.capacity,
                 zone=intent.zone or None,
@@ -342,7 +341,7 @@ class Reconciler:
             if action.kind is ActionKind.drain:
                 self._drain(look, action)
                 continue
-            if action.machine_id and self._not_before.get(action.machine_id, look.now) > look.now:
+            if action.machine_id and not self._may_change(look, action.machine_id):
                 continue
             intent = Intent(
                 token=self._make_token(),
@@ -361,12 +360,14 @@ class Reconciler:
             else:
                 self._change(look, intent)
 
+    def _may_change(self, look: _Look, machine_id: str) -> bool:
+        """Not right after a refusal; and many changes are spread over several looks, so that launches need not wait."""
+        if self._clock() - look.now >= self._patience.act:
+            return False
+        return self._not_before.get(machine_id, look.now) <= look.now
+
     def _decided(self, look: _Look, action: Action) -> None:
-        if action.kind is ActionKind.launch:
-            place = _place(action.zone, action.purchase)
-            text = f"launch {action.count} ({place}): {action.reason}"
-        else:
-            text = f"{action.kind.value} {action.worker or action.machine_id}: {action.reason}"
+        text = decision_text(action)
         look.decisions.append(text)
         self._book.note(Kind.decision, text, machine_id=action.machine_id)
 
@@ -423,7 +424,9 @@ class Reconciler:
         look.refused = True
         holds = self._book.holds()
         self._hold(holding.hold_after(error, holds, look.now), holds)
-        first = intent.at == look.now  # what is refused later says little about what was accepted before
+        first = (
+            intent.at == look.now
+        )  # what is refused later says little about what was accepted before
         surely = first or error.trouble in (Trouble.capacity, Trouble.quota)
         if surely and error.trouble is not Trouble.outage:
             self._done(intent, f"refused: {error}")
@@ -490,7 +493,3 @@ class Reconciler:
             trouble=trouble,
             next_look=min((at for at in due if at > look.now), default=None),
         )
-
-
-def _place(zone: str, purchase: Purchase) -> str:
-    return f"{zone}, {purchase.value}" if zone else purchase.value

@@ -1,4 +1,4 @@
-"""What the planner is shown of what is known, and what has become of earlier calls. Pure."""
+"""What the planner is shown of what is known, and what has become of earlier calls, in data and words. Pure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from datetime import datetime
 
 from valohai_dagster.capacity.book import Known
 from valohai_dagster.capacity.model import (
+    Action,
     ActionKind,
     Hold,
     Intent,
     Machine,
     MachineState,
     Policy,
+    Purchase,
     Seat,
     View,
 )
@@ -112,6 +114,18 @@ def due_times(
             yield known.orphan_since + patience.orphan
     for those in seats.values():
         yield from (seat.idle_since + policy.grace for seat in those if seat.idle_since)
+
+
+def decision_text(action: Action) -> str:
+    """One line of a group's history."""
+    if action.kind is ActionKind.launch:
+        place = place_text(action.zone, action.purchase)
+        return f"launch {action.count} ({place}): {action.reason}"
+    return f"{action.kind.value} {action.worker or action.machine_id}: {action.reason}"
+
+
+def place_text(zone: str, purchase: Purchase) -> str:
+    return f"{zone}, {purchase.value}" if zone else purchase.value
 
 
 def _at_rest(machine: Machine, late: Container[str]) -> Machine:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -29,7 +32,8 @@ class Group:
 
     def __init__(self, records: Records, cloud: PaperCloud, policy: Policy = POLICY) -> None:
         self.records, self.cloud, self.policy = records, cloud, policy
-        self._tokens = (f"t{number}" for number in count())
+        tokens = (f"t{number}" for number in count())
+        self.token = lambda: next(tokens)
         self.prepare = lambda launch: launch
         self.restart()
 
@@ -42,7 +46,7 @@ class Group:
             self.book,
             prepare=lambda launch: self.prepare(launch),
             clock=self.cloud.clock,
-            make_token=lambda: next(self._tokens),
+            make_token=lambda: self.token(),
         )
 
     def look(self) -> Outcome:
@@ -388,6 +392,25 @@ def test_a_drain_that_was_not_told_is_told_by_the_next_process(group: Group) -> 
     assert group.alive == []
 
 
+def test_many_ends_are_spread_over_looks_so_that_launches_need_not_wait(group: Group) -> None:
+    group.cloud.submit(4)
+    group.look()
+    group.go_on(seconds=270)
+    real = group.cloud.terminate
+
+    def slow(machine_id: str) -> None:
+        real(machine_id)
+        world = group.cloud.read()
+        world.seconds += 3.0
+        group.cloud.write(world)
+
+    group.cloud.terminate = slow
+    outcomes = group.go_on(seconds=60)
+    ended = [[text for text in one.decisions if text.startswith("term")] for one in outcomes]
+    assert [len(texts) for texts in ended if texts] == [2, 2]
+    assert group.alive == []
+
+
 # -- two at once ---------------------------------------------------------------------------------------------------
 
 
@@ -411,6 +434,36 @@ def test_of_two_reconcilers_the_later_view_acts(group: Group) -> None:
     group.look()
     group.go_on(seconds=30)
     assert group.cloud.read().most == 1
+
+
+def test_two_reconcilers_at_the_same_time_ask_for_no_more_than_one_would(
+    records: Records, tmp_path: Path
+) -> None:
+    """Threads with the same records; calls of the cloud are one at a time, as a cloud has them."""
+    cloud, lock = PaperCloud(tmp_path / "cloud.json", boot=30.0, job=50.0), threading.RLock()
+    for name in ("list", "launch", "terminate", "load", "hear", "clock"):
+        setattr(cloud, name, _one_at_a_time(getattr(cloud, name), lock))
+    groups = [Group(records, cloud), Group(records, cloud)]
+    tokens = (f"t{number}" for number in count())
+    for one in groups:
+        one.token = lambda: next(tokens)
+    cloud.submit(3)
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(60):
+            list(threads.map(lambda one: one.look(), groups))
+            cloud.advance()
+    world = cloud.read()
+    assert (world.done, world.taken_while_busy, groups[0].alive) == (3, 0, [])
+    assert world.most == 3
+    assert groups[0].book.machines() == []
+
+
+def _one_at_a_time(call: Callable[..., Any], lock: threading.RLock) -> Callable[..., Any]:
+    def locked(*args: Any, **values: Any) -> Any:
+        with lock:
+            return call(*args, **values)
+
+    return locked
 
 
 def test_intents_stay_for_reading(group: Group) -> None:
