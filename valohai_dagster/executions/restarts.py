@@ -87,6 +87,7 @@ class Restarts:
         )
         if step is AfterReclaim.again:
             writing.update_attempt(active, active.attempt, end="preempted")
+            outbox.ended.append((active.group, active.id, active.attempt))
             begin_again(writing, outbox, active, why)
             return False
         status, reason = Status.error, f"{why}. {self._advice(writing, active)}"

@@ -74,10 +74,10 @@ def start_agent(
 ) -> Iterator[StartAgent]:
     started: list[AgentProcess] = []
 
-    def start(cloud: Cloud, *options: str, name: str = "w1") -> AgentProcess:
+    def start(cloud: Cloud, *, runtime: str = "process") -> AgentProcess:
         where = ("--cloud", cloud.value, "--metadata-url", services.url)
         url = redis_server.unix_url
-        started.append(AgentProcess(url, short_tmp / "work", *where, *options, name=name))
+        started.append(AgentProcess(url, short_tmp / "work", *where, runtime=runtime))
         return started[-1]
 
     yield start
@@ -132,6 +132,18 @@ def test_k53_who_ignores_sigint_gets_sigterm_in_time(
     assert outputs(conductor, execution_id) == {"term": b"term\n"}
     signals = [s.signal for s in conductor.applied(execution_id).bodies(StopAcknowledged)]
     assert signals == ["SIGINT", "SIGTERM"]
+
+
+@pytest.mark.docker
+def test_k53_a_container_is_interrupted_and_told_how_much_time_is_left(
+    conductor: Conductor, start_agent: StartAgent, services: MetadataStandIn, docker_image: str
+) -> None:
+    start_agent(Cloud.gcp, runtime="docker")
+    execution_id = conductor.submit(SAVES_WHEN_INTERRUPTED, image=docker_image)
+    ready(conductor, execution_id)
+    announce(services, Cloud.gcp, soon(30))
+    assert conductor.finished(execution_id).preempted
+    assert outputs(conductor, execution_id) == {"checkpoint": b"True"}
 
 
 def test_a_draining_agent_is_seen_as_such_and_nothing_begins_on_a_machine_that_goes(
