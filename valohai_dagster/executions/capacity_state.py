@@ -45,6 +45,11 @@ class CapacityState(BaseModel):
         return self.starting + self.up >= self.max_machines
 
     @property
+    def refused(self) -> bool:
+        """Whether machines are needed and do not come, though the group may have them."""
+        return self.trouble is not None and not self.full
+
+    @property
     def gist(self) -> str | None:
         """The trouble without times of day: while it is the same, nobody is told again."""
         return _TIME.sub("", self.trouble) if self.trouble else None

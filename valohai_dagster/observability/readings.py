@@ -68,7 +68,7 @@ class Machines(Protocol):
     def max_machines(self) -> int: ...
 
     @property
-    def trouble(self) -> str | None: ...
+    def refused(self) -> bool: ...
 
 
 class Conductor(Protocol):
@@ -166,7 +166,7 @@ def _machines(groups: Mapping[str, Machines]) -> Iterator[Reading]:
         yield Reading(
             name="machines_refused",
             help="1 while machines that a group needs do not come, whatever the reason.",
-            value=1.0 if found.trouble else 0.0,
+            value=float(found.refused),
             labels={"group": group},
         )
 

@@ -39,7 +39,7 @@ def page(queues: FakeQueues | None = None, **values: Any) -> str:
         driver=SimpleNamespace(driven=5, lanes=SimpleNamespace(backlog=2, written=70)),
         unfinished=lambda: [SimpleNamespace(status=Status.queued, group="gpu")] * 3,
         machines=lambda: {
-            "gpu": SimpleNamespace(states={"busy": 2, "starting": 1}, max_machines=5, trouble="no")
+            "gpu": SimpleNamespace(states={"busy": 2, "starting": 1}, max_machines=5, refused=True)
         },
     )
     for name, value in values.items():
