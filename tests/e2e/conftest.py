@@ -1,7 +1,7 @@
 """One deployment for the whole session: webserver, daemon, service, agents, and everything reached by its doors.
 
 Its state directory and DAGSTER_HOME are temporary. valohai.toml and `definitions` are the checkout's (process
-runtime); added are a worker group `docker` and the project `probe`, whose steps need no packages.
+runtime); added are the worker groups `docker` and `pretend`, and the project `probe`, whose steps need no packages.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMAND_SECONDS = 170.0
 ARTIFACTS = ROOT / ".test-artifacts"  # screenshots of the last run
 LOCATION = "valohai"
+# A group whose machines come when there is work: a cloud that is not there, agents of this host for its machines.
+PRETEND = '{"kind": "simulated", "runtime": "process", "max_machines": 2, "boot_delay_seconds": 0.2, "scale_down_grace_seconds": 3}'
 _WORKSPACE = """
 load_from:
   - python_module:
@@ -87,7 +89,9 @@ def make_deployment(state: Path, *, cwd: Path = ROOT, **variables: str) -> Deplo
 @pytest.fixture(scope="session")
 def deployment() -> Iterator[Deployment]:
     state = Path(tempfile.mkdtemp(prefix="vte-", dir="/tmp"))
-    made = make_deployment(state, VALOHAI_GROUPS__docker__RUNTIME="docker")
+    made = make_deployment(
+        state, VALOHAI_GROUPS__docker__RUNTIME="docker", VALOHAI_GROUPS__pretend=PRETEND
+    )
     nux = made.home / ".nux"  # Dagster's community dialog would cover the page
     nux.mkdir()
     (nux / "nux.yaml").write_text("seen: 1\n")
