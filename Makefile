@@ -26,7 +26,7 @@ OLDEST_TESTS := tests/contract/plugin tests/integration/plugin/driver
 
 export DAGSTER_DISABLE_TELEMETRY ?= yes
 
-.PHONY: help setup setup-dev setup-servers demo up down test test-oldest lint format docs bench-dispatch bench-fleet bench-recovery bench-transfer agent agent-lock clean
+.PHONY: help setup setup-dev setup-servers demo up down test test-oldest lint format docs bench-capacity bench-dispatch bench-fleet bench-recovery bench-transfer agent agent-lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ agent: $(RUN_STAMP)  ## Make the agent as one file for worker machines, dist/val
 agent-lock:  ## Pin newer dependencies of that file (needs uv)
 	uv pip compile -q --upgrade --universal --generate-hashes --python-version 3.10 --no-header --no-annotate --extra ssh \
 		agent/pyproject.toml -o valohai_dagster/capacity/bootstrap/agent-requirements.txt
+
+bench-capacity: $(DEV_STAMP)  ## 1,000 simulated worlds: machines leaked, work lost, cost beside an ideal planner (BENCH_ARGS)
+	@$(BIN)/python -W ignore -m bench.capacity $(BENCH_ARGS)
 
 bench-dispatch: $(RUN_STAMP)  ## Time from launch to first output line, against Dagster's default launcher
 	@$(BIN)/python -m bench.dispatch $(BENCH_ARGS)

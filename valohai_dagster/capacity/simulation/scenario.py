@@ -78,7 +78,7 @@ def scenario(seed: int) -> Scenario:
         seed=seed,
         policy=replace(policy, slots=policy.slots * agents),
         weather=_weather(chance, seed, hours * 3600, policy),
-        work=_work(chance, hours * 3600),
+        work=_work(chance, hours * 3600, policy.max_machines),
         accidents=_accidents(chance, hours * 3600),
         conductor_deaths=chance.choice([0.0, 0.0, 0.002, 0.01, 0.05]),
         agents=agents,
@@ -141,17 +141,18 @@ def _spells(chance: Random, span: float, number: int, policy: Policy | None) -> 
     return tuple(found)
 
 
-def _work(chance: Random, span: float) -> tuple[Work, ...]:
-    """Bursts and a trickle."""
+def _work(chance: Random, span: float, most: int) -> tuple[Work, ...]:
+    """Bursts and a trickle, of a size that `most` machines can cope with in the end."""
     typical = chance.choice([30, 120, 600])
     jobs = [
-        _job(chance, chance.uniform(0, span), typical) for _ in range(chance.choice([0, 5, 30]))
+        _job(chance, chance.uniform(0, span), typical)
+        for _ in range(chance.choice([0, 5, 30 if most > 1 else 10]))
     ]
     for _ in range(chance.choice([1, 2, 4])):
         when = chance.uniform(0, span * 0.9)
         jobs += [
             _job(chance, when + chance.uniform(0, 20), typical)
-            for _ in range(chance.choice([1, 10, 40]))
+            for _ in range(chance.choice([1, most, 3 * most]))
         ]
     return tuple(sorted(jobs, key=lambda job: job.arrives))
 
