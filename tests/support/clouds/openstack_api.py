@@ -265,6 +265,7 @@ def _now() -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer is sent in one piece
 
     def log_message(self, format: str, *args: Any) -> None:
         """Tests say what they want to see."""

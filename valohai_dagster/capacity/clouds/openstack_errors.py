@@ -45,6 +45,9 @@ STATUSES: dict[int, Meaning] = {
     429: Meaning("TooManyRequests", Trouble.throttled, Scope.group),
 }
 
+# What the SDK finds out by itself, as if a service had answered so.
+_AS_STATUS = {"NotFoundException": 404, "DuplicateResource": 400}
+
 # By name of the exception, where no service has answered.
 EXCEPTIONS: dict[str, Meaning] = {
     "ConfigException": Meaning("BadConfiguration", Trouble.credentials, Scope.group),
@@ -67,6 +70,8 @@ ADVICE: dict[Trouble, str] = {
 
 def meaning_of(status: int | None, words: str, *, exception: str = "") -> Meaning:
     """`status` is None when no service has answered, 0 for the fault of a server."""
+    if status is None:
+        status = _AS_STATUS.get(exception)
     lower = words.lower()
     for sentence, meaning in SENTENCES:
         if sentence in lower and (

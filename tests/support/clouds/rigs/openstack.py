@@ -43,9 +43,9 @@ class OpenStackRig(Rig):
         "lag": "Nova lists what it has accepted",
         "protected": "Nova scales nothing",
     }
-    defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(self) -> None:
+        self.defaults: dict[str, Any] = {}
         self._drivers: list[Driver] = []
 
     def driver(self, *, group: str = GROUP, **changes: Any) -> Driver:
@@ -129,7 +129,9 @@ class StandInRig(OpenStackRig):
             )
 
         def refuse(method: str, path: str) -> None:
-            raise _REFUSALS[trouble]
+            anybody = method == "GET" and path.startswith("/identity")  # may ask for versions
+            if trouble is Trouble.outage or not anybody:
+                raise _REFUSALS[trouble]
 
         return _while(
             lambda: setattr(cloud, "refuse", refuse),
