@@ -145,6 +145,15 @@ def test_a_wrong_secret_is_told_without_showing_it(rig: azure.AzureRig) -> None:
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize("changes", [{"tenant_id": None}, {"tenant_id": "no directory"}])
+def test_an_unfinished_app_registration_is_told(
+    rig: azure.AzureRig, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(CloudError) as caught:
+        rig.driver(**changes).list()
+    assert caught.value.trouble is Trouble.credentials
+
+
 def test_a_quota_of_nothing_is_told_by_the_check(rig: azure.AzureRig) -> None:
     rig.world.quotas = {"standardDSv5Family": 0, "lowPriorityCores": 10}
     assert any("standardDSv5Family" in one for one in rig.driver().check())

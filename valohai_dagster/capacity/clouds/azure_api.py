@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from valohai_dagster.capacity.clouds.azure_errors import ADVICE, meaning_of, words_of
-from valohai_dagster.capacity.clouds.base import CloudError
+from valohai_dagster.capacity.clouds.base import CloudError, Trouble
 from valohai_dagster.capacity.clouds.refusals import Scope
 from valohai_dagster.capacity.model import Purchase
 from valohai_dagster.settings_groups import AzureGroupSettings
@@ -19,9 +20,12 @@ CONNECT_SECONDS, READ_SECONDS = 10, 60
 
 
 class ResourceManager:
-    """The client of one group, made when it is first needed."""
+    """The client of one group, made when it is first needed. Raises ImportError when its library is not installed."""
 
     def __init__(self, group: str, settings: AzureGroupSettings) -> None:
+        for name in ("azure.mgmt.compute", "azure.identity"):
+            if find_spec(name) is None:
+                raise ImportError(f"there is no {name.replace('.', '-')}")
         self._group, self._settings = group, settings
         self._made: Any = None
         self._credential: Any = None
@@ -107,8 +111,6 @@ class ResourceManager:
         except azure_errors.AzureError as error:
             words = f"no answer from its API ({type(error).__name__})"
             raise self.refusal(doing, "Unreachable", words, **place) from error
-        except ValueError as error:
-            raise self._no_token(doing, error) from None
 
     def _no_token(self, doing: str, error: Exception) -> CloudError:
         """The text of the library is not shown: it names all that it has tried, over many lines."""
@@ -122,13 +124,21 @@ class ResourceManager:
         settings = self._settings
         private = {"disable_instance_discovery": True} if settings.endpoint_url else {}
         if settings.client_secret is not None:
-            return identity.ClientSecretCredential(
-                settings.tenant_id or "",
-                settings.client_id or "",
-                settings.client_secret.get_secret_value(),
-                retry_total=0,
-                **private,
-            )
+            try:
+                return identity.ClientSecretCredential(
+                    settings.tenant_id or "",
+                    settings.client_id or "",
+                    settings.client_secret.get_secret_value(),
+                    retry_total=0,
+                    **private,
+                )
+            except ValueError as error:
+                raise CloudError(
+                    f"Azure gives no token for the group {self._group!r}: client_secret needs a tenant_id and a client_id "
+                    "beside it. Correct them, or leave client_secret out.",
+                    code="AuthenticationFailed",
+                    trouble=Trouble.credentials,
+                ) from error
         options: dict[str, Any] = dict(private)
         if settings.client_id:
             options["managed_identity_client_id"] = settings.client_id

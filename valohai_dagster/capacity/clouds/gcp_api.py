@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from valohai_dagster.capacity.clouds.base import CloudError, Trouble
@@ -31,10 +32,16 @@ class _OperationError(Exception):
         self.code = code
 
 
+class _CredentialsError(Exception):
+    """The key file is not there, or is none."""
+
+
 class ComputeApi:
-    """Clients of one group, made when they are first needed."""
+    """Clients of one group, made when they are first needed. Raises ImportError when their library is not installed."""
 
     def __init__(self, group: str, settings: GcpGroupSettings) -> None:
+        if find_spec("google.cloud.compute_v1") is None:
+            raise ImportError("there is no google-cloud-compute")
         self._group, self._settings = group, settings
         self._clients: dict[str, Any] = {}
         self._credentials: Any = None
@@ -119,12 +126,12 @@ class ComputeApi:
             raise self.refusal(doing, error.code, str(error), **place) from None
         except auth_errors.TransportError as error:
             raise self.refusal(doing, "Unreachable", _no_answer(error), **place) from error
-        except (auth_errors.GoogleAuthError, OSError, ValueError) as error:
-            if isinstance(error, requests.RequestException):
-                raise self.refusal(doing, "Unreachable", _no_answer(error), **place) from error
-            raise self._no_credentials(doing, error) from error
+        except (_CredentialsError, auth_errors.GoogleAuthError) as error:
+            raise self._no_credentials(doing, error.__cause__ or error) from None
+        except requests.RequestException as error:
+            raise self.refusal(doing, "Unreachable", _no_answer(error), **place) from error
 
-    def _no_credentials(self, doing: str, error: Exception) -> CloudError:
+    def _no_credentials(self, doing: str, error: BaseException) -> CloudError:
         """A key file that cannot be read, none at all, or an account that gets no token."""
         file = self._settings.credentials_file
         source = f"the key file {file}" if file else "Application Default Credentials"
@@ -154,7 +161,11 @@ class ComputeApi:
 
         file = self._settings.credentials_file
         if file is not None:
-            return service_account.Credentials.from_service_account_file(str(file), scopes=[SCOPE])
+            load = service_account.Credentials.from_service_account_file
+            try:
+                return load(str(file), scopes=[SCOPE])
+            except (OSError, ValueError) as error:
+                raise _CredentialsError from error
         credentials, _ = google.auth.default(scopes=[SCOPE])
         return credentials
 
