@@ -166,12 +166,12 @@ class GroupCapacity:
         workers: Collection[Worker],
     ) -> Outcome:
         now = self._core.clock()
-        outdated = {one.name for one in workers if is_outdated(one.version, release)}
-        if release is not None:
-            version = release.version
+        version = release.version if release is not None else None
+        outdated = {one.name for one in workers if is_outdated(one.version, version)}
+        if version is not None:
             self._update = self._updates.next(workers, version, now, outdated=outdated)
         load = Load(waiting=waiting, seats=self._seats.look(workers, now, outdated=outdated))
-        policy = policy_of(settings, bootstrap=release.version if release else None)
+        policy = policy_of(settings, bootstrap=version)
         # A machine out of reach is not taken before its executions were given up.
         grace = timedelta(seconds=self._core.settings.lost_grace_seconds)
         policy = replace(policy, silence=max(policy.silence, grace))
