@@ -26,11 +26,7 @@ class Cloud(str, Enum):
     azure = "azure"
 
 
-BASE_URLS = {
-    Cloud.aws: "http://169.254.169.254",
-    Cloud.gcp: "http://metadata.google.internal",
-    Cloud.azure: "http://169.254.169.254",
-}
+BASE_URL = "http://169.254.169.254"  # of all three
 
 
 def cloud_of_host(firmware: Path = _FIRMWARE) -> Cloud | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from valohai_agent.clock import Clock, SystemClock
-from valohai_agent.metadata_service import BASE_URLS, Cloud, MetadataService, Unanswered
+from valohai_agent.metadata_service import BASE_URL, Cloud, MetadataService, Unanswered
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class AzureNotices:
 
 def notices_of(cloud: Cloud, base_url: str | None = None) -> Notices:
     kinds = {Cloud.aws: AwsNotices, Cloud.gcp: GoogleNotices, Cloud.azure: AzureNotices}
-    return kinds[cloud](MetadataService(base_url or BASE_URLS[cloud]))
+    return kinds[cloud](MetadataService(base_url or BASE_URL))
 
 
 class PreemptionWatch:

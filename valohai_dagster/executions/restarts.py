@@ -17,7 +17,7 @@ from valohai_agent import protocol as p
 from valohai_dagster.data import datums
 from valohai_dagster.data.input_spec import InputSpec
 from valohai_dagster.data.resolve import ResolvedInputs, Source, resolve_inputs
-from valohai_dagster.errors import ValohaiError
+from valohai_dagster.errors import RefusedError, ValohaiError
 from valohai_dagster.executions import ledger
 from valohai_dagster.executions.core import ServiceCore, queued_event
 from valohai_dagster.executions.dispatch import QueueEntry
@@ -169,13 +169,16 @@ class Restarts:
         rows = writing.conn.execute(query.order_by(c.ctime, c.id)).all()
         ids = [row.id for row in sorted(rows, key=lambda row: row.execution_id == active.id)]
         datums.hold(writing.conn, ids)
+        group = self._core.settings.groups.get(active.group)
+        if group is None:
+            raise RefusedError(f"the worker group {active.group!r} is not in the settings any more")
         uris = [f"{datums.SCHEME}{datum_id}" for datum_id in ids]
         wanted = InputSpec(name=RESTART_INPUT, uris=uris, optional=True, keep_directories="full")
         found = resolve_inputs(
             [wanted],
             connection=writing.conn,
             stores=self._core.stores,
-            group=self._core.settings.groups[active.group],
+            group=group,
             project_id=project_id,
         )
         return _renamed(found)

@@ -43,7 +43,10 @@ class Stops:
                 outbox = await core.patiently(
                     lambda: self._stop(execution_id, hard=hard, reason=reason), "stopping"
                 )
-            await core.deliver(outbox)
+            if outbox is None:
+                await self._stop_continuation(execution_id, hard=hard, reason=reason)
+            else:
+                await core.deliver(outbox)
 
     async def _stop_continuation(self, execution_id: str, *, hard: bool, reason: str) -> None:
         """Who asks may not know yet that another execution continues it (L-32)."""
@@ -62,11 +65,12 @@ class Stops:
         stream = self._core.keys.submissions(active.shard)
         await self._core.deliver(Outbox(posts=[(stream, {"s": stop.model_dump_json()})]))
 
-    async def _stop(self, execution_id: str, *, hard: bool, reason: str) -> Outbox:
+    async def _stop(self, execution_id: str, *, hard: bool, reason: str) -> Outbox | None:
+        """None when it has ended, or has gone to another conductor, in this moment."""
         core = self._core
         active = core.memory.active.get(execution_id)
         if active is None:
-            return Outbox()  # it has ended, or has gone to another conductor, in this moment
+            return None
         withdrawn = active.status is ExecutionStatus.created or (
             active.token is None and await core.dispatch.withdraw(active.group, active.id)
         )
