@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import sqlalchemy as sa
 
 from tests.support.redis_server import RedisServer
 from tests.support.service import (
@@ -16,12 +17,15 @@ from tests.support.service import (
 )
 from tests.support.sim_agent import SimAgent
 from tests.support.small_cloud import SmallCloud, cloud_group, until
+from valohai_agent.protocol import utcnow
 from valohai_dagster.capacity.clouds.base import Trouble
 from valohai_dagster.capacity.overrides import write_overrides
 from valohai_dagster.executions.capacity_state import kick, read_state
 from valohai_dagster.executions.stream import EventKind
 from valohai_dagster.executions.why_reader import Sources, why_execution
+from valohai_dagster.records.capacity_tables import agent_releases
 from valohai_dagster.settings import Settings
+from valohai_dagster.settings_groups import DockerGroupSettings
 
 
 @pytest.fixture
@@ -185,3 +189,37 @@ def test_an_enqueue_at_another_conductor_reaches_the_one_that_looks_after_the_gr
             before = read_state(broker, service.keys, "local")
             kick(broker, service.keys, "local")
             until(lambda: read_state(broker, service.keys, "local") != before, seconds=3.0)
+
+
+def test_without_a_published_agent_those_who_wait_are_told_to_publish_one(
+    settings: Settings, cloud: SmallCloud
+):
+    groups = {"local": DockerGroupSettings(kind="docker", image="machine")}
+    with running_service(static_settings(settings, groups=groups), drivers=cloud.open) as service:
+        spec = make_spec()
+        service.client.submit(spec)
+        service.events(spec.execution_id, lambda e: "no agent is published" in e.message)
+    assert not cloud.called("launch")
+
+
+def test_idle_workers_of_another_version_are_told_to_make_way(
+    settings: Settings, cloud: SmallCloud, redis_server: RedisServer
+):
+    groups = {"local": DockerGroupSettings(kind="docker", image="machine")}
+    service = RunningService(static_settings(settings, groups=groups), drivers=cloud.open)
+    with service.records.write() as conn:
+        publish_row(conn, "1.4.1")
+    try:
+        agent = service.agent(redis_server)
+        agent.heartbeat(version="1.4.0", machine_id="m-1")
+        service.start()
+        until(lambda: [one.kind for one in agent.commands()] == ["update"])
+    finally:
+        service.close()
+
+
+def publish_row(conn: sa.Connection, version: str) -> None:
+    """As if an agent of this version had been published."""
+    about = {"store": "local", "key": "agents/a.pyz", "size": 1, "protocol": 1, "protocol_min": 1}
+    values = {"version": version, "sha256": "a" * 64, "current": True, "ctime": utcnow(), **about}
+    conn.execute(agent_releases.insert().values(values))
