@@ -35,6 +35,9 @@ from valohai_agent.version import __version__
 if TYPE_CHECKING:
     from valohai_agent.cache.local import InputCache
     from valohai_agent.cache.shared import Share
+    from valohai_agent.host import Host
+    from valohai_agent.redis_link import RedisLink
+    from valohai_agent.session import AgentIdentity
     from valohai_agent.worker import WorkerLoop
 
 logger = logging.getLogger(__name__)
@@ -269,9 +272,9 @@ def _run_agent(options: AgentOptions) -> bool:
     from valohai_agent.cache.keeping import Caretaker
     from valohai_agent.host import observe_host
     from valohai_agent.job import JobRun
-    from valohai_agent.redis_link import connect, find_deployment
+    from valohai_agent.redis_link import connect
     from valohai_agent.runtimes import select_runtime
-    from valohai_agent.session import AgentIdentity, Session
+    from valohai_agent.session import Session
     from valohai_agent.surroundings import Surroundings
     from valohai_agent.worker import LoopOptions, WorkerLoop
     from valohai_agent.workspace import reap_leftovers
@@ -291,15 +294,7 @@ def _run_agent(options: AgentOptions) -> bool:
     link = connect(options.redis_url, stop=signals.leaving)
     if signals.leaving.is_set():
         return False
-    identity = AgentIdentity(
-        deployment=options.deployment or find_deployment(link),
-        group=options.queue,
-        name=options.name,
-        slots=options.slots,
-        runtime=runtime.name,
-        host=host,
-        supervised=SUPERVISED_VARIABLE in os.environ,
-    )
+    identity = _identity(options, link, runtime.name, host)
     session = Session(link, identity, work_dir=options.work_dir, cached=cache.marks)
     session.register(stop=signals.leaving)
     around = Surroundings(
@@ -332,6 +327,21 @@ def _run_agent(options: AgentOptions) -> bool:
         _close_caches(cache, share)
     logger.info("agent %s is done", options.name, extra={"action": "exit"})
     return loop.update_wanted
+
+
+def _identity(options: AgentOptions, link: RedisLink, runtime: str, host: Host) -> AgentIdentity:
+    from valohai_agent.redis_link import find_deployment
+    from valohai_agent.session import AgentIdentity
+
+    return AgentIdentity(
+        deployment=options.deployment or find_deployment(link),
+        group=options.queue,
+        name=options.name,
+        slots=options.slots,
+        runtime=runtime,
+        host=host,
+        supervised=SUPERVISED_VARIABLE in os.environ,
+    )
 
 
 @contextlib.contextmanager
