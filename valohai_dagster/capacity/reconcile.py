@@ -424,10 +424,8 @@ class Reconciler:
         look.refused = True
         holds = self._book.holds()
         self._hold(holding.hold_after(error, holds, look.now), holds)
-        first = (
-            intent.at == look.now
-        )  # what is refused later says little about what was accepted before
-        surely = first or error.trouble in (Trouble.capacity, Trouble.quota)
+        # What a repeated call is refused for says little about the first one, unless there is nothing to be had.
+        surely = intent.at == look.now or error.trouble in (Trouble.capacity, Trouble.quota)
         if surely and error.trouble is not Trouble.outage:
             self._done(intent, f"refused: {error}")
 

@@ -73,9 +73,10 @@ def test_calls_whose_answers_are_all_lost_have_their_effect_once():
 
 def test_a_repeated_launch_that_is_refused_is_not_forgotten():
     """It was accepted the first time, and its machines come late: new ones in their place would be too many."""
-    weather = Weather(boot=(60, 60), delivery=(40, 60), throttle_rate=0.6)
-    results = [changed(weather=replace(weather, seed=seed)) for seed in range(5)]
-    assert [one.over_maximum for one in results if not good(one)] == []
+    weather = Weather(boot=(60, 60), delivery=(40, 60), throttle_rate=0.3, listing_lag=20)
+    work = tuple(Work(arrives=20.0 * number, lasts=900.0) for number in range(12))
+    results = [changed(weather=replace(weather, seed=seed), work=work) for seed in range(8)]
+    assert all(good(one) for one in results), results
 
 
 def test_e07_machines_that_never_register_are_replaced_and_then_waited_with():
