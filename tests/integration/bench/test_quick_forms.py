@@ -63,3 +63,12 @@ def test_the_transfer_benchmark_gives_throughput_memory_and_the_cached_start() -
     assert figures["cached_4g_ready_s"] > 0
     rates = figures["mb_per_s"]
     assert all(rates[f"{shape}_{way}: ours, sha256"] > 0 for shape in SHAPES for way in WAYS)
+
+
+@pytest.mark.usefixtures("servers")
+def test_the_capacity_benchmark_counts_what_was_leaked_and_lost() -> None:
+    figures = last_line("bench.capacity", "--quick")
+    assert figures["scenarios"] == 20
+    assert (figures["leaked"], figures["busy_terminated"], figures["lost"]) == (0, 0, 0)
+    names = ("cost_over_ideal", "wait_p95_s", "planner_tick_ms", "enqueue_to_cloud_call_s")
+    assert all(figures[name] > 0 for name in names), figures
