@@ -38,7 +38,8 @@ class Accident:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """`conductor_deaths`: chance of each call between reconciler, book and cloud to be its last."""
+    """`conductor_deaths`: chance of each call between reconciler, book and cloud to be its last. `call_seconds`: that a
+    call to the cloud takes at most."""
 
     seed: int
     policy: Policy
@@ -46,6 +47,7 @@ class Scenario:
     work: tuple[Work, ...]
     accidents: tuple[Accident, ...] = ()
     conductor_deaths: float = 0.0
+    call_seconds: float = 0.0
     agents: int = 1  # on each machine
     can_stop: bool = False
     hours: float = 2.0  # of work and accidents; afterwards the sky clears
@@ -81,6 +83,7 @@ def scenario(seed: int) -> Scenario:
         work=_work(chance, hours * 3600, policy.max_machines),
         accidents=_accidents(chance, hours * 3600),
         conductor_deaths=chance.choice([0.0, 0.0, 0.002, 0.01, 0.05]),
+        call_seconds=chance.choice([0.0, 1.0, 5.0]),
         agents=agents,
         can_stop=chance.random() < 0.5,
         hours=hours,

@@ -81,6 +81,7 @@ class World:
         self._dying = scenario.conductor_deaths
         self._looks: Looks | None = None
         self._look_at: float | None = None
+        self._looking = self._again = False
         self._booted: set[tuple[str, Any]] = set()
         self._preempted_at = 0.0
 
@@ -135,6 +136,12 @@ class World:
         if self._dying and self.random.random() < self._dying:
             raise ConductorDied
 
+    def call_takes_time(self) -> None:
+        """Of the conductor to the cloud: the world goes on meanwhile."""
+        seconds = self.random.uniform(0, self.scenario.call_seconds)
+        if seconds:
+            self.timeline.run(self.timeline.seconds + seconds)
+
     def _look(self, when: float) -> None:
         if self._looks is None or (self._look_at is not None and self._look_at <= when):
             return
@@ -145,7 +152,11 @@ class World:
         looks = self._looks
         if looks is None or self._look_at != when:
             return
-        self._look_at, self.looks = None, self.looks + 1
+        self._look_at = None
+        if self._looking:  # it is still at the last one
+            self._again = True
+            return
+        self.looks, self._looking = self.looks + 1, True
         load = Load(waiting=self.crew.waiting(), seats=self.crew.seats())
         try:
             outcome = looks.step(load, self.policy)
@@ -155,8 +166,12 @@ class World:
             self.timeline.after(self.random.uniform(1, 120), self._revive)
             return
         finally:
+            self._looking = False
             self._machines_live()
         self._carry_out(outcome)
+        if self._again:
+            self._again = False
+            self.kick()
 
     def _carry_out(self, outcome: Outcome) -> None:
         now = self.timeline.seconds
@@ -334,9 +349,11 @@ class WorldDriver:
         return ()
 
     def list(self) -> Sequence[Machine]:
+        self._world.call_takes_time()
         return self._world.cloud.list()
 
     def launch(self, launch: Launch) -> Sequence[str]:
+        self._world.call_takes_time()
         return self._world.cloud.launch(launch)
 
     def terminate(self, machine_id: str) -> None:
@@ -346,6 +363,7 @@ class WorldDriver:
         self._ending(machine_id, self._world.cloud.stop)
 
     def start(self, machine_id: str) -> None:
+        self._world.call_takes_time()
         self._world.cloud.start(machine_id)
 
     def protect(self, machine_id: str, *, on: bool) -> None:
@@ -357,6 +375,7 @@ class WorldDriver:
     def _ending(self, machine_id: str, call: Callable[[str], None]) -> None:
         """Its workers end with it, also if the answer gets lost."""
         world = self._world
+        world.call_takes_time()
         before = world.cloud.machines.get(machine_id)
         try:
             call(machine_id)
