@@ -77,6 +77,12 @@ class Site:
     def containers(self) -> list[Any]:
         return self.docker.containers.list(filters={"label": f"valohai-group={GROUP}"})
 
+    def ended(self) -> dict[str, str] | None:
+        """Why each machine went; None while one is not known to be gone."""
+        told = json.loads(self.cli("machines", "ls", "--json", "--all"))
+        gone = all(one["state"] == "gone" for one in told)
+        return {one["machine"]: one["reason"] for one in told} if gone else None
+
     def logs(self) -> str:
         every = self.docker.containers.list(all=True, filters={"label": f"valohai-group={GROUP}"})
         return "\n".join(one.logs().decode()[-1500:] for one in every)
@@ -140,9 +146,13 @@ def test_machines_come_run_are_cut_off_and_killed_and_go(
         done = [e for e in site.app.events(run) if e["__typename"] == "MaterializationEvent"]
         assert len(done) == 1
     wait_for(lambda: not site.containers(), seconds=45, every=0.3, what="no machine any more")
-    machines_told = json.loads(site.cli("machines", "ls", "--json", "--all"))
-    print(machines_told)
+    told = wait_for(site.ended, seconds=30, every=0.5, what="the records to say so")
+    assert told is not None
+    assert told[machines[2]] == "the cloud has ended it"
+    assert told[machines[0]] == told[machines[1]] == "its workers have drained"
 
     page.goto(f"{site.app.url}/runs/{killed}", timeout=LOAD_MS)
-    page.get_by_text(f"machine {machines[2]} is gone").first.wait_for(timeout=LOAD_MS)
+    lost = page.get_by_text(f"machine {machines[2]} is gone").first
+    lost.wait_for(timeout=LOAD_MS)
+    lost.scroll_into_view_if_needed()
     page.screenshot(path=artifacts / "machine-lost.png")

@@ -54,7 +54,7 @@ def network(client: docker.DockerClient) -> Iterator[Any]:
     try:
         yield made
     finally:
-        for container in client.containers.list(all=True, filters={"network": made.name}):
+        for container in client.containers.list(all=True, filters={"network": str(made.name)}):
             container.remove(force=True, v=True)
         made.remove()
 

@@ -1,0 +1,236 @@
+"""What a machine does to become and stay a worker: its files, its services, its identity, its dead man's switch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.web import content, serve
+from valohai_agent.machine import dead_man
+from valohai_agent.machine.becoming import Wanted, become_worker
+from valohai_agent.machine.identity import CloudOfMachine, NoIdentity, machine_id
+from valohai_agent.machine.joining import CannotJoin, NoAnswer, bring_up_to_date
+from valohai_agent.machine.messages import JoinAnswer
+from valohai_agent.machine.places import Machine, NotJoined, Places
+from valohai_agent.machine.services import units
+
+NOBODY = "http://127.0.0.1:9"  # the discard port: nobody listens there
+
+
+def machine_of(url: str = NOBODY, **answer: object) -> Machine:
+    values = {
+        "group": "gpu",
+        "deployment": "d",
+        "ticket": "vht_1",
+        "environment": {
+            "VALOHAI_AGENT_REDIS": 'rediss://u:p"w@h/0?ssl_ca_certs={dir}/redis-ca.crt'
+        },
+        "files": {"redis-ca.crt": "CA"},
+        **answer,
+    }
+    return Machine(url=url, machine_id="i-1", answer=JoinAnswer.model_validate(values))
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    (tmp_path / "work").mkdir()
+    return Places(config=tmp_path / "config", work=tmp_path / "work")
+
+
+def test_what_was_given_is_kept_for_root_alone(places: Places) -> None:
+    machine = machine_of()
+    places.save(machine)
+    assert places.load() == machine
+    assert (places.config / "redis-ca.crt").read_text() == "CA"
+    for secret in (places.machine_file, places.environment_file):
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    line = next(
+        one for one in places.environment_file.read_text().splitlines() if "AGENT_REDIS" in one
+    )
+    assert line == (
+        f'VALOHAI_AGENT_REDIS="rediss://u:p\\"w@h/0?ssl_ca_certs={places.config}/redis-ca.crt"'
+    )
+    assert "vht_1" not in repr(machine)
+
+
+def test_a_machine_that_has_not_joined_is_told_how_to(places: Places) -> None:
+    with pytest.raises(NotJoined, match="`valohai-agent join` does it"):
+        places.load()
+
+
+def test_e31_each_of_several_agents_has_one_gpu(places: Places) -> None:
+    machine = machine_of(agents=4, gpu_each=True)
+    assert [places.environment_of(machine, n)["VALOHAI_AGENT_GPUS"] for n in range(4)] == list(
+        "0123"
+    )
+    assert places.environment_of(machine_of(agents=2), 1) == {}
+
+
+def test_the_services_are_what_systemd_takes(places: Places, tmp_path: Path) -> None:
+    """Checked by systemd itself where it is installed; no systemd runs in tests."""
+    made = units(places, machine_of(dead_man_seconds=60), ["/bin/true"])
+    assert set(made) == {
+        "valohai-agent@.service",
+        "valohai-dead-man.service",
+        "valohai-dead-man.timer",
+    }
+    agent = made["valohai-agent@.service"]
+    for hardened in ("NoNewPrivileges=yes", "ProtectSystem=strict", "CapabilityBoundingSet=\n"):
+        assert hardened in agent
+    assert "User=valohai-agent\n" in agent
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        return
+    for name, text in made.items():
+        (tmp_path / name.replace("@", "@1")).write_text(
+            text.replace("User=valohai-agent", "User=root")
+        )
+    files = [str(tmp_path / name.replace("@", "@1")) for name in made]
+    done = subprocess.run([analyze, "verify", *files], capture_output=True, text=True, check=False)
+    ours = [line for line in done.stderr.splitlines() if "valohai" in line]
+    assert not ours, ours
+
+
+def test_a_group_without_a_dead_man_gets_no_timer(places: Places) -> None:
+    assert set(units(places, machine_of(), ["/bin/true"])) == {"valohai-agent@.service"}
+
+
+# -- identity --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VALOHAI_AGENT_MACHINE_ID", "VALOHAI_JOIN_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("cloud", "path", "answer", "header"),
+    [
+        ("aws", "/latest/meta-data/instance-id", b"i-0abc", "x-aws-ec2-metadata-token"),
+        ("gcp", "/computeMetadata/v1/instance/name", b"i-0abc", "metadata-flavor"),
+        ("azure", "/metadata/instance/compute/name", b"i-0abc", "metadata"),
+        ("openstack", "/openstack/latest/meta_data.json", b'{"uuid": "i-0abc"}', "host"),
+    ],
+)
+def test_each_cloud_tells_a_machine_its_id(
+    cloud: str, path: str, answer: bytes, header: str
+) -> None:
+    """Stand-ins for the metadata services, which exist on machines of the clouds only."""
+    with serve() as web:
+        web.answers["/latest/api/token"] = [content(b"token")]
+        web.answers[path] = [content(answer)]
+        assert machine_id(CloudOfMachine(cloud), base_url=web.url("")) == "i-0abc"
+        assert header in {name.lower() for name in web.requests[-1][2]}
+
+
+def test_a_metadata_service_that_is_silent_is_named() -> None:
+    with pytest.raises(NoIdentity, match="metadata service of aws"):
+        machine_id(CloudOfMachine.aws, base_url=NOBODY)
+
+
+def test_what_the_environment_says_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VALOHAI_AGENT_MACHINE_ID", "stated")
+    assert machine_id(CloudOfMachine.aws, base_url=NOBODY) == "stated"
+
+
+# -- joining ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_control_plane_that_is_away_changes_nothing(places: Places) -> None:
+    machine = machine_of()
+    places.save(machine)
+    assert bring_up_to_date(places, hostname="h") == machine
+
+
+def test_join_without_a_token_says_where_one_comes_from(places: Places) -> None:
+    wanted = Wanted(url=NOBODY, config_dir=places.config, work_dir=places.work, machine_id="m")
+    with pytest.raises(CannotJoin, match="join-token GROUP"):
+        become_worker(wanted)
+
+
+def test_what_is_no_control_plane_is_refused(places: Places) -> None:
+    with serve() as web:
+        web.answers["/agents/join"] = [content(b"<html>")]
+        wanted = Wanted(
+            url=web.url(""),
+            token="t",
+            config_dir=places.config,
+            work_dir=places.work,
+            machine_id="m",
+        )
+        with pytest.raises(CannotJoin, match="is no control plane"):
+            become_worker(wanted)
+
+
+# -- the dead man's switch -------------------------------------------------------------------------------------------
+
+
+def aged(path: Path, seconds: float) -> None:
+    path.touch()
+    moment = time.time() - seconds
+    os.utime(path, (moment, moment))
+
+
+@pytest.fixture
+def old_machine(places: Places, monkeypatch: pytest.MonkeyPatch) -> Places:
+    """Joined an hour ago, up for longer, and its control plane does not answer."""
+    monkeypatch.setattr(dead_man, "_booted_at", lambda places: 0.0)
+    places.save(machine_of(dead_man_seconds=600))
+    aged(places.word_mark, 3600)
+    return places
+
+
+def test_an_abandoned_idle_machine_is_to_be_powered_off(old_machine: Places) -> None:
+    assert dead_man.look(old_machine, hostname="h")
+
+
+def test_a_machine_on_which_something_runs_is_not(old_machine: Places) -> None:
+    (old_machine.work / "busy").touch()
+    assert not dead_man.look(old_machine, hostname="h")
+
+
+def test_a_machine_that_has_just_booted_is_not(
+    old_machine: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_man, "_booted_at", lambda places: time.time() - 10)
+    assert not dead_man.look(old_machine, hostname="h")
+
+
+def test_machines_of_groups_without_the_switch_stay(places: Places) -> None:
+    places.save(machine_of())
+    aged(places.word_mark, 10**6)
+    assert not dead_man.look(places, hostname="h")
+
+
+def test_it_asks_once_more_before_the_switch_falls(
+    old_machine: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that jumped powers nothing off while the control plane is there."""
+    monkeypatch.setattr(dead_man, "refresh", lambda machine, hostname: machine)
+    assert not dead_man.look(old_machine, hostname="h")
+    assert dead_man.quiet_seconds(old_machine, now=time.time(), booted_at=0) < 60
+
+
+def test_it_does_not_ask_while_word_is_fresh(
+    old_machine: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old_machine.word_mark.touch()
+
+    def nobody(machine: Machine, hostname: str) -> Machine:
+        raise NoAnswer("asked")
+
+    monkeypatch.setattr(dead_man, "refresh", nobody)
+    assert not dead_man.look(old_machine, hostname="h")
+
+
+def test_powering_off_does_not_wait_for_agents_that_hang() -> None:
+    called: list[list[str]] = []
+    dead_man.power_off(lambda command, check: called.append(command))
+    assert [one[:2] for one in called] == [["systemctl", "kill"], ["systemctl", "poweroff"]]
