@@ -19,11 +19,11 @@ LISTING = "(listing)"
 _GROUP_WIDE = (CHECK_IN, LISTING)
 
 _FIRST_AND_MOST = {
-    Trouble.capacity: (timedelta(seconds=60), timedelta(minutes=15)),
-    Trouble.quota: (timedelta(seconds=60), timedelta(minutes=10)),
+    Trouble.capacity: (timedelta(seconds=60), timedelta(minutes=5)),
+    Trouble.quota: (timedelta(seconds=60), timedelta(minutes=5)),
     Trouble.throttled: (timedelta(seconds=5), timedelta(minutes=2)),
     Trouble.credentials: (timedelta(seconds=30), timedelta(minutes=5)),
-    Trouble.invalid: (timedelta(seconds=30), timedelta(minutes=10)),
+    Trouble.invalid: (timedelta(seconds=30), timedelta(minutes=5)),
     Trouble.outage: (timedelta(seconds=5), timedelta(minutes=2)),
 }
 _FORGOTTEN_AFTER = timedelta(hours=1)  # of its end
