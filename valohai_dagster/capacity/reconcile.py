@@ -440,13 +440,15 @@ class Reconciler:
         try:
             calls[intent.action](known.machine.id)
         except CloudError as error:
-            self._book.settle(intent.token, f"refused: {error}")
             text = f"{intent.action.value} was refused: {error}"
             self._book.note(Kind.trouble, text, machine_id=known.machine.id)
-            wait = max(self._patience.ask_again, timedelta(seconds=error.retry_after or 0))
-            self._not_before[known.machine.id] = look.now + wait
-            look.refused = look.refused or intent.action is ActionKind.start
-            return
+            start = intent.action is ActionKind.start
+            look.refused = look.refused or start
+            if not (start and error.trouble is Trouble.outage):  # that may have had its effect
+                self._book.settle(intent.token, f"refused: {error}")
+                wait = max(self._patience.ask_again, timedelta(seconds=error.retry_after or 0))
+                self._not_before[known.machine.id] = look.now + wait
+                return
         self._asked[intent.token] = (look.now, look.now)
         if intent.action is ActionKind.start:
             known = replace(known, started_at=look.now, draining_since=None, reason=None)
