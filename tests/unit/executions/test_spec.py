@@ -10,6 +10,7 @@ from valohai_yaml.objs import Step
 
 from valohai_agent.protocol import RemoteDebug
 from valohai_dagster.errors import SpecError
+from valohai_dagster.executions.access import Launcher
 from valohai_dagster.executions.spec import LaunchIds, StepConfig, build_spec
 from valohai_dagster.executions.spec_model import CommitRef, ExecutionSpec
 from valohai_dagster.projects.step import StepDefinition
@@ -329,3 +330,9 @@ def test_o15_the_launch_chooses_the_store_then_the_step_then_the_project(
         upload_store=project,
     )
     assert made.upload_store == chosen
+
+
+def test_the_spec_says_who_launched_it() -> None:
+    launcher = Launcher(user="ann", teams=("vision", "nlp"), organization="acme")
+    made = build_spec(define(), StepConfig(), commit=COMMIT, ids=replace(IDS, launcher=launcher))
+    assert (made.creator, made.teams, made.organization) == ("ann", ["vision", "nlp"], "acme")

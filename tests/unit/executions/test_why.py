@@ -50,6 +50,13 @@ def test_a_queued_one_tells_who_is_ahead_and_who_has_the_slots():
     )
 
 
+def test_l10_one_that_waits_for_its_turn_says_what_it_waits_for():
+    found = explain(Status.created, reason="waits for its turn: user ann has 2 of 2")
+    assert (found.state, found.text) == ("quota", "waits for its turn: user ann has 2 of 2")
+    assert "groups set gpu" in str(found.next_step)
+    assert explain(Status.created).state == "created"
+
+
 def test_the_moment_between_queue_and_first_report_is_known():
     assert explain(lease_worker="w1").state == "taken"
 
