@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.ports import wait_for
 from tests.support.web import content, serve
 from valohai_agent.machine import dead_man
 from valohai_agent.machine.becoming import Wanted, become_worker
@@ -81,7 +84,7 @@ def test_the_services_are_what_systemd_takes(places: Places, tmp_path: Path) -> 
         "valohai-dead-man.timer",
     }
     agent = made["valohai-agent@.service"]
-    for hardened in ("NoNewPrivileges=yes", "ProtectSystem=strict", "CapabilityBoundingSet=\n"):
+    for hardened in ("NoNewPrivileges=yes", "ProtectSystem=full", "CapabilityBoundingSet=\n"):
         assert hardened in agent
     assert "User=valohai-agent\n" in agent
     analyze = shutil.which("systemd-analyze")
@@ -99,6 +102,53 @@ def test_the_services_are_what_systemd_takes(places: Places, tmp_path: Path) -> 
 
 def test_a_group_without_a_dead_man_gets_no_timer(places: Places) -> None:
     assert set(units(places, machine_of(), ["/bin/true"])) == {"valohai-agent@.service"}
+
+
+# -- keeping agents running without systemd --------------------------------------------------------------------------
+
+KEEP = """
+import logging, sys
+from pathlib import Path
+from valohai_agent.machine.keeping import Keeper
+from valohai_agent.machine.places import Places
+logging.basicConfig(level=logging.INFO)
+places = Places(config=Path(sys.argv[1]), work=Path(sys.argv[2]))
+sys.exit(Keeper(places, places.load(), [sys.executable, sys.argv[3]]).run())
+"""
+AGENT = """
+import os, sys
+from pathlib import Path
+log = Path(os.environ["VALOHAI_AGENT_WORK_DIR"]) / "starts"
+with log.open("a") as file:
+    file.write(os.environ["VALOHAI_AGENT_QUEUE"] + "\\n")
+sys.exit({1: 4, 2: 1}.get(len(log.read_text().splitlines()), 0))
+"""
+
+
+def test_an_agent_is_started_again_when_it_makes_way_or_fails_and_not_when_it_has_drained(
+    places: Places, tmp_path: Path
+) -> None:
+    """Exit codes 4 (update), 1 (failure) and 0 (drained), with a control plane that is away all the time."""
+    places.save(machine_of(environment={"VALOHAI_AGENT_QUEUE": "gpu"}))
+    (tmp_path / "agent.py").write_text(AGENT)
+    arguments = [str(places.config), str(places.work), str(tmp_path / "agent.py")]
+    with (tmp_path / "keeper.log").open("wb") as log:
+        keeper = subprocess.Popen([sys.executable, "-c", KEEP, *arguments], stderr=log)
+    said = tmp_path / "keeper.log"
+    try:
+        wait_for(lambda: "has drained" in said.read_text(), seconds=30, what="the drain")
+        assert keeper.poll() is None  # it waits for whoever drained it
+        keeper.send_signal(signal.SIGTERM)
+        assert keeper.wait(10) == 0
+    finally:
+        keeper.kill()
+        keeper.wait()
+    assert _starts(places) == 3, said.read_text()
+
+
+def _starts(places: Places) -> int:
+    log = places.work / "starts"
+    return log.read_text().count("gpu") if log.exists() else 0
 
 
 # -- identity --------------------------------------------------------------------------------------------------------
