@@ -9,10 +9,15 @@ from pathlib import Path
 
 import typer
 
+from valohai_dagster.broker.connection import broker_url
 from valohai_dagster.capacity.clouds.local import living_agents
+from valohai_dagster.capacity.clouds.registry import open_driver
+from valohai_dagster.capacity.model import MachineState
 from valohai_dagster.embedded.conductor import is_kept_alive, running_conductor
 from valohai_dagster.embedded.redis import EmbeddedRedis
-from valohai_dagster.settings import load_settings
+from valohai_dagster.records.engine import open_records
+from valohai_dagster.settings import Settings, load_settings
+from valohai_dagster.settings_groups import SimulatedGroupSettings
 
 DOWN_SECONDS = 30.0
 
@@ -48,6 +53,7 @@ def down(
         _end(info.pid, "conductor")
     for agent in living:
         _end(agent.pid, "agent")
+    ended = _end_simulated(settings) if agents else 0
     stopped_redis = redis is not None and redis.running() and redis.stop()
     if stopped_redis:
         typer.echo("stopped the embedded Redis")
@@ -56,8 +62,36 @@ def down(
             "a Dagster webserver or daemon of this deployment still runs, and starts these again when it needs them",
             err=True,
         )
-    if info is None and not living and not stopped_redis:
+    if info is None and not living and not ended and not stopped_redis:
         typer.echo(f"nothing runs for {settings.state_dir}")
+
+
+def _end_simulated(settings: Settings) -> int:
+    """Simulated machines are processes of this host too; how many there were."""
+    groups = {
+        name: group.model_copy(update={"throttle_rate": 0.0, "listing_lag_seconds": 0.0})
+        for name, group in settings.groups.items()
+        if isinstance(group, SimulatedGroupSettings)
+        and (settings.state_dir / "simulated" / f"{name}.json").exists()
+    }
+    if not groups:
+        return 0
+    records, number = open_records(settings), 0
+    for name, group in groups.items():
+        driver = open_driver(
+            name,
+            group,
+            deployment=records.deployment_id,
+            state_dir=settings.state_dir,
+            redis_url=broker_url(settings),
+        )
+        for machine in driver.list():
+            if machine.state not in (MachineState.terminating, MachineState.gone):
+                driver.terminate(machine.id)
+                typer.echo(f"stopped machine {machine.id}")
+                number += 1
+    records.close()
+    return number
 
 
 def _end(pid: int, what: str) -> None:
