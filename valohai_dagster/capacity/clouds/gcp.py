@@ -160,10 +160,7 @@ class GcpDriver:
         if lost:
             self._delete(manager, [last(member.instance) for member in lost])
         for member in members:
-            gone = member in lost
-            if gone and not member.instance_status:
-                continue
-            state = MachineState.terminating if gone else state_of(member)
+            state = MachineState.terminating if member in lost else state_of(member)
             metadata = self._metadata(manager, member)
             yield machine_of(
                 member,
