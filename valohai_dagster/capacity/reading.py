@@ -11,6 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from valohai_dagster.capacity.book import Known
+from valohai_dagster.capacity.cost import price_of
 from valohai_dagster.capacity.machines import hold_of, known_of
 from valohai_dagster.capacity.model import Hold
 from valohai_dagster.capacity.standing import state_of
@@ -50,8 +51,7 @@ class MachineRow:
         """What it has cost so far; None when its price is not known."""
         if self.price_per_hour is None:
             return None
-        hours = Decimal(str(self.paid_seconds(now))) / 3600
-        return (hours * self.price_per_hour).quantize(Decimal("0.0001"))
+        return price_of(self.price_per_hour, self.paid_seconds(now))
 
 
 @dataclass(frozen=True, kw_only=True)
