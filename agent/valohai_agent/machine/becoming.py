@@ -53,13 +53,13 @@ def become_worker(wanted: Wanted) -> int:
 
 
 def _known(wanted: Wanted, places: Places) -> Machine | None:
-    """A machine that was stopped and starts again comes back as the one it was."""
+    """A machine that was stopped and starts again comes back as the one it was; a copy of its disk does not."""
     try:
         before = places.load()
     except NotJoined:
         return None
     same = before.url == wanted.url.rstrip("/") and wanted.group in (None, before.answer.group)
-    if not same or (wanted.machine_id or before.machine_id) != before.machine_id:
+    if not same or (wanted.machine_id or machine_id(wanted.cloud)) != before.machine_id:
         return None
     logger.info("has joined %s before", before.answer.group, extra={"action": "rejoined"})
     return bring_up_to_date(places, hostname=socket.gethostname())

@@ -205,6 +205,13 @@ def test_join_without_a_token_says_where_one_comes_from(places: Places) -> None:
         become_worker(wanted)
 
 
+def test_a_copy_of_a_machines_disk_is_another_machine(places: Places) -> None:
+    places.save(machine_of())
+    wanted = Wanted(url=NOBODY, config_dir=places.config, work_dir=places.work, machine_id="i-2")
+    with pytest.raises(CannotJoin, match="There is no token"):
+        become_worker(wanted)
+
+
 def test_what_is_no_control_plane_is_refused(places: Places) -> None:
     with serve() as web:
         web.answers["/agents/join"] = [content(b"<html>")]
