@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import shutil
 import socket
@@ -229,8 +230,7 @@ def serving() -> Iterator[tuple[DockerClient, Relay]]:
             demand.missing("docker", f"no daemon answers: {error}")
         changes = [f"ENTRYPOINT {_ENTRYPOINT}", 'CMD ["true"]']
         client.api.import_image_from_data(busybox_root(), *IMAGE.split(":"), changes=changes)
-        _make_network(client)
-        stack.callback(lambda: client.networks.get(NETWORK).remove())
+        stack.callback(_remove_network, client)
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="vt-", dir="/tmp"))
         relay = Relay(Path(directory) / "relay.sock")
         relay.serve()
@@ -241,15 +241,31 @@ def serving() -> Iterator[tuple[DockerClient, Relay]]:
 @contextmanager
 def opened(server: tuple[DockerClient, Relay], tmp_path: Path) -> Iterator[DockerRig]:
     rig = DockerRig(*server)
-    rig.clear()
-    yield rig
-    rig.clear()
+    with _alone():
+        rig.clear()
+        _make_network(server[0])
+        yield rig
+        rig.clear()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Names of containers follow from launches, so that two processes of tests would take each other's."""
+    path = Path(tempfile.gettempdir()) / "valohai-dagster-test-machines.lock"
+    with path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _make_network(client: DockerClient) -> None:
     from docker.types import IPAMConfig, IPAMPool
 
-    for old in client.networks.list(names=[NETWORK]):
-        old.remove()
-    pool = IPAMConfig(pool_configs=[IPAMPool(subnet=SUBNET)])
-    client.networks.create(NETWORK, driver="bridge", ipam=pool)
+    if not client.networks.list(names=[NETWORK]):
+        pool = IPAMConfig(pool_configs=[IPAMPool(subnet=SUBNET)])
+        client.networks.create(NETWORK, driver="bridge", ipam=pool)
+
+
+def _remove_network(client: DockerClient) -> None:
+    with _alone():
+        for network in client.networks.list(names=[NETWORK]):
+            network.remove()
