@@ -23,7 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field
 PROTOCOL_VERSION = 1
 MIN_PROTOCOL_VERSION = 1
 
-LEASE_SECONDS = 27.0  # without renewal; with the looks to be sure, 30 s of silence are told as suspected
+LEASE_SECONDS = (
+    27.0  # without renewal; with the looks to be sure, 30 s of silence are told as suspected
+)
 RENEW_SECONDS = LEASE_SECONDS / 3
 LIVE_LOG_LINES = 2000  # M-03: the live view shows the last 2,000 lines
 LOG_EVENTS_PER_WINDOW = 500  # M-02: 500 events per 10 seconds and stream
@@ -87,6 +89,10 @@ class Keys:
     def passed(self, group: str) -> str:
         """Hash: how often a waiting job was passed over for one whose inputs the taker had."""
         return self.group_prefix(group) + "passed"
+
+    def sealed(self, group: str, machine_id: str) -> str:
+        """There while the machine is about to be ended: its workers get no jobs."""
+        return self.group_prefix(group) + f"sealed:{machine_id}"
 
     def roster(self, group: str) -> str:
         """Set of the names of workers that checked in; names whose entry has expired are removed on reading."""

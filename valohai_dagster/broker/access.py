@@ -49,6 +49,7 @@ def agent_rules(keys: Keys, group: str, *, version: tuple[int, ...] = (7, 2)) ->
         f"(+fcall ~{every})",
         f"(+hget +hmget %R~{job})",
         f"(+hget +hmget +hset +pexpire +exists ~{lease} ~{worker})",
+        f"(+exists %R~{keys.sealed(group, '*')})",
         f"(+sadd ~{keys.roster(group)})",
         f"(+zrange +zrem ~{ready})",
         f"(+hmget +hincrby +hdel ~{keys.passed(group)})",

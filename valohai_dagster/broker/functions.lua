@@ -83,8 +83,9 @@ end
 -- still holds a lease that expires.
 local function take(keys, args)
   local prefix = args[1]
-  local entry = redis.call('HMGET', keys[2], 'incarnation', 'state', 'cached')
+  local entry = redis.call('HMGET', keys[2], 'incarnation', 'state', 'cached', 'machine_id')
   if entry[1] ~= args[3] or entry[2] == 'draining' then return {} end
+  if entry[4] and redis.pcall('EXISTS', prefix .. 'sealed:' .. entry[4]) == 1 then return {} end
   local cached = entry[3] or ''
   local found = choices(keys[1], prefix, tonumber(args[7]), tonumber(args[8]), cached ~= '')
   if #found == 0 then return {} end

@@ -103,12 +103,14 @@ class Reconciler:
         clock: Callable[[], datetime],
         make_token: Callable[[], str],
         patience: Patience = PATIENCE,
+        seal: Callable[[str], bool] = lambda machine_id: True,
     ) -> None:
-        """`prepare` completes a launch with user data (a join token among it) and tags."""
+        """`prepare` completes a launch with user data and tags. `seal`: from now on workers of the machine get no work;
+        False if one that may have some is there."""
         self.group = group
         self._driver, self._book = driver, book
         self._prepare, self._clock, self._make_token = prepare, clock, make_token
-        self._patience = patience
+        self._patience, self._seal = patience, seal
         self._listed_at: datetime | None = None
         self._listed: frozenset[str] = frozenset()  # ids in the last list
         self._misses: dict[str, int] = {}  # lists in a row without a machine
@@ -437,6 +439,9 @@ class Reconciler:
             ActionKind.stop: self._driver.stop,
             ActionKind.start: self._driver.start,
         }
+        if intent.action is not ActionKind.start and not self._seal(known.machine.id):
+            self._book.settle(intent.token, "not done: a worker of it has checked in")
+            return
         try:
             calls[intent.action](known.machine.id)
         except CloudError as error:

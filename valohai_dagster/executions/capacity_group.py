@@ -120,7 +120,7 @@ class GroupCapacity:
         if not self._may_act():
             self._next = asyncio.get_running_loop().time() + ROSTER_SECONDS
             return
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         outcome, state = await loop.run_in_executor(self._thread, self._step, waiting, workers)
         self._plan_next(outcome, state)
         self.state = state
@@ -194,9 +194,15 @@ class GroupCapacity:
                 prepare=self._tools.prepare(self.name, settings),
                 clock=self._core.clock,
                 make_token=lambda: secrets.token_hex(8),
+                seal=self._seal,
             )
             self._opened = (settings, driver, reconciler)
         return self._opened[2]
+
+    def _seal(self, machine_id: str) -> bool:
+        """In the group's thread."""
+        sealing = self._core.dispatch.seal(self.name, machine_id)
+        return asyncio.run_coroutine_threadsafe(sealing, self._loop).result(timeout=10)
 
     def _make_book(self, settings: CloudGroupSettings) -> Book:
         return MachineRecords(

@@ -22,6 +22,7 @@ from valohai_agent.protocol import (
     Job,
     Keys,
     Worker,
+    WorkerState,
     content_mark,
     priority_of,
     ready_score,
@@ -34,6 +35,7 @@ FOLLOW_LENGTH = 2_000  # entries kept per execution
 FOLLOW_SECONDS = 24 * 3600
 GRANT_SECONDS = 120  # an uncollected grant vanishes after this long
 COMMAND_SECONDS = 24 * 3600
+SEAL_SECONDS = 60  # longer than the call that ends a machine takes
 LIVE_LOG_SECONDS = 3600  # how long a live log outlives its execution; the stored one stays
 REMEMBERED = 10_000  # executions
 CHUNK = 100  # executions that one command asks about
@@ -221,6 +223,21 @@ class Dispatch:
         if not final and last is not None and now - last < FOLLOW_SECONDS / 24:
             return False
         self._put_off.put(execution_id, now)
+        return True
+
+    async def seal(self, group: str, machine_id: str) -> bool:
+        """From now on workers of the machine take no job, for a minute; False if one is there that may have taken some.
+
+        Taking a job and looking for the seal is one step of the server's, so nothing comes in between.
+        """
+        key = self.keys.sealed(group, machine_id)
+        await self.redis.set(key, "1", ex=SEAL_SECONDS)
+        there = [
+            one for one in (await self.workers(group)).values() if one.machine_id == machine_id
+        ]
+        if any(one.busy or one.state is not WorkerState.draining for one in there):
+            await self.redis.delete(key)
+            return False
         return True
 
     def _push_grants(self, pipe: Any, group: str, execution_id: str, sealed: bytes) -> None:

@@ -55,6 +55,7 @@ class Crew:
         self.jobs: list[Job] = []
         self.workers: dict[str, Worker] = {}
         self._queue: list[tuple[int, int, int, int]] = []  # class, priority, sequence, job
+        self._sealed: set[str] = set()  # machines whose workers get no work
         self.doubled = 0  # jobs that were given away while their worker computed on
 
     # -- jobs --------------------------------------------------------------------------------------------------
@@ -96,7 +97,10 @@ class Crew:
             free = (
                 one
                 for one in self.workers.values()
-                if one.alive and not (one.cut_off or one.draining) and len(one.jobs) < one.slots
+                if self._heard(one)
+                and not one.draining
+                and len(one.jobs) < one.slots
+                and one.machine not in self._sealed
             )
             worker = next(free, None)
             if worker is None:
@@ -189,6 +193,16 @@ class Crew:
         """PROTOCOL: a machine that is surely gone has its jobs given to others at once."""
         for worker in list(self._on(machine)):
             self._lose(worker)
+
+    def seal(self, machine: str) -> bool:
+        """As the real one: by the roster, and in one step with the taking of jobs."""
+        if any(self._heard(one) and not one.draining for one in self._on(machine)):
+            return False
+        self._sealed.add(machine)
+        return True
+
+    def unseal(self, machine: str) -> None:
+        self._sealed.discard(machine)
 
     def on(self, machine: str) -> list[Worker]:
         return list(self._on(machine))

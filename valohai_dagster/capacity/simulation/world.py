@@ -313,6 +313,7 @@ def reconciler(driver: Any, book: Any, world: World) -> Looks:
         prepare=prepare,
         clock=world.timeline.clock,
         make_token=make_token,
+        seal=world.crew.seal,
     )
 
 
@@ -364,6 +365,7 @@ class WorldDriver:
 
     def start(self, machine_id: str) -> None:
         self._world.call_takes_time()
+        self._world.crew.unseal(machine_id)
         self._world.cloud.start(machine_id)
 
     def protect(self, machine_id: str, *, on: bool) -> None:
