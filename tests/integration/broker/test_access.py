@@ -234,3 +234,18 @@ def test_groups_whose_names_begin_alike_are_apart() -> None:
     short, long = agent_rules(KEYS, "g"), agent_rules(KEYS, "g2")
     assert not any("{g2}" in rule for rule in short)
     assert not any("{g}" in rule for rule in long)
+
+
+def test_e05_the_seal_of_a_machine_is_seen_with_the_rights_of_its_workers(
+    conductor: Conductor, redis_client: redis.Redis, intruder: redis.Redis
+) -> None:
+    beat = ("vh1_heartbeat", 1, KEYS.worker(OTHER, "w"), "inc", "10000", "state", "idle")
+    intruder.fcall(*beat, "machine_id", "m-1")
+    redis_client.zadd(KEYS.ready(OTHER), {"e": 1})
+    redis_client.hset(KEYS.job(OTHER, "e"), mapping={"job": "{}", "attempt": 1, "v": 1})
+    keys = (KEYS.ready(OTHER), KEYS.worker(OTHER, "w"))
+    take = ("vh1_take", 2, *keys, KEYS.group_prefix(OTHER), "w", "inc", "t", "p", 1000, 1, 1)
+    redis_client.set(KEYS.sealed(OTHER, "m-1"), "1")
+    assert not intruder.fcall(*take)
+    redis_client.delete(KEYS.sealed(OTHER, "m-1"))
+    assert intruder.fcall(*take)
