@@ -117,7 +117,7 @@ def test_when_all_of_it_is_done_nothing_is_left_to_do(view: View, policy: Policy
         if not found.actions:
             return
         view = carried_out(view, found, policy)
-    raise AssertionError(found)
+    raise AssertionError(plan(view, policy, NOW))
 
 
 @MANY

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -23,7 +23,7 @@ FOREIGN_GROUP = "somebody-elses"
 
 class SimulatedRig(Rig):
     kind: ClassVar[str] = "simulated"
-    zones: ClassVar[tuple[str, ...]] = ("a", "b")
+    zones: ClassVar[Sequence[str]] = ("a", "b")
     spot: ClassVar[bool] = True
     limits: ClassVar[Mapping[str, str]] = {
         "user_data": "its machines are on this host and need none",
@@ -80,13 +80,13 @@ class SimulatedRig(Rig):
     def refuse(
         self, trouble: Trouble, *, zone: str | None = None, purchase: Purchase | None = None
     ) -> AbstractContextManager[None]:
-        always = {"start": self._clock(), "end": self._clock() + timedelta(days=1)}
+        always = Spell(start=self._clock(), end=self._clock() + timedelta(days=1))
         if trouble is Trouble.capacity:
-            return self._weather(droughts=(Spell(**always, zone=zone, purchase=purchase),))
+            return self._weather(droughts=(replace(always, zone=zone, purchase=purchase),))
         if trouble is Trouble.throttled:
             return self._weather(throttle_rate=1.0)
         if trouble is Trouble.outage:
-            return self._weather(outages=(Spell(**always),), seed=1)
+            return self._weather(outages=(always,), seed=1)
         return self._weather(refuses=frozenset({trouble}))
 
     def lag(self) -> AbstractContextManager[None]:
