@@ -177,7 +177,7 @@ class OpenStack(Endpoint):
         if parts in (["detail"], []):
             every = "changes-since" in query
             found = [one for one in self.servers.values() if every or one["status"] != "DELETED"]
-            return {"servers": found}
+            return {"servers": [_shown(one) for one in found]}
         server = self.servers.get(parts[0])
         if server is None or server["status"] == "DELETED":
             raise Refusal(404, f"Instance {parts[0]} could not be found.")
@@ -257,6 +257,11 @@ class OpenStack(Endpoint):
         base64.b64decode(asked.get("user_data", ""), validate=True)
         if asked.get("availability_zone", ZONES[0]) not in ZONES:
             raise Refusal(400, "The requested availability zone is not available")
+
+
+def _shown(server: dict[str, Any]) -> dict[str, Any]:
+    """A deleted one has no metadata any more."""
+    return {**server, "metadata": {}} if server["status"] == "DELETED" else server
 
 
 def _now() -> str:

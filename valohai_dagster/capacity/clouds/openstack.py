@@ -101,7 +101,7 @@ class OpenStackDriver:
             options = self._options(launch)
             new = []
             for number in range(launch.count):
-                name = f"valohai-{self._group}-{launch.token}-{number}"[:255]
+                name = _name(self._group, launch.token, number)
                 if name not in made:
                     server = self._connection.compute.create_server(name=name, **options)
                     new.append(server.id)
@@ -138,8 +138,8 @@ class OpenStackDriver:
             self._made = None
 
     # -- servers ---------------------------------------------------------------------------------
-    def _ours(self, **query: Any) -> Iterator[Any]:
-        for server in self._connection.compute.servers(details=True, **query):
+    def _ours(self) -> Iterator[Any]:
+        for server in self._connection.compute.servers(details=True):
             if self._is_ours(server):
                 yield server
 
@@ -149,10 +149,13 @@ class OpenStackDriver:
         return found == (self._deployment, self._group)
 
     def _of_launch(self, token: str) -> dict[str, Any]:
-        """By name; those that were deleted not long ago too."""
+        """By name; those that were deleted not long ago too, of which Nova shows no metadata any more."""
         since = (self._clock() - LOOK_BACK).astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        found = [*self._ours(changes_since=since), *self._ours()]
-        return {one.name: one for one in found if one.metadata.get("valohai-launch") == token}
+        start = _name(self._group, token, "")
+        recent = self._connection.compute.servers(details=True, changes_since=since)
+        found = [one for one in recent if one.name.startswith(start)]
+        found += [one for one in self._ours() if one.metadata.get("valohai-launch") == token]
+        return {one.name: one for one in found}
 
     def _machine(self, server: Any, state: MachineState) -> Machine:
         marks: Mapping[str, str] = server.metadata
@@ -291,6 +294,10 @@ class OpenStackDriver:
 
 _GOING = (MachineState.terminating, MachineState.gone)
 _STOPPED = (MachineState.stopping, MachineState.stopped)
+
+
+def _name(group: str, token: str, number: int | str) -> str:
+    return f"valohai-{group}-{token}-{number}"
 
 
 def state_of(server: Any) -> MachineState:

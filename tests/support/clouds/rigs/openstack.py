@@ -14,14 +14,16 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
 from tests.support.clouds import openstack_api as api
 from tests.support.clouds.openstack_api import OpenStack, Refusal
 from tests.support.clouds.rig import DEPLOYMENT, GROUP, Rig
+from valohai_agent.protocol import utcnow
 from valohai_dagster.capacity.clouds.base import Driver, Trouble
-from valohai_dagster.capacity.clouds.openstack import OpenStackDriver
+from valohai_dagster.capacity.clouds.openstack import LOOK_BACK, OpenStackDriver
 from valohai_dagster.capacity.model import Purchase
 from valohai_dagster.settings_groups import OpenStackGroupSettings
 
@@ -49,6 +51,9 @@ class OpenStackRig(Rig):
     def __init__(self) -> None:
         self.defaults: dict[str, Any] = {}
         self._drivers: list[Driver] = []
+        # Other tests have launches of the same name, which must not be looked back to.
+        begin = utcnow() + timedelta(seconds=1)
+        self.clock: Callable[[], datetime] = lambda: begin + LOOK_BACK
 
     def driver(self, *, group: str = GROUP, **changes: Any) -> Driver:
         values = {
@@ -59,7 +64,8 @@ class OpenStackRig(Rig):
             **self.defaults,
         }
         settings = OpenStackGroupSettings.model_validate({**values, **changes})
-        self._drivers.append(OpenStackDriver(group, settings, deployment=DEPLOYMENT))
+        made = OpenStackDriver(group, settings, deployment=DEPLOYMENT, clock=self.clock)
+        self._drivers.append(made)
         return self._drivers[-1]
 
     def wrong_settings(self) -> Mapping[str, Mapping[str, Any]]:
@@ -244,8 +250,9 @@ def opened(server: Any, tmp_path: Path) -> Iterator[OpenStackRig]:
         server.reset()
         rig: OpenStackRig = StandInRig(server)
     else:
+        RealRig(server).clear()
+        time.sleep(2)  # of two servers in one second nobody can tell which was changed first
         rig = RealRig(server)
-        rig.clear()
     try:
         yield rig
     finally:

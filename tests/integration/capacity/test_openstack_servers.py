@@ -1,0 +1,69 @@
+"""What is particular to Nova, on the stand-in of tests/support/clouds/openstack_api.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.clouds.openstack_api import OpenStack
+from tests.support.clouds.rigs.openstack import StandInRig
+from valohai_dagster.capacity.clouds.base import CloudError, Launch
+from valohai_dagster.capacity.model import MachineState, Purchase
+
+
+@pytest.fixture
+def cloud() -> Iterator[OpenStack]:
+    with OpenStack() as cloud:
+        yield cloud
+
+
+@pytest.fixture
+def rig(cloud: OpenStack) -> Iterator[StandInRig]:
+    rig = StandInRig(cloud)
+    yield rig
+    rig.close()
+
+
+def test_a_launch_repeated_after_its_server_was_deleted_makes_none(
+    cloud: OpenStack, rig: StandInRig
+) -> None:
+    """Nova shows deleted servers only to those who ask for changes, and without their metadata."""
+    (made,) = rig.driver().launch(Launch(token="t"))
+    cloud.settle()
+    rig.driver().terminate(made)
+    cloud.settle()
+    assert rig.driver().launch(Launch(token="t")) == []
+    assert len(cloud.servers) == 1
+
+
+def test_a_server_that_never_came_up_is_deleted_and_no_host_is_a_matter_of_the_zone(
+    cloud: OpenStack, rig: StandInRig
+) -> None:
+    cloud.full.add("north")
+    with pytest.raises(CloudError, match="No valid host was found") as caught:
+        rig.driver().launch(Launch(token="t", zone="north"))
+    assert caught.value.zone == "north"
+    cloud.settle()
+    assert rig.driver().list() == []
+
+
+def test_a_server_that_failed_later_while_it_ran_is_not_deleted(
+    cloud: OpenStack, rig: StandInRig
+) -> None:
+    (made,) = rig.driver().launch(Launch(token="t"))
+    cloud.settle()
+    cloud.servers[made]["status"] = "ERROR"
+    (machine,) = rig.driver().list()
+    assert machine.state is MachineState.running
+
+
+def test_a_volume_of_its_own(cloud: OpenStack, rig: StandInRig) -> None:
+    driver = rig.driver(boot_from_volume=True, security_groups=["egress"])
+    assert driver.check() == []
+    assert len(driver.launch(Launch(token="t"))) == 1
+
+
+def test_spot_is_refused_in_words(rig: StandInRig) -> None:
+    with pytest.raises(CloudError, match="no spot machines"):
+        rig.driver().launch(Launch(token="t", purchase=Purchase.spot))
