@@ -30,7 +30,14 @@ from valohai_dagster.capacity.model import (
 )
 from valohai_dagster.capacity.patience import PATIENCE, Patience
 from valohai_dagster.capacity.planner import plan
-from valohai_dagster.capacity.seeing import decision_text, due_times, effect_of, place_text, view_of
+from valohai_dagster.capacity.seeing import (
+    decision_text,
+    due_times,
+    effect_of,
+    just_made,
+    place_text,
+    view_of,
+)
 from valohai_dagster.errors import ValohaiError
 
 _ROUNDS = 12  # plans in one look, each after a refusal
@@ -405,18 +412,12 @@ class Reconciler:
             return
         first, _ = self._asked.get(intent.token, (look.now, look.now))
         self._asked[intent.token] = (first, look.now)
+        self._made(look, intent, ids)
+
+    def _made(self, look: _Look, intent: Intent, ids: Iterable[str]) -> None:
         for machine_id in ids:
             if machine_id not in look.inventory.known and machine_id not in self._closed:
-                machine = Machine(
-                    id=machine_id,
-                    zone=intent.zone,
-                    purchase=intent.purchase,
-                    state=MachineState.starting,
-                    created_at=look.now,
-                    token=intent.token,
-                    bootstrap=look.policy.bootstrap,
-                )
-                look.inventory.put(Known(machine=machine, listed_at=look.now))
+                look.inventory.put(just_made(machine_id, intent, look.policy, look.now))
         self._remember(look.inventory)
 
     def _refused(self, look: _Look, intent: Intent, error: ValohaiError) -> None:
@@ -424,6 +425,7 @@ class Reconciler:
         if not isinstance(error, CloudError):
             error = CloudError(str(error), code="not-prepared", trouble=Trouble.invalid)
         look.refused = True
+        self._made(look, intent, error.made)
         holds = self._book.holds()
         self._hold(holding.hold_after(error, holds, look.now), holds)
         # What a repeated call is refused for says little about the first one, unless there is nothing to be had.

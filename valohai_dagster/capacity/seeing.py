@@ -60,6 +60,20 @@ def view_of(
     )
 
 
+def just_made(machine_id: str, intent: Intent, policy: Policy, now: datetime) -> Known:
+    """A machine that a launch has told; no list has it yet."""
+    machine = Machine(
+        id=machine_id,
+        zone=intent.zone,
+        purchase=intent.purchase,
+        state=MachineState.starting,
+        created_at=now,
+        token=intent.token,
+        bootstrap=policy.bootstrap,
+    )
+    return Known(machine=machine, listed_at=now)
+
+
 def effect_of(
     intent: Intent,
     known: Known | None,

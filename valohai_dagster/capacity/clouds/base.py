@@ -26,7 +26,8 @@ class Trouble(str, Enum):
 
 
 class CloudError(ValohaiError):
-    """`code`: as the cloud calls it. `retry_after`: seconds that it asked to wait. The text holds no secret."""
+    """`code`: as the cloud calls it. `retry_after`: seconds that it asked to wait. `made`: ids of machines that a refused
+    launch has all the same. The text holds no secret."""
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class CloudError(ValohaiError):
         super().__init__(message)
         self.code, self.trouble = code, trouble
         self.zone, self.purchase, self.retry_after = zone, purchase, retry_after
+        self.made: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,10 @@ class Driver(Protocol):
         ...
 
     def launch(self, launch: Launch) -> Sequence[str]:
-        """Asks for machines; ids of those that are known at once. Repeated with the same token it asks for no more."""
+        """Asks for machines; ids of those that are known at once. Repeated with the same token it asks for no more.
+
+        One that is filled in part raises why there are not more, with `made`.
+        """
         ...
 
     def terminate(self, machine_id: str) -> None:
