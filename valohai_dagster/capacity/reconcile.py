@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from valohai_dagster.capacity import holds as holding
+from valohai_dagster.capacity import seeing
 from valohai_dagster.capacity.book import Book, Kind, Known, Overtaken
 from valohai_dagster.capacity.clouds.base import CloudError, Driver, Launch, Trouble
 from valohai_dagster.capacity.inventory import Inventory, by_machine
@@ -30,14 +31,6 @@ from valohai_dagster.capacity.model import (
 )
 from valohai_dagster.capacity.patience import PATIENCE, Patience
 from valohai_dagster.capacity.planner import plan
-from valohai_dagster.capacity.seeing import (
-    decision_text,
-    due_times,
-    effect_of,
-    just_made,
-    place_text,
-    view_of,
-)
 from valohai_dagster.errors import ValohaiError
 
 _ROUNDS = 12  # plans in one look, each after a refusal
@@ -245,7 +238,7 @@ class Reconciler:
             if intent.action is ActionKind.launch:
                 outcome = self._launched(look, intent)
             else:
-                outcome = effect_of(
+                outcome = seeing.effect_of(
                     intent,
                     look.inventory.known.get(intent.machine_id or ""),
                     asked=intent.token in self._asked,
@@ -281,7 +274,7 @@ class Reconciler:
         text = f"{came} of {intent.count} machines asked for at {since:%H:%M:%S} UTC came"
         if intent.token in self._asked:
             error = CloudError(
-                f"{text} ({place_text(intent.zone, intent.purchase)})",
+                f"{text} ({seeing.place_text(intent.zone, intent.purchase)})",
                 code="none-came",
                 trouble=Trouble.capacity,
                 zone=intent.zone or None,
@@ -332,7 +325,7 @@ class Reconciler:
 
     def _view(self, look: _Look) -> View:
         late = {one for one, until in self._not_before.items() if until > look.now}
-        return view_of(
+        return seeing.view_of(
             [one for one in look.inventory.known.values() if not look.orphaned(one)],
             self._book.intents(),
             late=late,
@@ -376,7 +369,7 @@ class Reconciler:
         return self._not_before.get(machine_id, look.now) <= look.now
 
     def _decided(self, look: _Look, action: Action) -> None:
-        text = decision_text(action)
+        text = seeing.decision_text(action)
         look.decisions.append(text)
         self._book.note(Kind.decision, text, machine_id=action.machine_id)
 
@@ -417,7 +410,7 @@ class Reconciler:
     def _made(self, look: _Look, intent: Intent, ids: Iterable[str]) -> None:
         for machine_id in ids:
             if machine_id not in look.inventory.known and machine_id not in self._closed:
-                look.inventory.put(just_made(machine_id, intent, look.policy, look.now))
+                look.inventory.put(seeing.just_made(machine_id, intent, look.policy, look.now))
         self._remember(look.inventory)
 
     def _refused(self, look: _Look, intent: Intent, error: ValohaiError) -> None:
@@ -490,7 +483,9 @@ class Reconciler:
         due = (
             *soon,
             *(hold.until for hold in holds),
-            *due_times(look.inventory.known.values(), look.seats, look.policy, self._patience),
+            *seeing.due_times(
+                look.inventory.known.values(), look.seats, look.policy, self._patience
+            ),
         )
         return Outcome(
             summary=decided.summary,
