@@ -10,6 +10,7 @@ import redis
 
 from valohai_agent.protocol import Keys, Worker
 from valohai_dagster.broker.connection import broker_url, make_client
+from valohai_dagster.embedded.conductor import running_conductor
 from valohai_dagster.errors import RefusedError, ValohaiError
 from valohai_dagster.executions.capacity_state import CapacityState, kick, read_state
 from valohai_dagster.executions.why_reader import workers_of
@@ -66,6 +67,11 @@ class Deployment:
             )
         except (redis.RedisError, OSError, ValohaiError) as error:
             return Live(away=str(error))
+
+    def is_asleep(self) -> bool:
+        """Whether nothing runs that the next execution would not start."""
+        on_demand = self.settings.redis_url is None or self.settings.start_conductor
+        return on_demand and running_conductor(self.settings) is None
 
     def kick(self, group: str) -> bool:
         """Has the group looked at now, holds forgotten; False when Redis is away."""

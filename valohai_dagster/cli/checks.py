@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,11 +20,13 @@ import httpx
 
 from valohai_agent.protocol import Keys
 from valohai_agent.redis_url import redact
+from valohai_dagster.cli.render import counted
 from valohai_dagster.errors import ConfigurationError, ValohaiError
 from valohai_dagster.settings import Settings
-from valohai_dagster.settings_groups import GroupSettings
+from valohai_dagster.settings_groups import CloudGroupSettings, GroupSettings
 
 if TYPE_CHECKING:
+    from valohai_dagster.records.engine import Records
     from valohai_dagster.stores.base import Store
 
 Level = Literal["ok", "note", "warn", "fail"]
@@ -216,32 +219,55 @@ def await_health(url: str, seconds: float, *, sleep: Callable[[float], None] = t
 
 
 def check_groups(settings: Settings) -> Iterator[Finding]:
-    """Who serves each worker group, and whether local ones can run anything."""
+    """Who serves each worker group, and whether those with machines of their own could have some."""
     from valohai_dagster.broker.connection import connect
     from valohai_dagster.records.engine import open_records
 
-    records = open_records(settings)
-    keys = Keys(records.deployment_id)
-    records.close()
-    client = connect(settings)
-    try:
+    with closing(open_records(settings)) as records, closing(connect(settings)) as client:
+        keys = Keys(records.deployment_id)
         for name, group in settings.groups.items():
             agents = len(list(client.scan_iter(keys.worker(name, "*"), count=500)))
-            yield _group_finding(name, group, agents)
-    finally:
-        client.close()
+            if isinstance(group, CloudGroupSettings):
+                yield from _machine_findings(records, settings, name, group, agents)
+            else:
+                yield _group_finding(name, group, agents)
+
+
+def _machine_findings(
+    records: Records, settings: Settings, name: str, group: CloudGroupSettings, agents: int
+) -> Iterator[Finding]:
+    """Such a group is well without any machine; what its cloud says is told by `groups check`."""
+    from valohai_dagster.capacity.overrides import effective
+    from valohai_dagster.capacity.reading import machines_of
+    from valohai_dagster.cli.group_checks import obstacles
+
+    with records.read() as conn:
+        now, there = effective(conn, name, group), len(machines_of(conn, name))
+    kind = getattr(group, "kind", "")
+    text = f"{name}: {kind}, {there} of {now.max_machines} machines, {_seen(agents)}"
+    problems = obstacles(records, settings, name)
+    if not problems:
+        hint = (
+            None if kind == "simulated" else f"valohai-dagster groups check {name} asks its cloud"
+        )
+        yield Finding(part="group", level="ok", text=text, hint=hint)
+    for problem in problems:
+        yield Finding(part="group", level="warn", text=f"{text}; {problem}")
+
+
+def _seen(agents: int) -> str:
+    return f"{counted(agents, 'agent')} checked in"
 
 
 def _group_finding(name: str, group: GroupSettings, agents: int) -> Finding:
-    seen = f"{agents} agent{'' if agents == 1 else 's'} checked in"
     if group.kind == "local":
-        text = f"{name}: local, runtime {group.runtime}, up to {group.max_agents} agents, {seen}"
+        text = f"{name}: local, runtime {group.runtime}, up to {group.max_agents} agents, {_seen(agents)}"
         return Finding(part="group", level="ok", text=text)
     hint = f"on a machine of the group: valohai-agent run --queue {name} (Redis URL in VALOHAI_AGENT_REDIS)"
     return Finding(
         part="group",
         level="ok" if agents else "warn",
-        text=f"{name}: {seen}",
+        text=f"{name}: {_seen(agents)}",
         hint=None if agents else hint,
     )
 

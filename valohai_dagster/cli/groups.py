@@ -14,6 +14,7 @@ from pydantic import SecretStr, TypeAdapter
 
 from valohai_dagster.capacity.clouds.base import CloudError
 from valohai_dagster.capacity.clouds.registry import open_driver
+from valohai_dagster.capacity.model import MachineState
 from valohai_dagster.capacity.overrides import (
     changeable,
     effective,
@@ -21,12 +22,26 @@ from valohai_dagster.capacity.overrides import (
     with_overrides,
     write_overrides,
 )
-from valohai_dagster.capacity.reading import Asked, Line, asked_for, history, holds_of
+from valohai_dagster.capacity.reading import (
+    Asked,
+    Line,
+    asked_for,
+    history,
+    holds_of,
+    machines_of,
+)
 from valohai_dagster.cli.capacity import Deployment, Live, deployment
+from valohai_dagster.cli.group_checks import obstacles
 from valohai_dagster.cli.render import cell_text, counted, in_columns
 from valohai_dagster.errors import RefusedError, ValohaiError
+from valohai_dagster.executions.capacity_state import STATE_SECONDS
 from valohai_dagster.settings_groups import AnyGroupSettings, CloudGroupSettings
 
+ASLEEP = "no service runs; the next execution starts it"
+UNSEEN = (
+    f"no conductor has looked after it for {STATE_SECONDS} s; "
+    "`valohai-dagster doctor` checks the conductors"
+)
 HIDDEN = "**********"
 LINES = 10  # of the history that `show` prints
 
@@ -49,10 +64,9 @@ def list_(as_json: AsJson = False) -> None:
         return
     cells = [["GROUP", "KIND", "TYPE", "MACHINES", "WORKERS", "WAITING", "STANDING"]]
     for row in rows:
-        standing = row["trouble"] or ("ok" if row["enabled"] else "disabled")
         machines = f"{row['machines']}/{row['max_machines']}" if row["scales"] else "-"
         words = (row["group"], row["kind"], row["type"], machines, row["workers"], row["waiting"])
-        cells.append([*map(cell_text, words), standing])
+        cells.append([*map(cell_text, words), row["standing"]])
     for line in in_columns(cells, right=frozenset({3, 4, 5})):
         typer.echo(line)
 
@@ -104,7 +118,8 @@ def check(
 ) -> None:
     """Asks the cloud whether the settings can work: credentials, image, network, quota. Starts no machine.
 
-    Exit code 1 when something is wrong. What was held back is asked for again at once.
+    Looks too whether machines could work once they are there: a published agent, and a service, Redis and stores that are
+    not on addresses of this host alone. Exit code 1 when something is wrong. What was held back is asked for again at once.
     """
     with deployment() as place:
         if name is not None and not isinstance(place.group(name), CloudGroupSettings):
@@ -192,30 +207,44 @@ def line_text(line: Line) -> str:
 def _row(place: Deployment, name: str) -> dict[str, Any]:
     with place.records.read() as conn:
         group = effective(conn, name, place.settings.groups[name])
-    live = place.live(name)
+    live, scales = place.live(name), isinstance(group, CloudGroupSettings)
+    asleep = live.state is None and place.is_asleep()
     row: dict[str, Any] = {
         "group": name,
         "kind": getattr(group, "kind", ""),
         "enabled": group.enabled,
-        "scales": isinstance(group, CloudGroupSettings),
+        "scales": scales,
         "type": getattr(group, "instance_type", None),
         "waiting": live.waiting,
         "workers": len(live.workers) if live.away is None else None,
-        "machines": None,
+        "machines": _machines(place, name, live) if scales else None,
         "max_machines": getattr(group, "max_machines", None),
-        "trouble": f"Redis is away: {live.away}" if live.away else None,
+        "trouble": None if asleep else _trouble(live, scales),
     }
-    if isinstance(group, CloudGroupSettings) and live.away is None:
-        state = live.state
-        row["machines"] = state.starting + state.up if state else None
-        unseen = "no conductor looks after it; `valohai-dagster doctor` checks them"
-        row["trouble"] = state.trouble if state else unseen
-    return row
+    standing = row["trouble"] or (ASLEEP if asleep else "ok")
+    return {**row, "standing": standing if group.enabled or row["trouble"] else "disabled"}
+
+
+def _machines(place: Deployment, name: str, live: Live) -> int:
+    """Those that are there or were asked for; where nobody has looked lately, as the records have it."""
+    if live.state is not None:
+        return live.state.starting + live.state.up
+    with place.records.read() as conn:
+        rows = machines_of(conn, name)
+    return sum(row.known.machine.state is not MachineState.stopped for row in rows)
+
+
+def _trouble(live: Live, scales: bool) -> str | None:
+    if live.away:
+        return f"Redis is away: {live.away}"
+    if live.state is None and scales:
+        return UNSEEN
+    return live.state.trouble if live.state else None
 
 
 def _standing(row: Mapping[str, Any], live: Live) -> list[str]:
     if live.away:
-        return [row["trouble"]]
+        return [row["standing"]]
     workers = counted(len(live.workers), "worker")
     lines = [f"{row['waiting']} waiting, {workers} checked in"]
     state = live.state
@@ -262,6 +291,7 @@ def _check(place: Deployment, name: str) -> list[str]:
     with place.records.read() as conn:
         group = effective(conn, name, place.group(name))
     assert isinstance(group, CloudGroupSettings)
+    found = obstacles(place.records, place.settings, name)
     try:
         driver = open_driver(
             name,
@@ -270,11 +300,11 @@ def _check(place: Deployment, name: str) -> list[str]:
             state_dir=place.settings.state_dir,
         )
         try:
-            return list(driver.check())
+            return [*driver.check(), *found]
         finally:
             driver.close()
     except (CloudError, ValohaiError) as error:
-        return [str(error)]
+        return [str(error), *found]
 
 
 def _pair(text: str) -> tuple[str, Any]:

@@ -89,7 +89,7 @@ class CapacityWatch:
                 self._begin(name)
             else:
                 self._renewed.pop(name, None)
-                await self._end(name)
+                await self._end(name, "another conductor looks after the machines of group %s")
 
     def _begin(self, name: str) -> None:
         if name in self._looking:
@@ -107,12 +107,11 @@ class CapacityWatch:
         text = "looking after the machines of group %s"
         log.info(text, name, extra={"action": "take-group", "group": name})
 
-    async def _end(self, name: str) -> None:
+    async def _end(self, name: str, text: str) -> None:
         if name in self._looking:
             group, task = self._looking.pop(name)
             await cancel_all([task])
             group.close()
-            text = "another conductor looks after the machines of group %s"
             log.info(text, name, extra={"action": "lose-group", "group": name})
 
     def _ended(self, name: str, task: asyncio.Future[None]) -> None:
@@ -125,7 +124,7 @@ class CapacityWatch:
         """Ends in order; another conductor may take the groups at once."""
         self._leaving = True
         for name in list(self._looking):
-            await self._end(name)
+            await self._end(name, "left the machines of group %s to the next conductor")
         for name in self._renewed:
             key = self._core.keys.supervisor(name)
             await self._core.dispatch.redis.fcall("vh1_unclaim", 1, key, self._me)

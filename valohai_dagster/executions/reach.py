@@ -17,9 +17,14 @@ def out_of_reach(store: str, stores: Stores, group_name: str, group: GroupSettin
     """Why workers of the group cannot use the store, and what to do; None when they can."""
     if stores[store].kind != "local" or group.kind == "local" or group.local_stores:
         return None
-    return (
+    text = (
         f"workers of the group {group_name!r} do not see the directory of the local store {store!r}: choose a store "
-        f"that is reached by network, or mount the directory there at the same path and set local_stores = true in "
+        "that is reached by network"
+    )
+    if group.kind == "docker":  # its containers have no mounts
+        return text
+    return (
+        f"{text}, or mount the directory there at the same path and set local_stores = true in "
         f"[groups.{group_name}]"
     )
 

@@ -136,6 +136,18 @@ def test_check_tells_in_words_what_the_cloud_does_not_like(
         said(groups.app, "check", "here")
 
 
+def test_before_anything_was_started_a_group_has_no_machines_and_nothing_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.chdir(tmp_path)
+    Path("valohai.toml").write_text(TOML)
+    row = group_row()
+    assert (row["machines"], row["trouble"]) == (0, None)
+    assert row["standing"] == "no service runs; the next execution starts it"
+    assert "0/2" in said(groups.app, "ls")
+    assert row["standing"] in said(groups.app, "show", "cloud")
+
+
 def test_show_tells_what_is_held_back_and_no_secret(service: RunningService, cloud: SmallCloud):
     cloud.no("the account may have 0 machines of this type", Trouble.quota)
     service.client.submit(make_spec())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,14 @@ import pytest
 from valohai_dagster.cli import checks
 from valohai_dagster.cli.checks import Finding
 from valohai_dagster.errors import BrokerUnavailable
+from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import Settings
-from valohai_dagster.settings_groups import LocalGroupSettings, StaticGroupSettings
+from valohai_dagster.settings_groups import (
+    DockerGroupSettings,
+    LocalGroupSettings,
+    SimulatedGroupSettings,
+    StaticGroupSettings,
+)
 
 
 @pytest.fixture
@@ -76,6 +83,34 @@ def test_a_static_group_without_agents_tells_how_to_start_one() -> None:
     assert finding.level == "warn"
     assert finding.hint is not None
     assert "valohai-agent run --queue gpu" in finding.hint
+
+
+def test_a_group_of_machines_is_well_without_any_and_tells_what_would_keep_them_away(
+    tmp_path: Path,
+) -> None:
+    values: dict[str, Any] = {
+        "state_dir": tmp_path,
+        "groups": {
+            "alpha": SimulatedGroupSettings(kind="simulated", max_machines=3),
+            "boxes": DockerGroupSettings(kind="docker", image="python:3.12"),
+        },
+        "default_group": "alpha",
+    }
+    settings = Settings(**values)
+    with closing(open_records(settings)) as records:
+        (alpha,), boxes = (
+            list(checks._machine_findings(records, settings, name, group, 0))
+            for name, group in values["groups"].items()
+        )
+    assert (alpha.level, alpha.hint) == ("ok", None)
+    assert alpha.text == "alpha: simulated, 0 of 3 machines, 0 agents checked in"
+    assert {finding.level for finding in boxes} == {"warn"}
+    told = " ".join(finding.text for finding in boxes)
+    assert "agents publish" in told
+    assert "embedded Redis" in told
+    assert "join_url" in told
+    assert "do not see the directory of the local store 'local'" in told
+    assert "mount the directory" not in told  # containers have no mounts
 
 
 def test_docker_is_not_asked_for_when_no_group_uses_it(here: Settings) -> None:
