@@ -188,12 +188,14 @@ class Fleet:
         if started is not None:  # what it was before its stop does not count
             known = known and seen is not None and seen > started
         woken = machine.id in self._starting
+        boots = now - (started or machine.created_at) < self.policy.boot
+        heard = view.watched_since is None or now - view.watched_since >= BLINK
         return Member(
             machine=machine,
             seats=seats,
             able=tuple(seat for seat in seats if self._is_able(seat)),
             registered=(known or bool(seats)) and not woken,
-            in_time=woken or now - (started or machine.created_at) < self.policy.boot,
+            in_time=woken or boots or not heard,
             blinking=known and not seats and seen is not None and now - seen < BLINK,
             drained=machine.id in view.drained and not woken,
             ending=machine.id in self._ending,

@@ -101,7 +101,7 @@ class View:
     `waiting`: jobs in the queue by priority. `listed_at` is None when the cloud could not be listed this time: then
     `machines` is what was seen last, and nothing is terminated for not being listed. `registered`: machines of which
     a worker has ever checked in. `drained`: machines whose workers were all told to drain, so that one without a worker
-    has done so.
+    has done so. `watched_since`: since when workers could check in and were looked at, without a break; None: always.
     """
 
     waiting: Mapping[int, int] = field(default_factory=dict)
@@ -120,6 +120,12 @@ class View:
         default_factory=dict
     )  # again after a stop, the last time, by machine id
     listed_at: datetime | None = None
+    watched_since: datetime | None = None
+
+    def silent_since(self, seen: datetime | None) -> datetime | None:
+        """For a worker that was `seen` last then. While nobody could be heard, nobody was silent."""
+        times = [at for at in (seen, self.watched_since) if at is not None]
+        return max(times, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,8 @@ def _is_silent(fleet: Fleet, one: Member) -> bool:
     seen = [seat.seen_at for seat in one.seats]
     last = fleet.view.last_seen.get(one.id)
     seen += [last] if last is not None else []
-    return not one.able and (not seen or fleet.now - max(seen) >= fleet.policy.silence)
+    since = fleet.view.silent_since(max(seen, default=None))
+    return not one.able and (since is None or fleet.now - since >= fleet.policy.silence)
 
 
 def _is_current(fleet: Fleet, machine: Machine) -> bool:

@@ -8,15 +8,16 @@ made again at once, so that another zone or way of buying is tried in the same l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from valohai_dagster.capacity import holds as holding
 from valohai_dagster.capacity import seeing
-from valohai_dagster.capacity.book import Book, Kind, Known, Overtaken
+from valohai_dagster.capacity.book import Book, Kind, Overtaken
 from valohai_dagster.capacity.clouds.base import CloudError, Driver, Launch, Trouble
-from valohai_dagster.capacity.inventory import Inventory, by_machine
+from valohai_dagster.capacity.inventory import Inventory
+from valohai_dagster.capacity.look import Load, Look, Outcome
 from valohai_dagster.capacity.model import (
     Action,
     ActionKind,
@@ -26,7 +27,6 @@ from valohai_dagster.capacity.model import (
     MachineState,
     Plan,
     Policy,
-    Seat,
     View,
 )
 from valohai_dagster.capacity.patience import PATIENCE, Patience
@@ -38,56 +38,6 @@ _SKEW = timedelta(minutes=1)  # between the cloud's clock and ours
 _CLOSED_KEPT = timedelta(days=1)
 
 _ORDER = list(ActionKind)  # what brings machines goes first
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What the queue and the workers of the group are like now."""
-
-    waiting: Mapping[int, int] = field(default_factory=dict)  # jobs by priority
-    oldest_waiting: datetime | None = None
-    seats: tuple[Seat, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a look has come to. `trouble` is in words for those who wait, None when nothing is wrong.
-
-    `drain`: workers to be told to finish and go, with the reason; told again later if they do not. `dead`: machines that
-    are surely gone since the last look, with what happened to them; after a crash one may be told twice. `next_look`:
-    when something is due by time alone, such as the end of a hold.
-    """
-
-    summary: str = ""
-    decisions: tuple[str, ...] = ()
-    drain: Mapping[str, str] = field(default_factory=dict)
-    dead: Mapping[str, str] = field(default_factory=dict)
-    trouble: str | None = None
-    next_look: datetime | None = None
-
-
-class _Look:
-    """What is collected during one step."""
-
-    def __init__(self, load: Load, policy: Policy, now: datetime, inventory: Inventory) -> None:
-        self.load, self.policy, self.now, self.inventory = load, policy, now, inventory
-        self.seats = by_machine(load.seats)
-        self.decisions: list[str] = []
-        self.drain: dict[str, str] = {}
-        self.draining: set[str] = set()  # machines that are from now on
-        self.refused = False  # something that another zone or way of buying may give
-
-    @property
-    def wanted(self) -> bool:
-        """More machines may be asked for."""
-        return self.policy.enabled and bool(
-            sum(self.load.waiting.values()) or self.policy.min_machines
-        )
-
-    def orphaned(self, known: Known) -> bool:
-        """Nobody's, and not just about to check in either."""
-        young = self.now - known.machine.created_at < self.policy.boot
-        return known.orphan_since is not None and not young
 
 
 class Reconciler:
@@ -133,7 +83,7 @@ class Reconciler:
             for one in self._book.intents()
             if one.machine_id and one.action is ActionKind.terminate
         }
-        look = _Look(load, policy, now, Inventory(known, self._patience, now, ending=ending))
+        look = Look(load, policy, now, Inventory(known, self._patience, now, ending=ending))
         try:
             decided = self._look(look)
         except Overtaken as error:
@@ -141,7 +91,7 @@ class Reconciler:
         self._told = set(look.inventory.dead)
         return self._outcome(look, decided)
 
-    def _look(self, look: _Look) -> Plan:
+    def _look(self, look: Look) -> Plan:
         look.inventory.close(self._told)
         self._closed.update((one.machine.id, look.now) for one in look.inventory.closed)
         self._take_list(look)
@@ -169,7 +119,7 @@ class Reconciler:
 
     # -- looking -----------------------------------------------------------------------------------------------
 
-    def _take_list(self, look: _Look) -> None:
+    def _take_list(self, look: Look) -> None:
         now, holds = look.now, self._book.holds()
         hold = holding.find(holds, holding.LISTING, None)
         if hold is not None and hold.until > now:
@@ -233,7 +183,7 @@ class Reconciler:
 
     # -- what earlier calls have come to -----------------------------------------------------------------------
 
-    def _settle(self, look: _Look) -> None:
+    def _settle(self, look: Look) -> None:
         for intent in self._book.intents():
             if intent.action is ActionKind.launch:
                 outcome = self._launched(look, intent)
@@ -254,12 +204,12 @@ class Reconciler:
         self._asked.pop(intent.token, None)
         self._launches.pop(intent.token, None)
 
-    def _came(self, look: _Look, token: str) -> int:
+    def _came(self, look: Look, token: str) -> int:
         """Machines of a launch that the last list had."""
         there = (one for one in look.inventory.known.values() if one.machine.token == token)
         return sum(one.machine.id in self._listed for one in there)
 
-    def _launched(self, look: _Look, intent: Intent) -> str | None:
+    def _launched(self, look: Look, intent: Intent) -> str | None:
         if self._listed_at is None:
             return None
         came = self._came(look, intent.token)
@@ -284,7 +234,7 @@ class Reconciler:
             self._hold(holding.hold_after(error, holds, look.now), holds)
         return text
 
-    def _ask_again(self, look: _Look) -> None:
+    def _ask_again(self, look: Look) -> None:
         """Launches of which the answer is not known, and those that were accepted and have not come yet: the cloud may
         have found out meanwhile that it cannot."""
         for intent in self._launch_intents():
@@ -300,7 +250,7 @@ class Reconciler:
         holds = holding.in_force(self._book.holds(), now)
         return any(holding.covers(hold, intent.zone, intent.purchase) for hold in holds)
 
-    def _end_orphans(self, look: _Look) -> None:
+    def _end_orphans(self, look: Look) -> None:
         """The second phase: still nobody's after a while."""
         if self._listed_at is None:
             return
@@ -320,25 +270,23 @@ class Reconciler:
 
     # -- planning ----------------------------------------------------------------------------------------------
 
-    def _plan(self, look: _Look) -> Plan:
+    def _plan(self, look: Look) -> Plan:
         return plan(self._view(look), look.policy, look.now)
 
-    def _view(self, look: _Look) -> View:
+    def _view(self, look: Look) -> View:
         late = {one for one, until in self._not_before.items() if until > look.now}
         return seeing.view_of(
             [one for one in look.inventory.known.values() if not look.orphaned(one)],
             self._book.intents(),
             late=late,
-            waiting=look.load.waiting,
-            oldest_waiting=look.load.oldest_waiting,
-            seats=look.load.seats,
+            load=look.load,
             holds=holding.in_force(self._book.holds(), look.now),
             listed_at=self._listed_at,
         )
 
     # -- acting ------------------------------------------------------------------------------------------------
 
-    def _act(self, look: _Look, actions: Iterable[Action]) -> None:
+    def _act(self, look: Look, actions: Iterable[Action]) -> None:
         for action in sorted(actions, key=lambda one: _ORDER.index(one.kind)):
             if action.kind is ActionKind.drain:
                 self._drain(look, action)
@@ -362,18 +310,18 @@ class Reconciler:
             else:
                 self._change(look, intent)
 
-    def _may_change(self, look: _Look, machine_id: str) -> bool:
+    def _may_change(self, look: Look, machine_id: str) -> bool:
         """Not right after a refusal; and many changes are spread over several looks, so that launches need not wait."""
         if self._clock() - look.now >= self._patience.act:
             return False
         return self._not_before.get(machine_id, look.now) <= look.now
 
-    def _decided(self, look: _Look, action: Action) -> None:
+    def _decided(self, look: Look, action: Action) -> None:
         text = seeing.decision_text(action)
         look.decisions.append(text)
         self._book.note(Kind.decision, text, machine_id=action.machine_id)
 
-    def _drain(self, look: _Look, action: Action) -> None:
+    def _drain(self, look: Look, action: Action) -> None:
         """The plan says it again until the worker has heard; the history once."""
         known = look.inventory.known.get(action.machine_id or "")
         if action.worker is None or known is None:
@@ -391,7 +339,7 @@ class Reconciler:
         look.drain[action.worker] = known.reason or action.reason
         self._reminded[action.worker] = look.now
 
-    def _launch(self, look: _Look, intent: Intent) -> None:
+    def _launch(self, look: Look, intent: Intent) -> None:
         launch = self._launches.get(intent.token) or Launch(
             token=intent.token, count=intent.count, zone=intent.zone, purchase=intent.purchase
         )
@@ -407,13 +355,13 @@ class Reconciler:
         self._asked[intent.token] = (first, look.now)
         self._made(look, intent, ids)
 
-    def _made(self, look: _Look, intent: Intent, ids: Iterable[str]) -> None:
+    def _made(self, look: Look, intent: Intent, ids: Iterable[str]) -> None:
         for machine_id in ids:
             if machine_id not in look.inventory.known and machine_id not in self._closed:
                 look.inventory.put(seeing.just_made(machine_id, intent, look.policy, look.now))
         self._remember(look.inventory)
 
-    def _refused(self, look: _Look, intent: Intent, error: ValohaiError) -> None:
+    def _refused(self, look: Look, intent: Intent, error: ValohaiError) -> None:
         """One that got no answer may have had its effect: its intent stays, and is asked for again after the hold."""
         if not isinstance(error, CloudError):
             error = CloudError(str(error), code="not-prepared", trouble=Trouble.invalid)
@@ -426,7 +374,7 @@ class Reconciler:
         if surely and error.trouble is not Trouble.outage:
             self._done(intent, f"refused: {error}")
 
-    def _change(self, look: _Look, intent: Intent) -> None:
+    def _change(self, look: Look, intent: Intent) -> None:
         """Starts, stops or terminates one machine."""
         known = look.inventory.known[intent.machine_id or ""]
         calls = {
@@ -473,7 +421,7 @@ class Reconciler:
         self._book.release(hold.zone, hold.purchase)
         self._book.note(Kind.cleared, f"{why}; before: {hold.reason}")
 
-    def _outcome(self, look: _Look, decided: Plan) -> Outcome:
+    def _outcome(self, look: Look, decided: Plan) -> Outcome:
         holds = self._book.holds()
         trouble = decided.shortfall
         listing = holding.find(holds, holding.LISTING, None)

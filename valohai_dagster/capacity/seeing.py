@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from valohai_dagster.capacity.book import Known
+from valohai_dagster.capacity.look import Load
 from valohai_dagster.capacity.model import (
     Action,
     ActionKind,
@@ -33,9 +34,7 @@ def view_of(
     intents: Sequence[Intent],
     *,
     late: Container[str],
-    waiting: Mapping[int, int],
-    oldest_waiting: datetime | None,
-    seats: tuple[Seat, ...],
+    load: Load,
     holds: tuple[Hold, ...],
     listed_at: datetime | None,
 ) -> View:
@@ -43,10 +42,11 @@ def view_of(
     gone = [one.machine.token for one in known if one.machine.state is MachineState.gone]
     known = [one for one in known if one.machine.state is not MachineState.gone]
     return View(
-        waiting=waiting,
-        oldest_waiting=oldest_waiting,
+        waiting=load.waiting,
+        oldest_waiting=load.oldest_waiting,
         machines=tuple(_at_rest(one.machine, late) for one in known),
-        seats=seats,
+        seats=load.seats,
+        watched_since=load.watched_since,
         registered=frozenset(one.machine.id for one in known if registered(one)),
         drained=frozenset(one.machine.id for one in known if one.draining_since),
         intents=tuple(

@@ -21,11 +21,12 @@ from valohai_agent.protocol import Command, Worker
 from valohai_dagster.capacity.book import Book, Overtaken
 from valohai_dagster.capacity.bootstrap.releases import Release, is_outdated
 from valohai_dagster.capacity.clouds.base import Driver
+from valohai_dagster.capacity.look import Load, Outcome
 from valohai_dagster.capacity.machines import MachineRecords
 from valohai_dagster.capacity.model import ActionKind, MachineState
 from valohai_dagster.capacity.overrides import effective
 from valohai_dagster.capacity.policy import policy_of
-from valohai_dagster.capacity.reconcile import Load, Outcome, Reconciler
+from valohai_dagster.capacity.reconcile import Reconciler
 from valohai_dagster.capacity.standing import state_of
 from valohai_dagster.errors import ValohaiError
 from valohai_dagster.executions.capacity_load import Seats, Updates, fingerprint

@@ -14,8 +14,9 @@ import pytest
 from tests.support.clock import FakeClock
 from tests.support.clouds.rig import GROUP
 from tests.support.clouds.rigs import azure, gcp
+from valohai_dagster.capacity.look import Load
 from valohai_dagster.capacity.model import Policy
-from valohai_dagster.capacity.reconcile import Load, Reconciler
+from valohai_dagster.capacity.reconcile import Reconciler
 from valohai_dagster.capacity.simulation.book import MemoryBook
 
 TICK, LOOKS = 10.0, 6  # seconds between looks

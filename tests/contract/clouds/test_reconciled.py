@@ -11,8 +11,9 @@ import pytest
 from tests.support.clock import FakeClock
 from tests.support.clouds.rig import GROUP, Rig
 from valohai_dagster.capacity.clouds.base import Driver, Launch, Trouble
+from valohai_dagster.capacity.look import Load, Outcome
 from valohai_dagster.capacity.model import Policy, Seat
-from valohai_dagster.capacity.reconcile import Load, Outcome, Reconciler
+from valohai_dagster.capacity.reconcile import Reconciler
 from valohai_dagster.capacity.simulation.book import MemoryBook
 
 GRACE = timedelta(minutes=2)

@@ -16,9 +16,10 @@ import sqlalchemy as sa
 from tests.support.clouds.paper import PaperCloud, refusal
 from valohai_dagster.capacity.book import Kind
 from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble
+from valohai_dagster.capacity.look import Outcome
 from valohai_dagster.capacity.machines import MachineRecords
 from valohai_dagster.capacity.model import Intent, Policy, Purchase
-from valohai_dagster.capacity.reconcile import Outcome, Reconciler
+from valohai_dagster.capacity.reconcile import Reconciler
 from valohai_dagster.errors import ConfigurationError
 from valohai_dagster.records.capacity_tables import capacity_events, intents, machines
 from valohai_dagster.records.engine import Records, open_records

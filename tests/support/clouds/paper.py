@@ -16,8 +16,8 @@ from typing import Any
 
 from tests.support.clock import START
 from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble
+from valohai_dagster.capacity.look import Load, Outcome
 from valohai_dagster.capacity.model import Machine, MachineState, Purchase, Seat
-from valohai_dagster.capacity.reconcile import Load, Outcome
 
 GONE_LISTED = 60.0  # seconds
 

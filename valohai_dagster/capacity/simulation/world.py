@@ -18,8 +18,9 @@ from valohai_dagster.capacity.clouds.simulated_cloud import (
     SimulatedMachine,
     Weather,
 )
+from valohai_dagster.capacity.look import Load, Outcome
 from valohai_dagster.capacity.model import Machine, MachineState, Policy, Purchase
-from valohai_dagster.capacity.reconcile import Load, Outcome, Reconciler
+from valohai_dagster.capacity.reconcile import Reconciler
 from valohai_dagster.capacity.simulation.book import MemoryBook
 from valohai_dagster.capacity.simulation.crew import Crew, Worker
 from valohai_dagster.capacity.simulation.scenario import START, Accident, Scenario, at

@@ -10,8 +10,8 @@ from typing import Any
 
 from valohai_dagster.capacity.clouds.base import CloudError, Launch
 from valohai_dagster.capacity.clouds.simulated_cloud import ALIVE
+from valohai_dagster.capacity.look import Load, Outcome
 from valohai_dagster.capacity.model import Machine, Policy, Purchase
-from valohai_dagster.capacity.reconcile import Load, Outcome
 from valohai_dagster.capacity.simulation.scenario import Scenario
 from valohai_dagster.capacity.simulation.world import SPOT_PRICE, World
 
