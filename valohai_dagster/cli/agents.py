@@ -28,7 +28,7 @@ for command in (join_token, build, publish, releases, use, update, new_password)
 def acl(
     group: Annotated[str, typer.Argument(help="A worker group of valohai.toml.")],
     username: Annotated[
-        str | None, typer.Option(help="Name of the user. Default: GROUP-agents.")
+        str | None, typer.Option(help="Name of the user. Default: DEPLOYMENT-GROUP-agents.")
     ] = None,
     apply: Annotated[
         bool, typer.Option("--apply", help="Make the user now, with a new password.")
@@ -43,10 +43,10 @@ def acl(
     if group not in settings.groups:
         known = ", ".join(sorted(settings.groups))
         raise RefusedError(f"there is no worker group {group!r}; valohai.toml has: {known}")
-    user = username or f"{group}-agents"
     records = open_records(settings)
     keys = Keys(records.deployment_id)
     records.close()
+    user = username or f"{keys.deployment}-{group}-agents"
     client = connect(settings)
     try:
         if apply:

@@ -30,6 +30,7 @@ from valohai_dagster.executions.intake import Intake
 from valohai_dagster.executions.late_logs import LateLogs
 from valohai_dagster.executions.local_groups import LocalGroups
 from valohai_dagster.executions.losses import Losses
+from valohai_dagster.executions.machine_users import MachineUsers
 from valohai_dagster.executions.minting import Minting
 from valohai_dagster.executions.packaging import Packager
 from valohai_dagster.executions.registries.logins import RegistryLogins
@@ -102,6 +103,7 @@ class ExecutionService(ServiceCore):
             drivers=drivers,
         )
         self.capacity = CapacityWatch(self, identity, tools)
+        self._machine_users = MachineUsers(self, secret_key)
         restarts = Restarts(self, planner)
         self._losses = Losses(self, self.groups, restarts)
         self._watch = LeaseWatch(self, self.shards, self._losses, self)
@@ -138,6 +140,7 @@ class ExecutionService(ServiceCore):
                 self._forever(self.late_logs.step),
                 self._forever(self.packager.step),
                 *map(self._forever, self.capacity.steps),
+                *([self._forever(self._machine_users.step)] if self._machine_users.needed else ()),
             )
         )
         try:

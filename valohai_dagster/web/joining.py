@@ -2,7 +2,7 @@
 
 The only part of the service that answers with something secret, so it asks for a token first and seals the answer to
 the machine that asked. Tokens have 256 bits and are used up; the limit on failures only bounds the work that strangers
-can cause.
+can cause, and holds for tokens that are not known.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from valohai_dagster.capacity.bootstrap.joining import (
     NotAdmitted,
     agents_passwords,
     answer,
+    is_known,
     make_user,
     redeem,
     show_ticket,
@@ -106,17 +107,18 @@ class Joining:
         self, request: Request, admit: Callable[[JoinRequest], SealedAnswer]
     ) -> Response:
         address = request.client.host if request.client else ""
-        if wait := self._failures.wait(address):
-            headers = {"Retry-After": str(int(wait) + 1)}
-            return _refusal(429, "too many refused tokens from this address; wait", headers)
         try:
             wanted = JoinRequest.model_validate_json(await _body(request))
         except TooLarge:
             return _refusal(413, "this is no request of a machine")
         except ValidationError:
-            self._failures.note(address)
             return _refusal(422, "this is no request of a machine; is its agent of this release?")
         try:
+            # Behind a proxy all machines have one address, and so may somebody who guesses.
+            wait = self._failures.wait(address)
+            if wait and not await run_in_threadpool(self._knows, wanted):
+                headers = {"Retry-After": str(int(wait) + 1)}
+                return _refusal(429, "too many refused tokens from this address; wait", headers)
             sealed = await run_in_threadpool(admit, wanted)
         except NotAdmitted as error:
             self._failures.note(address)
@@ -136,6 +138,10 @@ class Joining:
             log.error("machine %s cannot join: %s", wanted.machine_id, error, extra=_CANNOT)
             return _refusal(503, "the control plane's database or Redis is away; try again")
         return JSONResponse(sealed.model_dump(), headers={"Cache-Control": "no-store"})
+
+    def _knows(self, wanted: JoinRequest) -> bool:
+        with self._records.read() as conn:
+            return is_known(conn, wanted.token, now=self._clock())
 
     def _join(self, wanted: JoinRequest) -> SealedAnswer:
         now = self._clock()

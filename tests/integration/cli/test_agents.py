@@ -70,7 +70,9 @@ def test_a_control_plane_that_may_not_make_users_says_so(
     monkeypatch.setenv("VALOHAI_REDIS_URL", url)
     with pytest.raises(ConfigurationError, match="run without --apply"):
         acl("gpu", "--apply")
-    assert acl("gpu").startswith("ACL SETUSER gpu-agents reset on")
+    printed = acl("gpu")
+    deployment = printed.split("vh:")[1].split(":")[0]
+    assert printed.startswith(f"ACL SETUSER {deployment}-gpu-agents reset on")
 
 
 def test_an_unknown_group_is_refused_with_those_that_there_are() -> None:

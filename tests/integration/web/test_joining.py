@@ -6,6 +6,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,12 +22,28 @@ from tests.support.machines import small_agent_file
 from tests.support.ports import free_port, wait_for
 from tests.support.redis_server import RedisServer
 from valohai_agent.machine.joining import BadFile, CannotJoin, NoAnswer, join, refresh, take_release
-from valohai_agent.machine.messages import JOIN_PATH, AgentFile, SealedAnswer, new_key, unseal
+from valohai_agent.machine.messages import (
+    JOIN_PATH,
+    AgentFile,
+    JoinRequest,
+    SealedAnswer,
+    new_key,
+    unseal,
+)
 from valohai_agent.machine.places import Machine
 from valohai_agent.protocol import Keys, utcnow
 from valohai_agent.redis_link import connect
 from valohai_dagster.capacity.bootstrap import prepare_launch
-from valohai_dagster.capacity.bootstrap.joining import admit_machines, change_password, fresh_token
+from valohai_dagster.capacity.bootstrap.joining import (
+    NotAdmitted,
+    Passwords,
+    admit_machines,
+    change_password,
+    fresh_token,
+    machines_user,
+    make_user,
+    redeem,
+)
 from valohai_dagster.capacity.bootstrap.releases import current_release, publish
 from valohai_dagster.capacity.clouds.base import CloudError, Launch
 from valohai_dagster.data.secrets import SecretKey
@@ -152,12 +169,57 @@ def test_an_expired_token_and_an_unknown_one_are_refused_alike(site: Site) -> No
     assert len(words) == 1
 
 
-def test_many_refusals_of_one_address_are_slowed_down(site: Site) -> None:
+def test_many_refusals_of_one_address_are_slowed_down_and_hold_up_no_machine_of_ours(
+    site: Site,
+) -> None:
+    """Behind a proxy, machines and strangers have the same address."""
+    machine = site.join(site.token())
     for _ in range(FAILURES):
         with pytest.raises(CannotJoin):
             site.join(fresh_token())
     with pytest.raises(NoAnswer, match="wait"):
-        site.join(site.token())
+        site.join(fresh_token())
+    site.join(site.token(), "i-2")
+    refresh(machine, hostname="host")
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_machines_of_one_launch_that_come_together_are_all_let_in(
+    database: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = request.getfixturevalue("postgres_url") if database == "postgres" else None
+    records = open_records(Settings(state_dir=tmp_path / "state", database_url=url))
+    machines, token, now = 8, fresh_token(), utcnow()
+    together = threading.Barrier(machines + 1)
+
+    def come(number: int) -> str:
+        wanted = JoinRequest(token=token, machine_id=f"i-{number}", public_key=f"{number:064x}")
+        together.wait(10)
+        try:
+            with records.write() as conn:
+                return redeem(conn, wanted, now=now).machine_id
+        except NotAdmitted:
+            return "refused"
+
+    try:
+        for _ in range(3):
+            token = fresh_token()
+            with records.write() as conn:
+                life = timedelta(hours=1)
+                admit_machines(conn, token, group="gpu", uses=machines, now=now, life=life)
+            with ThreadPoolExecutor(machines + 1) as pool:  # one more than may come
+                told = sorted(pool.map(come, range(machines + 1)))
+            assert told.count("refused") == 1, told
+    finally:
+        records.close()
+
+
+def test_deployments_on_one_redis_leave_each_other_the_machines_of_groups_of_one_name(
+    site: Site,
+) -> None:
+    address = site.join(site.token()).answer.environment["VALOHAI_AGENT_REDIS"]
+    make_user(site.settings, Keys("another"), "gpu", Passwords(current="p"))
+    connect(address).close()
 
 
 def test_a_ticket_brings_its_machine_back_and_no_other(site: Site) -> None:
@@ -213,7 +275,7 @@ def test_a_redis_that_forgot_its_users_gets_them_back_when_a_machine_comes(
     site: Site, redis_client: redis.Redis
 ) -> None:
     machine = site.join(site.token())
-    redis_client.acl_deluser("gpu-machines")
+    redis_client.acl_deluser(machines_user(site.records.deployment_id, "gpu"))
     connect(refresh(machine, hostname="host").answer.environment["VALOHAI_AGENT_REDIS"]).close()
 
 

@@ -93,19 +93,16 @@ class Admission:
 
 
 def redeem(conn: sa.Connection, request: JoinRequest, *, now: datetime) -> Admission:
-    """One use of a join token. Raises NotAdmitted."""
+    """One use of a join token. Machines of one launch that come together wait for each other. Raises NotAdmitted."""
     row = _row(conn, request.token, now)
     if row is None or row.machine_id is not None:
         raise NotAdmitted
     entry = {"machine_id": request.machine_id, "key": request.public_key}
     if entry not in row.used_by:
-        left = (table.c.digest == row.digest) & (table.c.uses_left == row.uses_left)
-        values = {"uses_left": row.uses_left - 1, "used_by": [*row.used_by, entry]}
-        if (
-            row.uses_left < 1
-            or conn.execute(table.update().where(left).values(values)).rowcount != 1
-        ):
+        if row.uses_left < 1:
             raise NotAdmitted
+        values = {"uses_left": row.uses_left - 1, "used_by": [*row.used_by, entry]}
+        conn.execute(table.update().where(table.c.digest == row.digest).values(values))
     return Admission(group=row.group_name, machine_id=request.machine_id)
 
 
@@ -140,17 +137,27 @@ def ticket_of(
     return ticket
 
 
+def is_known(conn: sa.Connection, token: str, *, now: datetime) -> bool:
+    """Whether it is a token or ticket of ours, used up or not; expired ones are not known."""
+    return conn.execute(_select(token, now)).first() is not None
+
+
 def _row(conn: sa.Connection, token: str, now: datetime) -> Any:
-    mine = table.c.digest == digest_of(token)
-    return conn.execute(sa.select(table).where(mine, table.c.expires_at > now)).first()
+    """Ours alone until the end of the transaction: whoever wants it too sees what we have made of it."""
+    return conn.execute(_select(token, now).with_for_update()).first()
+
+
+def _select(token: str, now: datetime) -> sa.Select[Any]:
+    return sa.select(table).where(table.c.digest == digest_of(token), table.c.expires_at > now)
 
 
 # -- the group's user in Redis ---------------------------------------------------------------------------------------
 
 
-def machines_user(group: str) -> str:
-    """Not that of `agents acl`, whose password somebody keeps."""
-    return f"{group}-machines"
+def machines_user(deployment: str, group: str) -> str:
+    """One of this deployment: others on the same Redis may have a group of this name. Not that of `agents acl`, whose
+    password somebody keeps."""
+    return f"{deployment}-{group}-machines"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,21 +190,34 @@ def _fact(group: str) -> str:
     return f"agents-password:{group}"
 
 
+def groups_joined(conn: sa.Connection) -> set[str]:
+    """Groups that machines have joined."""
+    return set(
+        conn.execute(sa.select(table.c.group_name).where(table.c.machine_id.is_not(None))).scalars()
+    )
+
+
+def makes_users(settings: Settings) -> bool:
+    """Whether machines get a user of Redis from us: not where the address for agents names one of its own, nor where no
+    machine can reach Redis."""
+    return not own_user(settings) and _reachable(settings.redis_url)
+
+
 def make_user(settings: Settings, keys: Keys, group: str, passwords: Passwords) -> None:
     """Creates or repairs the group's user; does nothing where the address for agents names a user of its own.
 
-    A Redis that came back empty has forgotten it, so this is done at each joining. Raises ConfigurationError.
+    Raises ConfigurationError, BrokerUnavailable.
     """
     if own_user(settings):
         return
     address = settings.redis_url
-    if address is None or urlsplit(address).scheme == "unix":
+    if address is None or not _reachable(address):
         raise ConfigurationError(
             "machines cannot reach the embedded Redis, which listens on this host only; run a Redis and set redis_url, "
             "then join again"
         )
     client = make_client(address)
-    user = machines_user(group)
+    user = machines_user(keys.deployment, group)
     try:
         set_agent_user(
             client,
@@ -218,12 +238,16 @@ def make_user(settings: Settings, keys: Keys, group: str, passwords: Passwords) 
         client.close()
 
 
+def _reachable(address: str | None) -> bool:
+    return address is not None and urlsplit(address).scheme != "unix"
+
+
 def own_user(settings: Settings) -> bool:
     return bool(settings.agent_redis_url and urlsplit(settings.agent_redis_url).password)
 
 
-def redis_address(settings: Settings, group: str, password: str) -> tuple[str, dict[str, str]]:
-    """The Redis URL for agents, and the files that it names, by the name under which a machine keeps them.
+def redis_address(settings: Settings, user: str, password: str) -> tuple[str, dict[str, str]]:
+    """The Redis URL for agents, with `user` where the settings name none; and the files that it names, by the name under which a machine keeps them.
 
     Of the certificate authority the machine gets a copy; a client certificate of ours is not given away.
     """
@@ -238,7 +262,7 @@ def redis_address(settings: Settings, group: str, password: str) -> tuple[str, d
     parts = parts._replace(query=urlencode(options, safe="/{}"))
     if not own_user(settings):
         host = parts.netloc.rpartition("@")[2]
-        parts = parts._replace(netloc=f"{quote(machines_user(group), safe='')}:{password}@{host}")
+        parts = parts._replace(netloc=f"{quote(user, safe='')}:{password}@{host}")
     return urlunsplit(parts), files
 
 
@@ -256,7 +280,8 @@ def answer(
 ) -> JoinAnswer:
     """All that a machine of the group needs to run its agents."""
     group = settings.groups[admission.group]
-    address, files = redis_address(settings, admission.group, password)
+    user = machines_user(deployment, admission.group)
+    address, files = redis_address(settings, user, password)
     cloud = group if isinstance(group, CloudGroupSettings) else None
     return JoinAnswer(
         group=admission.group,
