@@ -318,7 +318,7 @@ def _run_agent(options: AgentOptions) -> bool:
     signals.attach(drain=loop.drain, stop=loop.stop_jobs)
     _log_start(options, runtime.name)
     try:
-        with _notices(options, loop):
+        with _notices(options, loop, gpus=bool(host.gpus)):
             loop.run()
     finally:
         session.close()
@@ -345,7 +345,7 @@ def _identity(options: AgentOptions, link: RedisLink, runtime: str, host: Host) 
 
 
 @contextlib.contextmanager
-def _notices(options: AgentOptions, loop: WorkerLoop) -> Iterator[None]:
+def _notices(options: AgentOptions, loop: WorkerLoop, *, gpus: bool) -> Iterator[None]:
     """Meanwhile the loop is told when the cloud is going to take the machine away."""
     from valohai_agent.metadata_service import Cloud, cloud_of_host
     from valohai_agent.preemption import PreemptionWatch, notices_of
@@ -356,7 +356,7 @@ def _notices(options: AgentOptions, loop: WorkerLoop) -> Iterator[None]:
         yield
         return
     watch = PreemptionWatch(
-        notices_of(cloud, options.metadata_url),
+        notices_of(cloud, options.metadata_url, gpus=gpus),
         on_notice=loop.preempt,
         directory=options.work_dir,
     )

@@ -87,6 +87,7 @@ class JobRun:
         self._lock = threading.Lock()
         self._stop_requested = self._starting = False
         self._stop_reason = self._reclaimed = ""
+        self._notice: Notice | None = None
         self._over = threading.Event()
         self._collecting = threading.Event()
         self._cancel_preparing = threading.Event()
@@ -122,11 +123,12 @@ class JobRun:
         else:
             self._supervisor.stop(cause)
 
-    def preempt(self, notice: Notice) -> None:
-        """The machine goes away (K-53, L-30): blocks until it is time to interrupt the command. One that has not begun
-        does not begin, one that has ended has its outputs stored as always."""
+    def preempt(self, notice: Notice | None) -> None:
+        """The machine goes away (K-53, L-30), or does not after all (None); what was said last counts. Blocks until it is
+        time to interrupt the command. One that has not begun does not begin, one that has ended has its outputs stored."""
         with self._lock:
-            if self._reclaimed:
+            self._notice = notice
+            if notice is None:
                 return
             self._reclaimed = notice.what
             starting = self._starting
@@ -141,14 +143,12 @@ class JobRun:
             self._interrupt(notice)
 
     def _interrupt(self, notice: Notice) -> None:
-        if self._collecting.is_set() or self.lease.lost.is_set():
+        if self._notice is not notice or self._collecting.is_set() or self.lease.lost.is_set():
             return
         left = notice.seconds_left(self._clock.now())
         write_preemption(self._workspace, notice.what, notice.gone_at, left)
         words = "no time is promised" if left is None else f"{left:.0f} s are left"
-        self._console.status(
-            f"{notice.what}: {words}; outputs are stored in the last quarter of it"
-        )
+        self._console.status(f"{notice.what}: {words}; the last quarter is for the outputs")
         self._supervisor.stop(Cause.preempted, patience_within(left, self._around.patience))
 
     def fence(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 TIMEOUT_SECONDS = 2.0
 MAX_ANSWER_BYTES = 1024 * 1024
-_FIRMWARE = Path("/sys/class/dmi/id")
+_FIRMWARE, _HYPERVISOR = Path("/sys/class/dmi/id"), Path("/sys/hypervisor/uuid")
 _AZURE_ASSET_TAG = "7783-7084-3265-9085-8269-3286-77"  # of all its machines
 
 
@@ -29,12 +29,14 @@ class Cloud(str, Enum):
 BASE_URL = "http://169.254.169.254"  # of all three
 
 
-def cloud_of_host(firmware: Path = _FIRMWARE) -> Cloud | None:
-    """What the firmware tells; None on any other machine, and in containers that cannot see it."""
+def cloud_of_host(firmware: Path = _FIRMWARE, hypervisor: Path = _HYPERVISOR) -> Cloud | None:
+    """What the firmware tells; None on any other machine, and in containers that cannot see it. Older EC2 machines
+    (such as p3 and g3) name only their hypervisor, Xen, as one of Amazon's."""
     if _text(firmware / "chassis_asset_tag") == _AZURE_ASSET_TAG:
         return Cloud.azure
     names = [_text(firmware / name) for name in ("sys_vendor", "product_name", "bios_vendor")]
-    if any(name.startswith("Amazon EC2") for name in names):
+    xen = "amazon" in _text(firmware / "bios_version") or _text(hypervisor).startswith("ec2")
+    if xen or any(name.startswith("Amazon EC2") for name in names):
         return Cloud.aws
     return Cloud.gcp if any(name.startswith("Google") for name in names) else None
 

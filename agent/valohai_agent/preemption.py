@@ -3,7 +3,7 @@
 | Cloud | Asked | Time that is left |
 |---|---|---|
 | AWS | `spot/instance-action` by IMDSv2 | 2 minutes |
-| Google Cloud | `instance/preempted`; `instance/maintenance-event` | 30 s; an hour with GPUs |
+| Google Cloud | `instance/preempted`; `instance/maintenance-event` | 30 s; 60 s, an hour with GPUs |
 | Azure | scheduled events of this machine; acknowledged once nothing runs here | at least 30 s |
 
 Reading an answer is pure; `PreemptionWatch` is the thread that asks.
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 INTERRUPT_SECONDS = 180.0  # K-53: with more time left than this, what runs goes on for a while
 GOOGLE_SECONDS = timedelta(seconds=30)
-GOOGLE_MAINTENANCE = timedelta(hours=1)  # of machines with GPUs, which cannot be moved
+GOOGLE_MAINTENANCE = timedelta(seconds=60)
+GOOGLE_MAINTENANCE_GPUS = timedelta(hours=1)
 AZURE_VERSION = "2020-07-01"
 AWS_TOKEN_SECONDS = 21600
 
@@ -52,6 +53,12 @@ class Notice:
         """How long commands may go on before they have to be interrupted."""
         left = self.seconds_left(now)
         return max(0.0, left - INTERRUPT_SECONDS) if left is not None else 0.0
+
+    def replaces(self, other: Notice) -> bool:
+        """Whether it says more than `other`, which was said before: an earlier time, or of another event."""
+        if self.event != other.event or other.gone_at is None:
+            return self.event != other.event
+        return self.gone_at is None or self.gone_at < other.gone_at
 
 
 class Notices(Protocol):
@@ -113,24 +120,29 @@ class AwsNotices:
 # -- Google --------------------------------------------------------------------------------------------------------
 
 
-def google_notice(preempted: str | None, maintenance: str | None, now: datetime) -> Notice | None:
+def google_notice(
+    preempted: str | None, maintenance: str | None, now: datetime, *, gpus: bool
+) -> Notice | None:
+    """No time is told: it counts from when the notice is first seen."""
     if preempted == "TRUE":
         what = "Google Cloud reclaims this spot machine"
         return Notice(what=what, gone_at=now + GOOGLE_SECONDS)
     if maintenance == "TERMINATE_ON_HOST_MAINTENANCE":
         what = "Google Cloud stops this machine for maintenance of its host"
-        return Notice(what=what, gone_at=now + GOOGLE_MAINTENANCE)
+        left = GOOGLE_MAINTENANCE_GPUS if gpus else GOOGLE_MAINTENANCE
+        return Notice(what=what, gone_at=now + left)
     return None
 
 
 class GoogleNotices:
     every_seconds = 1.0  # of 30
 
-    def __init__(self, service: MetadataService) -> None:
-        self._service = service
+    def __init__(self, service: MetadataService, *, gpus: bool) -> None:
+        self._service, self._gpus = service, gpus
 
     def look(self, now: datetime) -> Notice | None:
-        return google_notice(self._ask("preempted"), self._ask("maintenance-event"), now)
+        preempted, maintenance = self._ask("preempted"), self._ask("maintenance-event")
+        return google_notice(preempted, maintenance, now, gpus=self._gpus)
 
     def _ask(self, name: str) -> str | None:
         header = {"Metadata-Flavor": "Google"}
@@ -185,13 +197,17 @@ class AzureNotices:
 # -- the thread that asks ------------------------------------------------------------------------------------------
 
 
-def notices_of(cloud: Cloud, base_url: str | None = None) -> Notices:
-    kinds = {Cloud.aws: AwsNotices, Cloud.gcp: GoogleNotices, Cloud.azure: AzureNotices}
-    return kinds[cloud](MetadataService(base_url or BASE_URL))
+def notices_of(cloud: Cloud, base_url: str | None = None, *, gpus: bool = False) -> Notices:
+    """`gpus`: whether the machine has any; it then hears of maintenance earlier."""
+    service = MetadataService(base_url or BASE_URL)
+    if cloud is Cloud.gcp:
+        return GoogleNotices(service, gpus=gpus)
+    return AwsNotices(service) if cloud is Cloud.aws else AzureNotices(service)
 
 
 class PreemptionWatch:
-    """Asks until it is closed; `on_notice` is called once, with the first notice.
+    """Asks until it is closed; `on_notice` is called with each notice that says more than the one before (an hour
+    ahead, then 30 s), and with None when a notice was taken back.
 
     `directory` is what all agents of the machine share: the notice is acknowledged by the last one that leaves, since
     the machine may go at once then.
@@ -201,7 +217,7 @@ class PreemptionWatch:
         self,
         notices: Notices,
         *,
-        on_notice: Callable[[Notice], None],
+        on_notice: Callable[[Notice | None], None],
         directory: Path,
         clock: Clock | None = None,
     ) -> None:
@@ -226,12 +242,20 @@ class PreemptionWatch:
             self._say_silent(error)
             return
         self._silent = False
-        if notice is None or self._notice is not None:
-            return
+        known = self._notice
+        if notice is None:
+            if known is not None:
+                extra = {"action": "preemption-withdrawn"}
+                logger.warning("%s: this was taken back", known.what, extra=extra)
+                self._tell(None)
+        elif known is None or notice.replaces(known):
+            left = notice.seconds_left(self._clock.now())
+            words = "at an unknown time" if left is None else f"in {left:.0f} s"
+            logger.warning("%s %s", notice.what, words, extra={"action": "preempted"})
+            self._tell(notice)
+
+    def _tell(self, notice: Notice | None) -> None:
         self._notice = notice
-        left = notice.seconds_left(self._clock.now())
-        words = "at an unknown time" if left is None else f"in {left:.0f} s"
-        logger.warning("%s %s", notice.what, words, extra={"action": "preempted"})
         self._on_notice(notice)
 
     def close(self) -> None:

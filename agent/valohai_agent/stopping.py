@@ -6,7 +6,7 @@ M-30: the time limit counts the user's command only. M-31: silence counts only w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
 
@@ -59,8 +59,11 @@ class StopSequence:
         self.killed_at: float | None = None
 
     def begin(self, cause: Cause, now: float, patience: Patience | None = None) -> bool:
-        """Starts a soft stop; False when one runs already (its cause stays)."""
+        """Starts a soft stop; False when one runs already: its cause stays, and signals that `patience` would send
+        earlier are brought forward."""
         if self.cause is not None:
+            if patience is not None:
+                self._hurry(now, patience)
             return False
         self.cause = cause
         self._patience = patience or self._patience
@@ -68,6 +71,15 @@ class StopSequence:
         kill_at = terminate_at + self._patience.terminate_seconds
         self._deadlines = [(now, "SIGINT"), (terminate_at, "SIGTERM"), (kill_at, "SIGKILL")]
         return True
+
+    def _hurry(self, now: float, patience: Patience) -> None:
+        terminate_at = now + patience.interrupt_seconds
+        latest = {"SIGTERM": terminate_at, "SIGKILL": terminate_at + patience.terminate_seconds}
+        self._deadlines = [(min(at, latest.get(name, at)), name) for at, name in self._deadlines]
+        self._patience = replace(
+            self._patience,
+            kill_seconds=min(self._patience.kill_seconds, patience.kill_seconds),
+        )
 
     def kill(self, cause: Cause, now: float) -> None:
         """A hard stop: SIGKILL is the only signal left."""

@@ -35,7 +35,7 @@ class Run(Protocol):
 
     def stop(self, *, hard: bool = False, cause: Cause = Cause.user, reason: str = "") -> None: ...
 
-    def preempt(self, notice: Notice) -> None: ...
+    def preempt(self, notice: Notice | None) -> None: ...
 
     def fence(self) -> None: ...
 
@@ -93,14 +93,15 @@ class WorkerLoop:
                 target=run.stop, kwargs={"hard": hard, "cause": Cause.shutdown}, daemon=True
             ).start()
 
-    def preempt(self, notice: Notice) -> None:
-        """The machine goes away: nothing new is taken, and what runs has the time that is left (K-53)."""
+    def preempt(self, notice: Notice | None) -> None:
+        """The machine goes away: nothing new is taken, and what runs has the time that is left (K-53). None: it does not
+        after all; what runs goes on, still nothing new is taken."""
         self._notice = notice
         self.drain()
         for run in list(self._runs.values()):
             self._preempt(run, notice)
 
-    def _preempt(self, run: Run, notice: Notice) -> None:
+    def _preempt(self, run: Run, notice: Notice | None) -> None:
         threading.Thread(target=run.preempt, args=(notice,), name="preempt", daemon=True).start()
 
     def dispatch(self, command: Command, own: bool) -> None:

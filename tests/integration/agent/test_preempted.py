@@ -117,7 +117,7 @@ def test_k53_l30_a_notice_interrupts_the_command_and_what_it_saves_is_stored(
     assert services.refused == []
     assert services.acknowledged == (["event-1"] if cloud is Cloud.azure else [])
     log = conductor.stored_log(execution_id, "stderr").decode()
-    assert "s are left; outputs are stored" in log
+    assert "s are left; the last quarter is for the outputs" in log
 
 
 def test_k53_who_ignores_sigint_gets_sigterm_in_time(
@@ -159,7 +159,7 @@ def test_a_draining_agent_is_seen_as_such_and_nothing_begins_on_a_machine_that_g
 def test_the_last_agent_of_a_machine_acknowledges(
     services: MetadataStandIn, tmp_path: Path
 ) -> None:
-    told: list[Notice] = []
+    told: list[Notice | None] = []
     announce(services, Cloud.azure, soon(100))
     watches = [
         PreemptionWatch(
@@ -170,7 +170,7 @@ def test_the_last_agent_of_a_machine_acknowledges(
     for watch in watches:
         watch.look()
         watch.look()
-    assert [notice.event for notice in told] == ["event-1", "event-1"], "once for each agent"
+    assert [one and one.event for one in told] == ["event-1", "event-1"], "once for each agent"
     watches[0].close()
     assert services.acknowledged == []
     watches[1].close()
@@ -180,7 +180,7 @@ def test_the_last_agent_of_a_machine_acknowledges(
 def test_a_silent_metadata_service_is_told_once_and_forgiven(
     services: MetadataStandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told: list[Notice] = []
+    told: list[Notice | None] = []
     watch = PreemptionWatch(
         notices_of(Cloud.aws, services.url), on_notice=told.append, directory=tmp_path
     )
@@ -196,6 +196,43 @@ def test_a_silent_metadata_service_is_told_once_and_forgiven(
     watch.look()
     assert len(told) == 1
     watch.close()
+
+
+def test_k53_a_second_notice_that_leaves_less_time_counts(
+    conductor: Conductor, start_agent: StartAgent, services: MetadataStandIn
+) -> None:
+    """The host of an Azure machine fails and is to be left within days; then the machine is reclaimed."""
+    start_agent(Cloud.azure)
+    execution_id = conductor.submit(SAVES_WHEN_INTERRUPTED)
+    ready(conductor, execution_id)
+    announce(services, Cloud.azure, soon(7 * 86400))
+    wait_for(
+        lambda: conductor.applied(execution_id).bodies(Preempted), seconds=20, what="first notice"
+    )
+    announce(services, Cloud.azure, soon(40))
+    finished = conductor.finished(execution_id)
+    assert finished.preempted
+    assert outputs(conductor, execution_id) == {"checkpoint": b"True"}
+    first, second = conductor.applied(execution_id).bodies(Preempted)
+    assert (first.seconds_left or 0) > 86400 > 40 >= (second.seconds_left or 0)
+
+
+def test_k53_a_notice_that_is_taken_back_interrupts_nothing(
+    conductor: Conductor, start_agent: StartAgent, services: MetadataStandIn, tmp_path: Path
+) -> None:
+    agent = start_agent(Cloud.azure)
+    go = tmp_path / "go"
+    execution_id = conductor.submit(f"echo ready; while [ ! -e {go} ]; do sleep 0.1; done")
+    ready(conductor, execution_id)
+    announce(services, Cloud.azure, soon(7 * 86400))
+    wait_for(lambda: conductor.applied(execution_id).bodies(Preempted), seconds=20, what="notice")
+    services.azure_events = []
+    wait_for(lambda: "taken back" in agent.log, seconds=20, what="the agent sees it")
+    go.touch()
+    finished = conductor.finished(execution_id)
+    assert (finished.outcome, finished.preempted) == (Outcome.complete, False)
+    assert agent.wait() == 0, "it takes nothing new all the same"
+    assert services.acknowledged == []
 
 
 def test_a_metadata_service_that_is_not_there_is_an_error_of_its_own() -> None:

@@ -40,8 +40,8 @@ class HeldRun:
         self.calls.append(f"{'hard' if hard else 'soft'} {cause.value}")
         self.release.set()
 
-    def preempt(self, notice: Notice) -> None:
-        self.calls.append(notice.what)
+    def preempt(self, notice: Notice | None) -> None:
+        self.calls.append(notice.what if notice else "stays")
 
     def fence(self) -> None:
         self.calls.append("fence")

@@ -31,14 +31,21 @@ def test_other_answers_of_aws_are_no_notice(answer: str | None) -> None:
 
 
 def test_l30_google_gives_30_seconds_and_machines_with_gpus_an_hour() -> None:
-    reclaim = google_notice("TRUE", "NONE", NOW)
-    maintenance = google_notice("FALSE", "TERMINATE_ON_HOST_MAINTENANCE", NOW)
+    reclaim = google_notice("TRUE", "NONE", NOW, gpus=True)
+    maintenance = google_notice("FALSE", "TERMINATE_ON_HOST_MAINTENANCE", NOW, gpus=True)
     assert reclaim is not None
     assert reclaim.seconds_left(NOW) == 30
     assert maintenance is not None
     assert maintenance.seconds_to_interrupt(NOW) == 3600 - 180
-    assert google_notice("FALSE", "MIGRATE_ON_HOST_MAINTENANCE", NOW) is None
-    assert google_notice(None, None, NOW) is None
+    assert google_notice("FALSE", "MIGRATE_ON_HOST_MAINTENANCE", NOW, gpus=True) is None
+    assert google_notice(None, None, NOW, gpus=True) is None
+
+
+def test_l30_google_gives_60_seconds_before_maintenance_of_machines_without_gpus() -> None:
+    maintenance = google_notice("FALSE", "TERMINATE_ON_HOST_MAINTENANCE", NOW, gpus=False)
+    assert maintenance is not None
+    assert maintenance.seconds_left(NOW) == 60
+    assert maintenance.seconds_to_interrupt(NOW) == 0
 
 
 def azure_event(kind: str, *machines: str, **values: str) -> dict[str, object]:
@@ -79,6 +86,46 @@ def test_k53_the_time_that_is_left_is_divided_between_the_command_and_its_output
     assert sent == [(0, "SIGINT"), (20, "SIGTERM"), (30, "SIGKILL")]
 
 
+@pytest.mark.parametrize("before", [Cause.user, Cause.preempted])
+def test_k53_a_stop_that_goes_on_already_is_hurried_when_less_time_is_left(before: Cause) -> None:
+    sequence = StopSequence()
+    sequence.begin(before, 0, Patience())
+    assert sequence.due(0) == "SIGINT"
+    assert not sequence.begin(Cause.preempted, 10, patience_within(40, Patience()))
+    sent = []
+    for second in range(60):
+        while (name := sequence.due(second)) is not None:
+            sent.append((second, name))
+    assert sent == [(30, "SIGTERM"), (40, "SIGKILL")]
+    assert sequence.cause is before
+    assert sequence.hopeless(46)
+
+
+def test_a_stop_that_goes_on_already_is_not_drawn_out() -> None:
+    sequence = StopSequence()
+    sequence.begin(Cause.preempted, 0, patience_within(40, Patience()))
+    sequence.begin(Cause.preempted, 1, Patience())
+    assert [sequence.due(30) for _ in range(3)] == ["SIGINT", "SIGTERM", "SIGKILL"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "replaces"),
+    [
+        (Notice(what="x", gone_at=NOW + timedelta(hours=1)), Notice(what="x", gone_at=NOW), True),
+        (Notice(what="x", gone_at=NOW), Notice(what="x", gone_at=NOW + timedelta(1)), False),
+        (Notice(what="x", gone_at=NOW), Notice(what="x", gone_at=NOW), False),
+        (Notice(what="x", gone_at=NOW), Notice(what="x"), True),
+        (Notice(what="x"), Notice(what="x", gone_at=NOW), False),
+        (Notice(what="x"), Notice(what="x"), False),
+        (Notice(what="x", event="1"), Notice(what="x", gone_at=NOW, event="2"), True),
+    ],
+)
+def test_a_notice_replaces_one_of_a_later_time_or_of_another_event(
+    first: Notice, second: Notice, replaces: bool
+) -> None:
+    assert second.replaces(first) is replaces
+
+
 def test_k54_much_time_makes_nobody_wait_longer_than_usual() -> None:
     assert patience_within(None, Patience()) == patience_within(3600, Patience()) == Patience()
 
@@ -100,6 +147,12 @@ def test_a_users_stop_counts_as_such_on_a_machine_that_goes_away() -> None:
     ("files", "cloud"),
     [
         ({"sys_vendor": "Amazon EC2\n"}, Cloud.aws),
+        (
+            {"sys_vendor": "Xen", "product_name": "HVM domU", "bios_version": "4.11.amazon\n"},
+            Cloud.aws,
+        ),
+        ({"sys_vendor": "Xen", "uuid": "ec2e1916-9099-7caf-fd21-012345abcdef\n"}, Cloud.aws),
+        ({"sys_vendor": "Xen", "product_name": "HVM domU", "bios_version": "4.17.2"}, None),
         ({"sys_vendor": "Google\n", "product_name": "Google Compute Engine"}, Cloud.gcp),
         (
             {
@@ -117,7 +170,7 @@ def test_the_firmware_tells_the_cloud(
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert cloud_of_host(tmp_path) is cloud
+    assert cloud_of_host(tmp_path, tmp_path / "uuid") is cloud
 
 
 def test_a_notice_far_ahead_lets_commands_go_on_for_a_while() -> None:
