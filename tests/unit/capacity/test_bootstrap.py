@@ -18,6 +18,7 @@ from valohai_dagster.capacity.bootstrap.agent_file import (
     describe,
     requirements_for,
 )
+from valohai_dagster.capacity.bootstrap.joining import agent_options
 from valohai_dagster.capacity.bootstrap.releases import is_outdated
 from valohai_dagster.capacity.bootstrap.user_data import bootstrap_of, user_data
 from valohai_dagster.errors import RefusedError
@@ -25,6 +26,7 @@ from valohai_dagster.settings_groups import (
     AnyGroupSettings,
     AwsGroupSettings,
     DockerGroupSettings,
+    GcpGroupSettings,
     StaticGroupSettings,
 )
 
@@ -169,3 +171,11 @@ def test_what_others_could_have_written_is_not_run(tmp_path: Path) -> None:
     tree.parent.chmod(0o777)
     assert not _trusted(str(tree))
     assert not _trusted(str(tmp_path / "none"))
+
+
+def test_l30_agents_of_a_cloud_are_told_whose_notices_to_look_for() -> None:
+    aws = AwsGroupSettings(kind="aws", instance_type="p3.2xlarge")
+    gcp = GcpGroupSettings(kind="gcp", instance_type="n1-standard-4", project="p", region="r")
+    static = StaticGroupSettings(kind="static")
+    told = [agent_options(group).get("VALOHAI_AGENT_CLOUD") for group in (aws, gcp, static)]
+    assert told == ["aws", "gcp", None]

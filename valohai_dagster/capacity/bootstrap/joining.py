@@ -29,12 +29,16 @@ from valohai_dagster.broker.connection import explain, make_client
 from valohai_dagster.data.secrets import SecretKey
 from valohai_dagster.errors import ConfigurationError, RefusedError
 from valohai_dagster.records.capacity_tables import join_tokens as table
+from valohai_dagster.records.capacity_tables import machines
 from valohai_dagster.records.store import get_fact, insert_ignore, set_fact
 from valohai_dagster.settings import Settings
 from valohai_dagster.settings_groups import (
     AnyGroupSettings,
+    AwsGroupSettings,
+    AzureGroupSettings,
     CloudGroupSettings,
     DockerGroupSettings,
+    GcpGroupSettings,
 )
 
 TOKEN_PREFIX, TICKET_PREFIX = "vhj_", "vht_"
@@ -312,6 +316,8 @@ def agent_options(group: AnyGroupSettings) -> Mapping[str, str]:
         "VALOHAI_AGENT_RUNTIME": runtime,
         "VALOHAI_AGENT_CACHE_DISK_PERCENT": str(group.cache_disk_percent),
     }
+    if isinstance(group, (AwsGroupSettings, GcpGroupSettings, AzureGroupSettings)):
+        options["VALOHAI_AGENT_CLOUD"] = group.kind  # for its notices of a reclaim (L-30)
     if group.cache_max_gb is not None:
         options["VALOHAI_AGENT_CACHE_MAX_GB"] = str(group.cache_max_gb)
     if group.shared_cache is not None:
