@@ -129,13 +129,14 @@ def _lock(file: IO[str], kind: int) -> bool:
 def ensure_conductor(settings: Settings) -> ConductorInfo | None:
     """Finds the conductor or starts one; None when this deployment's conductor is started by somebody else.
 
-    Raises `ServiceUnavailable` with the end of its log when it does not come up.
+    Raises `ServiceUnavailable` with what it logged when it does not come up.
     """
     if settings.redis_url is not None and not settings.start_conductor:
         return None
     if info := running_conductor(settings):
         return info
-    process = None
+    process, before = None, _log_bytes(settings)
+    what = f"did not come up within {START_SECONDS:.0f} s"
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if info := running_conductor(settings):
@@ -147,11 +148,12 @@ def ensure_conductor(settings: Settings) -> ConductorInfo | None:
         ):  # another one had the lock: it starts as well, or it is about to end
             process = None
         elif process.poll() is not None:
+            what = "ended as soon as it was started"
             break
         time.sleep(POLL_SECONDS)
     raise ServiceUnavailable(
-        f"the conductor did not come up within {START_SECONDS:.0f} s. Its log, {log_path(settings)}, ends with:\n"
-        f"{_tail(log_path(settings))}\nRun `valohai-dagster doctor` to see what is wrong."
+        f"the conductor {what}. It said (in {log_path(settings)}):\n"
+        f"{_said_since(settings, before)}\nRun `valohai-dagster doctor` to see what is wrong."
     )
 
 
@@ -217,8 +219,17 @@ def spawn(settings: Settings) -> subprocess.Popen[bytes]:
     return process
 
 
-def _tail(path: Path, lines: int = 12) -> str:
+def _log_bytes(settings: Settings) -> int:
     try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+        return log_path(settings).stat().st_size
     except OSError:
-        return "(no log)"
+        return 0
+
+
+def _said_since(settings: Settings, before: int, lines: int = 12) -> str:
+    """The end of what was logged after so many bytes: not what earlier conductors said."""
+    try:
+        new = log_path(settings).read_bytes()[before:]
+    except OSError:
+        new = b""
+    return "\n".join(new.decode(errors="replace").splitlines()[-lines:]) or "(nothing)"

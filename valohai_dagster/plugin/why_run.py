@@ -17,7 +17,7 @@ from dagster import DagsterEventType, DagsterRunStatus
 
 from valohai_agent.protocol import utcnow
 from valohai_dagster.executions.waiting import counted, lasting
-from valohai_dagster.executions.why import NEXT_CONDUCTOR, Explanation
+from valohai_dagster.executions.why import NEXT_CONDUCTOR, NEXT_DOCTOR, Explanation
 from valohai_dagster.executions.why_reader import Sources, conductor_of, why_execution
 from valohai_dagster.plugin.compat import GLOBAL_CONCURRENCY_TAG
 from valohai_dagster.plugin.engine_choice import why_not_driven
@@ -35,6 +35,7 @@ _STEP_ENDS = {
     DagsterEventType.STEP_FAILURE: "failed",
     DagsterEventType.STEP_SKIPPED: "skipped",
 }
+_RUN_ERRORS = {DagsterEventType.ENGINE_EVENT, DagsterEventType.RUN_FAILURE}
 _STEP_EVENTS = {
     *_STEP_ENDS,
     DagsterEventType.STEP_START,
@@ -115,20 +116,41 @@ class _Run:
         steps = self._steps()
         told = tuple(self._explain_steps(steps))
         if run.is_finished:
-            return RunExplanation(run=self._finished(), steps=told)
+            failed = any(step.ended == "failed" for step in steps)
+            return RunExplanation(run=self._finished(failed), steps=told)
         return RunExplanation(run=self._in_progress(steps, told), steps=told)
 
     # -- the run itself ---------------------------------------------------------------------------------------------
 
-    def _finished(self) -> Explanation:
+    def _finished(self, a_step_failed: bool) -> Explanation:
         run = self._run
         record = self._instance.get_run_record_by_id(run.run_id)
         took = ""
         if record is not None and record.start_time and record.end_time:
             took = f" after {lasting(record.end_time - record.start_time)}"
         words = {"SUCCESS": "succeeded", "FAILURE": "failed", "CANCELED": "was cancelled"}
-        text = f"{words.get(run.status.value, run.status.value)}{took}"
-        return Explanation(state=run.status.value.lower(), text=text)
+        text, state = f"{words.get(run.status.value, run.status.value)}{took}", run.status.value
+        if run.status is not DagsterRunStatus.FAILURE or a_step_failed:
+            return Explanation(state=state.lower(), text=text)
+        first, *more = self._last_error().splitlines() or [""]
+        return Explanation(
+            state=state.lower(),
+            text=f"{text}: {first}" if first else text,
+            next_step=NEXT_DOCTOR,
+            details=tuple(more),
+        )
+
+    def _last_error(self) -> str:
+        """What ended a run of which no step failed, such as a launch that found no conductor."""
+        text = ""
+        for entry in self._instance.all_logs(self._run.run_id, of_type=_RUN_ERRORS):
+            data = entry.dagster_event and entry.dagster_event.event_specific_data
+            error = getattr(data, "error", None)
+            if error is not None:
+                kind, _, words = error.message.strip().partition(": ")
+                named = bool(error.cls_name) and kind.endswith(error.cls_name)
+                text = words if named else error.message.strip()
+        return text
 
     def _in_progress(self, steps: Sequence[_Step], told: Sequence[Explanation]) -> Explanation:
         reason = why_not_driven(self._instance, self._run)

@@ -28,7 +28,9 @@ from valohai_dagster.embedded.conductor import (
 )
 from valohai_dagster.embedded.redis import EmbeddedRedis
 from valohai_dagster.embedded.settings_in_use import file_stamp
+from valohai_dagster.errors import ServiceUnavailable
 from valohai_dagster.executions.stream import ExecutionStatus
+from valohai_dagster.settings import Settings
 
 TERMINALS = 3
 # Waits for a common moment, opens a client, and tells whom it met.
@@ -190,6 +192,20 @@ def test_a_conductor_is_started_when_the_one_that_is_about_to_end_lets_go(
     finally:
         ending.set()
         thread.join()
+
+
+def test_a_conductor_that_cannot_start_is_told_in_its_own_words_and_no_earlier_ones(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "valohai.toml"
+    file.write_text("http_port = 'many'")
+    settings = Settings(state_dir=tmp_path / "state", config_file=file)
+    settings.state_dir.mkdir()
+    log_path(settings).write_text("what an earlier one said\n")
+    with pytest.raises(ServiceUnavailable, match="ended as soon as it was started") as told:
+        ensure_conductor(settings)
+    assert "http_port" in str(told.value)
+    assert "an earlier one" not in str(told.value)
 
 
 def test_a_conductor_that_has_nothing_to_do_takes_a_changed_file_over(

@@ -228,6 +228,23 @@ def test_an_ended_run_tells_how_and_which_step_failed(queue: RunQueue, sources: 
     assert [(one.subject, one.text) for one in found.steps] == [("step ours", "failed")]
 
 
+def test_a_run_that_failed_before_its_steps_tells_why(queue: RunQueue) -> None:
+    run = queue.launch("ours", "after")
+    error = compat.SerializableErrorInfo(
+        message="valohai_dagster.errors.ServiceUnavailable: the conductor ended. It said:\nno botocore\n",
+        stack=[],
+        cls_name="ServiceUnavailable",
+    )
+    queue.instance.report_engine_event(
+        error.message, queue.reload(run), compat.EngineEventData.engine_error(error)
+    )
+    queue.instance.report_run_failed(queue.reload(run))
+    found = why(queue, run)
+    assert found.run.text.endswith(": the conductor ended. It said:")
+    assert found.run.details == ("no botocore",)
+    assert "doctor" in str(found.run.next_step)
+
+
 def test_without_records_dagsters_facts_are_told(queue: RunQueue) -> None:
     run = queue.launch("ours", "after")
     found = why(queue, run)
