@@ -19,6 +19,7 @@ from valohai_dagster.capacity.model import (
 )
 
 ALIVE = frozenset({MachineState.starting, MachineState.running})
+RESTS = frozenset({MachineState.stopping, MachineState.stopped})
 ENDS = frozenset({ActionKind.stop, ActionKind.terminate})
 BLINK = timedelta(seconds=60)  # an agent that restarts or updates itself is back by then
 
@@ -160,7 +161,8 @@ class Fleet:
         return f"{self.waiting} waiting; machines: {seen}{stopped}{asked}"
 
     def _is_up(self, machine: Machine) -> bool:
-        woken = machine.state is MachineState.stopped and machine.id in self._starting
+        """One that is being started counts, whatever an old list still says."""
+        woken = machine.state in RESTS and machine.id in self._starting
         return machine.state in ALIVE or woken
 
     def _is_at_rest(self, machine: Machine) -> bool:
@@ -188,6 +190,7 @@ class Fleet:
         if started is not None:  # what it was before its stop does not count
             known = known and seen is not None and seen > started
         woken = machine.id in self._starting
+        silent = view.silent_since(seen)
         boots = now - (started or machine.created_at) < self.policy.boot
         heard = view.watched_since is None or now - view.watched_since >= BLINK
         return Member(
@@ -196,7 +199,7 @@ class Fleet:
             able=tuple(seat for seat in seats if self._is_able(seat)),
             registered=(known or bool(seats)) and not woken,
             in_time=woken or boots or not heard,
-            blinking=known and not seats and seen is not None and now - seen < BLINK,
+            blinking=known and not seats and silent is not None and now - silent < BLINK,
             drained=machine.id in view.drained and not woken,
             ending=machine.id in self._ending,
         )

@@ -17,6 +17,7 @@ from valohai_dagster.capacity.model import Machine, MachineState, Seat
 from valohai_dagster.capacity.patience import Patience
 
 _RUNS = frozenset({MachineState.starting, MachineState.running})
+_RESTS = frozenset({MachineState.stopping, MachineState.stopped})
 
 
 class Inventory:
@@ -128,6 +129,8 @@ class Inventory:
 
     def _present(self, known: Known, machine: Machine) -> None:
         machine = replace(machine, token=machine.token or known.machine.token)
+        if self._is_late(known, machine):
+            machine = replace(machine, state=known.machine.state)
         known = replace(known, machine=machine, listed_at=self._now, missing_since=None)
         if machine.state is MachineState.gone:
             self._gone(known, "the cloud has ended it")
@@ -142,6 +145,17 @@ class Inventory:
                 known = replace(known, started_at=self._now)  # by somebody else
             known = _stop_ended(known, self._now)
         self.put(known)
+
+    def _is_late(self, known: Known, machine: Machine) -> bool:
+        """Whether the list is older than the one that showed it to be started, or stopped."""
+        was, says = known.machine.state, machine.state
+        started, stopped = known.started_at, known.stopped_since
+        changed = None
+        if was in _RUNS and says in _RESTS:
+            changed = started
+        elif was in _RESTS and says in _RUNS and not (started and stopped and started > stopped):
+            changed = stopped
+        return changed is not None and self._now - changed < self._patience.confirm
 
     def _missing(self, known: Known, times: int) -> None:
         patience, now = self._patience, self._now

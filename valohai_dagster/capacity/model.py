@@ -123,7 +123,7 @@ class View:
     watched_since: datetime | None = None
 
     def silent_since(self, seen: datetime | None) -> datetime | None:
-        """For a worker that was `seen` last then. While nobody could be heard, nobody was silent."""
+        """Of a machine a worker of which was `seen` last then. While nobody could be heard, nobody was silent."""
         times = [at for at in (seen, self.watched_since) if at is not None]
         return max(times, default=None)
 

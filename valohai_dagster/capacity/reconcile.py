@@ -431,9 +431,7 @@ class Reconciler:
         due = (
             *soon,
             *(hold.until for hold in holds),
-            *seeing.due_times(
-                look.inventory.known.values(), look.seats, look.policy, self._patience
-            ),
+            *seeing.due_times(look.inventory.known.values(), look, self._patience),
         )
         return Outcome(
             summary=decided.summary,

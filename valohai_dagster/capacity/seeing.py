@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from valohai_dagster.capacity.book import Known
-from valohai_dagster.capacity.look import Load
+from valohai_dagster.capacity.look import Load, Look
 from valohai_dagster.capacity.model import (
     Action,
     ActionKind,
@@ -106,11 +106,11 @@ def registered(known: Known) -> bool:
 
 def due_times(
     machines: Iterable[Known],
-    seats: Mapping[str, Sequence[Seat]],
-    policy: Policy,
+    look: Look,
     patience: Patience,
 ) -> Iterator[datetime]:
-    """When something may have to happen although nobody does anything. `seats`: by machine."""
+    """When something may have to happen although nobody does anything."""
+    policy, seats, watched_since = look.policy, look.seats, look.load.watched_since
     for known in machines:
         machine = known.machine
         if machine.state is MachineState.gone:
@@ -123,7 +123,7 @@ def due_times(
         elif not registered(known):
             yield (known.started_at or machine.created_at) + policy.boot
         elif machine.id not in seats and known.worker_seen_at:
-            yield known.worker_seen_at + policy.silence
+            yield max(known.worker_seen_at, watched_since or known.worker_seen_at) + policy.silence
         if known.orphan_since:
             yield known.orphan_since + patience.orphan
     for those in seats.values():
