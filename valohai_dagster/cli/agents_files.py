@@ -86,7 +86,8 @@ def releases(as_json: AsJson = False) -> None:
         ]
         for one in found
     ]
-    typer.echo(in_columns(rows))
+    for line in in_columns(rows):
+        typer.echo(line)
 
 
 def use(

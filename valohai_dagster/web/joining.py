@@ -35,6 +35,7 @@ from valohai_agent.protocol import Keys, utcnow
 from valohai_dagster.capacity.bootstrap.joining import (
     Admission,
     NotAdmitted,
+    NotListed,
     agents_passwords,
     answer,
     is_known,
@@ -129,6 +130,11 @@ class Joining:
                 extra={"action": "join-refused"},
             )
             return _refusal(403, str(error))
+        except NotListed as error:
+            log.info(
+                "machine %s waits: %s", wanted.machine_id, error, extra={"action": "join-waits"}
+            )
+            return _refusal(503, str(error))
         except GroupGone as error:
             return _refusal(410, str(error))
         except (ConfigurationError, ServiceUnavailable, StoreError) as error:

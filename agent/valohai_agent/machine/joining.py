@@ -39,7 +39,9 @@ logger = logging.getLogger(__name__)
 
 ASK_SECONDS = 30.0
 PATIENCE_SECONDS = 600.0  # of a machine that boots while the control plane is away
+FETCH_SECONDS = 600.0
 TRY_SECONDS = 120.0
+UPDATE_SECONDS = ASK_SECONDS + FETCH_SECONDS + TRY_SECONDS  # longest time of `bring_up_to_date`
 CHUNK = 1024 * 1024
 
 
@@ -217,16 +219,21 @@ def _words(error: urllib.error.HTTPError) -> str:
 
 def _fetch(release: AgentFile, target: Path) -> str:
     """The digest of what has come. The address may be signed, so it stands in no message."""
-    digest, came = hashlib.sha256(), 0
+    digest, came, until = hashlib.sha256(), 0, time.monotonic() + FETCH_SECONDS
     try:
         with (
             urllib.request.urlopen(release.url, timeout=ASK_SECONDS) as answer,  # noqa: S310 - given by the control plane
             target.open("wb") as out,
         ):
-            while chunk := answer.read(CHUNK):
+            while chunk := answer.read1(CHUNK):
                 came += len(chunk)
                 if came > release.size:
                     break
+                if time.monotonic() > until:
+                    raise BadFile(
+                        f"The published agent {release.version} cannot be fetched: after {FETCH_SECONDS:.0f} s there were "
+                        f"{came} of {release.size} bytes."
+                    )
                 digest.update(chunk)
                 out.write(chunk)
     except (OSError, http.client.HTTPException) as error:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from valohai_agent.errors import AgentError
+from valohai_agent.machine.joining import UPDATE_SECONDS
 from valohai_agent.machine.places import Machine, Places
 
 logger = logging.getLogger(__name__)
@@ -37,11 +38,12 @@ StartLimitIntervalSec=0
 User={user}
 {groups}EnvironmentFile={environment}
 EnvironmentFile=-{config}/agent-%i.env
-ExecStartPre=+{program} refresh --config-dir {config} --work-dir {work}
+ExecStartPre=-+{program} refresh --config-dir {config} --work-dir {work}
 ExecStart={program} run
 Restart=on-failure
 RestartSec=5
 KillMode=mixed
+TimeoutStartSec={start_seconds}
 TimeoutStopSec=infinity
 OOMScoreAdjust=-500
 UMask=0077
@@ -108,6 +110,7 @@ def units(places: Places, machine: Machine, program: Sequence[str]) -> Mapping[s
         "config": places.config,
         "work": places.work,
         "program": shlex.join(program),
+        "start_seconds": round(UPDATE_SECONDS) + 60,
     }
     made = {"valohai-agent@.service": _AGENT.format(**values)}
     if machine.answer.dead_man_seconds is not None:

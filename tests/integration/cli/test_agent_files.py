@@ -80,7 +80,8 @@ def test_publishing_twice_keeps_one_file_and_going_back_is_possible(deployment: 
     assert json.loads(run("use", "0.0.9", "--json"))["current"]
     listed = {one["version"]: one["current"] for one in json.loads(run("releases", "--json"))}
     assert listed == {__version__: False, "0.0.9": True}
-    assert "0.0.9" in run("releases")
+    current = [line.split() for line in run("releases").splitlines() if line.startswith("*")]
+    assert [line[1] for line in current] == ["0.0.9"]
     with pytest.raises(RefusedError, match=r"published: 0\.0\.9, "):
         run("use", "7")
 

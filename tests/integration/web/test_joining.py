@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +33,7 @@ from valohai_agent.machine.messages import (
 from valohai_agent.machine.places import Machine
 from valohai_agent.protocol import Keys, utcnow
 from valohai_agent.redis_link import connect
+from valohai_dagster.capacity.book import Known
 from valohai_dagster.capacity.bootstrap import prepare_launch
 from valohai_dagster.capacity.bootstrap.joining import (
     NotAdmitted,
@@ -45,7 +46,10 @@ from valohai_dagster.capacity.bootstrap.joining import (
     redeem,
 )
 from valohai_dagster.capacity.bootstrap.releases import current_release, publish
-from valohai_dagster.capacity.clouds.base import CloudError, Launch
+from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble
+from valohai_dagster.capacity.machines import MachineRecords
+from valohai_dagster.capacity.model import Machine as MachineOfCloud
+from valohai_dagster.capacity.model import MachineState, Purchase
 from valohai_dagster.data.secrets import SecretKey
 from valohai_dagster.records.capacity_tables import join_tokens
 from valohai_dagster.records.engine import Records, open_records
@@ -84,6 +88,33 @@ class Site:
                 life=timedelta(**(life or {"hours": 1})),
             )
         return token
+
+    def prepare(self, **changed: str | None) -> Callable[[Launch], Launch]:
+        """Of launches of the group `gpu`, by settings that machines elsewhere could use."""
+        elsewhere = {"join_url": "https://control.example", "agent_redis_url": "rediss://r.example"}
+        return prepare_launch(
+            "gpu",
+            GPU,
+            settings=self.settings.model_copy(update={**elsewhere, **changed}),
+            records=self.records,
+            stores=self.stores,
+            secret_key=self.key,
+        )
+
+    def listed(self, launch: str, *ids: str) -> None:
+        """The cloud tells of these machines of a launch."""
+        book = MachineRecords(self.records, "gpu", kind="aws", clock=utcnow)
+        now = utcnow()
+        for machine_id in ids:
+            machine = MachineOfCloud(
+                id=machine_id,
+                zone="a",
+                purchase=Purchase.on_demand,
+                state=MachineState.running,
+                created_at=now,
+                token=launch,
+            )
+            book.save(Known(machine=machine, listed_at=now))
 
     def join(self, token: str, machine: str = "i-1") -> Machine:
         return join(self.url, token, machine, hostname="host", patience=0)
@@ -326,14 +357,7 @@ def test_an_agent_that_does_not_start_does_not_take_the_place_of_one_that_does(
 
 
 def test_a_launch_gets_user_data_with_its_own_token(site: Site, small_agent: Path) -> None:
-    prepare = prepare_launch(
-        "gpu",
-        GPU,
-        settings=site.settings,
-        records=site.records,
-        stores=site.stores,
-        secret_key=site.key,
-    )
+    prepare = site.prepare()
     with pytest.raises(CloudError, match="no agent is published"):
         prepare(Launch(token="one"))
     publish(site.records, site.stores.default, small_agent, now=utcnow())
@@ -345,10 +369,39 @@ def test_a_launch_gets_user_data_with_its_own_token(site: Site, small_agent: Pat
         release = current_release(conn)
     assert release is not None
     assert other.tags == {"team": "vision", "valohai-bootstrap": release.version}
+    site.listed("one", "i-1", "i-2", "i-3")
     site.join(token, "i-1")
     site.join(token, "i-2")
     with pytest.raises(CannotJoin):
         site.join(token, "i-3")
+
+
+def test_a_token_of_a_launch_lets_in_what_its_cloud_lists_and_each_machine_once(
+    site: Site, small_agent: Path
+) -> None:
+    """User code on the first machine reads the token while the second one boots."""
+    publish(site.records, site.stores.default, small_agent, now=utcnow())
+    token = _token(site.prepare()(Launch(token="one", count=2)))
+    with pytest.raises(NoAnswer, match="has not listed a machine 'i-1'"):  # lists lag behind
+        site.join(token, "i-1")
+    site.listed("one", "i-1")
+    site.listed("another", "i-9")
+    site.join(token, "i-1")
+    with pytest.raises(CannotJoin, match="used up"):
+        site.join(token, "i-1")
+    for machine in ("made-up", "i-9"):
+        with pytest.raises(NoAnswer, match="has not listed"):
+            site.join(token, machine)
+    site.listed("one", "i-2")
+    site.join(token, "i-2")
+
+
+def test_nothing_is_launched_that_could_reach_only_itself(site: Site, small_agent: Path) -> None:
+    publish(site.records, site.stores.default, small_agent, now=utcnow())
+    prepare = site.prepare(join_url=None, agent_redis_url=None)
+    with pytest.raises(CloudError, match=r"redis_url is .*; join_url is http://127") as refused:
+        prepare(Launch(token="one"))
+    assert refused.value.trouble is Trouble.invalid
 
 
 def test_simulated_machines_need_no_user_data(site: Site) -> None:

@@ -1,9 +1,10 @@
 """Join tokens and tickets: who may become a worker of a group, and what such a machine is given.
 
-A token is good for as many machines as its launch has, for the time that they need to boot; only its digest is kept. It
-is derived from the launch, so a launch that is repeated after a crash repeats its token too. A use is bound to the
-machine's fresh key: the same request again gets the same answer, sealed to that key, and anybody else is refused. A
-ticket belongs to one machine and is renewed by its use.
+A token is good for the machines of its launch, once each, for the time that they need to boot; only its digest is kept.
+It is derived from the launch, so a launch that is repeated after a crash repeats its token too. A use is bound to the
+machine's fresh key: the same request again gets the same answer, sealed to that key, and anybody else is refused: user
+code on one machine of a launch reads the token of the others, and must not join in their place. A ticket belongs to one
+machine and is renewed by its use.
 """
 
 from __future__ import annotations
@@ -56,6 +57,15 @@ class NotAdmitted(RefusedError):
         )
 
 
+class NotListed(RefusedError):
+    """The token is good, but the cloud has not told yet that the machine is one of its launch."""
+
+    def __init__(self, machine_id: str) -> None:
+        super().__init__(
+            f"the cloud has not listed a machine {machine_id!r} of this launch yet; asking again will do when it has"
+        )
+
+
 def launch_token(key: SecretKey, group: str, launch: str) -> str:
     """The join token of a launch, the same each time."""
     raw = key.derive(f"join/{group}/{launch}")
@@ -97,7 +107,10 @@ class Admission:
 
 
 def redeem(conn: sa.Connection, request: JoinRequest, *, now: datetime) -> Admission:
-    """One use of a join token. Machines of one launch that come together wait for each other. Raises NotAdmitted."""
+    """One use of a join token. Machines of one launch that come together wait for each other.
+
+    Raises NotAdmitted, NotListed.
+    """
     row = _row(conn, request.token, now)
     if row is None or row.machine_id is not None:
         raise NotAdmitted
@@ -105,9 +118,20 @@ def redeem(conn: sa.Connection, request: JoinRequest, *, now: datetime) -> Admis
     if entry not in row.used_by:
         if row.uses_left < 1:
             raise NotAdmitted
+        if row.launch_token is not None:
+            _check_launched(conn, row, request.machine_id)
         values = {"uses_left": row.uses_left - 1, "used_by": [*row.used_by, entry]}
         conn.execute(table.update().where(table.c.digest == row.digest).values(values))
     return Admission(group=row.group_name, machine_id=request.machine_id)
+
+
+def _check_launched(conn: sa.Connection, row: Any, machine_id: str) -> None:
+    if any(used["machine_id"] == machine_id for used in row.used_by):
+        raise NotAdmitted
+    of_launch = (machines.c.group_name == row.group_name) & (machines.c.token == row.launch_token)
+    query = sa.select(machines.c.machine_id).where(of_launch, machines.c.machine_id == machine_id)
+    if conn.execute(query).first() is None:
+        raise NotListed(machine_id)
 
 
 def show_ticket(conn: sa.Connection, request: JoinRequest, *, now: datetime) -> Admission:

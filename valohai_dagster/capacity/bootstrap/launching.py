@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from valohai_agent.protocol import utcnow
 from valohai_dagster.capacity.bootstrap.joining import admit_machines, launch_token
-from valohai_dagster.capacity.bootstrap.needs import NO_AGENT, redis_out_of_reach
+from valohai_dagster.capacity.bootstrap.needs import NO_AGENT, lacks
 from valohai_dagster.capacity.bootstrap.releases import current_release, offer
 from valohai_dagster.capacity.bootstrap.user_data import bootstrap_of, user_data
 from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble
@@ -36,7 +36,7 @@ def prepare_launch(
     """What a group's reconciler calls before each launch. It blocks on the records and the store of agent files.
 
     The result raises CloudError when machines could not join whatever the cloud does: no agent is published, its store
-    does not answer, or Redis is on a socket. The same launch prepared twice has the same token.
+    does not answer, or the settings name addresses of this host that mean themselves to machines. The same launch prepared twice has the same token.
     """
 
     def prepare(launch: Launch) -> Launch:
@@ -46,8 +46,8 @@ def prepare_launch(
             release = current_release(conn)
         if release is None:
             raise _impossible(NO_AGENT, "NoAgentPublished")
-        if problem := redis_out_of_reach(settings):
-            raise _impossible(problem, "RedisOutOfReach")
+        if problems := lacks(group, settings, published=True):
+            raise _impossible("; ".join(problems), "OutOfReach")
         try:
             file = offer(release, settings, stores)
         except StoreError as error:
