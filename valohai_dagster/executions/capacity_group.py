@@ -29,7 +29,7 @@ from valohai_dagster.capacity.policy import policy_of
 from valohai_dagster.capacity.reconcile import Reconciler
 from valohai_dagster.capacity.standing import state_of
 from valohai_dagster.errors import ValohaiError
-from valohai_dagster.executions.capacity_load import Seats, Updates, fingerprint
+from valohai_dagster.executions.capacity_load import Running, Seats, Updates, fingerprint
 from valohai_dagster.executions.capacity_state import STATE_SECONDS, CapacityState
 from valohai_dagster.executions.capacity_tools import Tools
 from valohai_dagster.executions.core import ServiceCore, is_outage
@@ -70,6 +70,7 @@ class GroupCapacity:
         self._news = asyncio.Event()
         self._retry = False
         self._seen: tuple[object, ...] = ()
+        self._watched_since: datetime | None = None  # without a break
         self._next = 0.0  # by the loop's clock
         self._opened: tuple[CloudGroupSettings, Driver, Reconciler] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"capacity-{name}")
@@ -119,6 +120,7 @@ class GroupCapacity:
         waiting, workers = await self._read()
         self._seen = fingerprint(waiting, workers)
         if not self._may_act():
+            self._watched_since = None
             self._next = asyncio.get_running_loop().time() + ROSTER_SECONDS
             return
         self._loop = loop = asyncio.get_running_loop()
@@ -132,8 +134,14 @@ class GroupCapacity:
 
     async def _read(self) -> tuple[dict[int, int], list[Worker]]:
         dispatch = self._core.dispatch
-        waiting = await dispatch.waiting_by_priority(self.name)
-        return waiting, list((await dispatch.workers(self.name)).values())
+        try:
+            waiting = await dispatch.waiting_by_priority(self.name)
+            workers = list((await dispatch.workers(self.name)).values())
+        except Exception:
+            self._watched_since = None  # who is not heard in an outage is not silent
+            raise
+        self._watched_since = self._watched_since or self._core.clock()
+        return waiting, workers
 
     def _step(
         self, waiting: Mapping[int, int], workers: Collection[Worker]
@@ -144,7 +152,9 @@ class GroupCapacity:
             with self._core.records.read() as conn:
                 settings = effective(conn, self.name, self._file)
                 release = self._tools.release(conn, settings)
-            outcome = self._reconcile(settings, release, waiting, workers)
+                running = _running(conn, self.name)
+            load = self._load(release, waiting, workers, running)
+            outcome = self._reconcile(settings, release, load)
         except Overtaken:
             known = self.state.trouble if self.state else None
             outcome = Outcome(trouble=known, next_look=self._core.clock())
@@ -159,20 +169,28 @@ class GroupCapacity:
             outcome = Outcome(trouble=text)
         return outcome, self._state(outcome, settings, workers)
 
-    def _reconcile(
+    def _load(
         self,
-        settings: CloudGroupSettings,
         release: Release | None,
         waiting: Mapping[int, int],
         workers: Collection[Worker],
-    ) -> Outcome:
+        running: Collection[Running],
+    ) -> Load:
         now = self._core.clock()
         version = release.version if release is not None else None
         outdated = {one.name for one in workers if is_outdated(one.version, version)}
         if version is not None:
             self._update = self._updates.next(workers, version, now, outdated=outdated)
-        load = Load(waiting=waiting, seats=self._seats.look(workers, now, outdated=outdated))
-        policy = policy_of(settings, bootstrap=version)
+        return Load(
+            waiting=waiting,
+            seats=self._seats.look(workers, now, outdated=outdated, running=running),
+            watched_since=self._watched_since or now,
+        )
+
+    def _reconcile(
+        self, settings: CloudGroupSettings, release: Release | None, load: Load
+    ) -> Outcome:
+        policy = policy_of(settings, bootstrap=release.version if release is not None else None)
         # A machine out of reach is not taken before its executions were given up.
         grace = timedelta(seconds=self._core.settings.lost_grace_seconds)
         policy = replace(policy, silence=max(policy.silence, grace))
@@ -201,7 +219,10 @@ class GroupCapacity:
         return self._opened[2]
 
     def _seal(self, machine_id: str) -> bool:
-        """In the group's thread."""
+        """In the group's thread. A worker that is silent may still be at its work."""
+        with self._core.records.read() as conn:
+            if _running(conn, self.name, machine_id):
+                return False
         sealing = self._core.dispatch.seal(self.name, machine_id)
         return asyncio.run_coroutine_threadsafe(sealing, self._loop).result(timeout=10)
 
@@ -211,6 +232,8 @@ class GroupCapacity:
             self.name,
             kind=getattr(settings, "kind", ""),
             price_per_hour=settings.price_per_hour,
+            spot_price_per_hour=settings.spot_price_per_hour,
+            slots=settings.slots * settings.agents,
             clock=self._core.clock,
         )
 
@@ -275,26 +298,29 @@ class GroupCapacity:
     async def _bury(self, machine_id: str, what: str) -> None:
         """The machine is surely gone, so are the workers on it."""
         workers = self._seats.workers_on(machine_id)
-        workers |= await self._core.read(lambda conn: _running_on(conn, self.name, machine_id))
+        running = await self._core.read(lambda conn: _running(conn, self.name, machine_id))
+        workers |= {one.worker for one in running}
         for worker in sorted(workers):
             await self._tools.on_gone(self.name, worker, f"machine {machine_id} is gone: {what}")
         self._seats.forget(machine_id)
 
 
-def _running_on(conn: sa.Connection, group: str, machine_id: str) -> set[str]:
-    """Workers of the machine that have unfinished executions."""
+def _running(conn: sa.Connection, group: str, machine_id: str | None = None) -> list[Running]:
+    """What workers have to do, on the machine or anywhere."""
     e, a = t.executions.c, t.attempts.c
     query = (
-        sa.select(a.worker)
+        sa.select(a.worker, a.machine_id, a.leased_at)
         .join(t.executions, sa.and_(e.id == a.execution_id, e.attempt == a.number))
         .where(
             e.group_name == group,
             e.status.in_(_UNFINISHED),
-            a.machine_id == machine_id,
+            a.machine_id.is_not(None) if machine_id is None else a.machine_id == machine_id,
             a.worker.is_not(None),
+            a.ended_at.is_(None),
         )
     )
-    return set(conn.execute(query).scalars())
+    rows = conn.execute(query)
+    return [Running(worker=worker, machine_id=at, since=since) for worker, at, since in rows]
 
 
 def look_due(state: CapacityState | None, now: datetime) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from valohai_agent.protocol import Worker, WorkerState
@@ -16,10 +17,20 @@ UPDATE_PAUSE = timedelta(
 )  # before a worker that is still of another version is told again
 
 
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """An execution that has a worker by the records: nobody else has been given it."""
+
+    worker: str
+    machine_id: str
+    since: datetime
+
+
 class Seats:
     """One group's workers over time. Since when one is idle is counted from when it was first seen so."""
 
     def __init__(self) -> None:
+        self._last: dict[str, Seat] = {}  # of each worker that was seen
         self._idle: dict[tuple[str, str], datetime] = {}
         self._draining: dict[tuple[str, str], datetime] = {}
         self._machines: dict[str, set[str]] = defaultdict(set)  # machine -> workers ever seen on it
@@ -30,12 +41,26 @@ class Seats:
         now: datetime,
         *,
         outdated: Collection[str] = (),
+        running: Collection[Running] = (),
     ) -> tuple[Seat, ...]:
-        """`outdated`: names of those whose agent is of an old version."""
+        """`outdated`: names of those whose agent is of an old version. `running`: what the group's workers have to do; one
+        that has fallen silent with work is busy until that is another's."""
         here = {(one.name, one.incarnation) for one in workers}
         self._idle = {key: since for key, since in self._idle.items() if key in here}
         self._draining = {key: since for key, since in self._draining.items() if key in here}
-        return tuple(self._seat(one, now, one.name in outdated) for one in workers)
+        seats = {one.name: self._seat(one, now, one.name in outdated) for one in workers}
+        for one in running:
+            if one.machine_id and one.worker not in seats:
+                seats[one.worker] = self._silent(one, running)
+        self._last = seats
+        return tuple(seats.values())
+
+    def _silent(self, one: Running, running: Collection[Running]) -> Seat:
+        busy = sum(other.worker == one.worker for other in running)
+        last = self._last.get(one.worker)
+        if last is None or last.machine_id != one.machine_id:
+            last = Seat(worker=one.worker, machine_id=one.machine_id, slots=busy, seen_at=one.since)
+        return replace(last, busy=busy, idle_since=None)
 
     def _seat(self, worker: Worker, now: datetime, outdated: bool) -> Seat:
         key = (worker.name, worker.incarnation)

@@ -195,8 +195,11 @@ class Crew:
             self._lose(worker)
 
     def seal(self, machine: str) -> bool:
-        """As the real one: by the roster, and in one step with the taking of jobs."""
-        if any(self._heard(one) and not one.draining for one in self._on(machine)):
+        """As the real one: by the roster, and in one step with the taking of jobs; and by the records."""
+        if any(
+            (self._heard(one) and not one.draining) or self.holds_work(one)
+            for one in self._on(machine)
+        ):
             return False
         self._sealed.add(machine)
         return True
