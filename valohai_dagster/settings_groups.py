@@ -146,6 +146,11 @@ class CloudGroupSettings(AnyGroupSettings):
     spot_max_price: Decimal | None = Field(
         default=None, ge=0, description="Most to pay per hour for spot. Default: no limit."
     )
+    spot_price_per_hour: Decimal | None = Field(
+        default=None,
+        ge=0,
+        description="What a spot machine costs per hour. Default: `price_per_hour`, as any other.",
+    )
     on_demand_fallback: bool = Field(
         default=False, description="Where spot has no capacity, launch at the ordinary price."
     )

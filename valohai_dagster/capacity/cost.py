@@ -2,13 +2,13 @@
 
 A machine costs its price for the time that it exists and is not stopped. Each of its slots has an equal share of that: an
 execution costs the share of one slot from the moment when a worker takes it until it has ended, whoever else is there.
-What is left is start-up, until a worker checks in for the first time, and idleness. So the parts always make the whole.
+What is left is start-up, until a worker is first seen or takes something, and idleness. So the parts make the whole.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -153,7 +153,7 @@ def _add(
         bill.work += price_of(work.price_per_hour, seconds)
 
 
-def _add_rest(bill: Bill, life: Life, works: Iterable[Work], window: Window) -> None:
+def _add_rest(bill: Bill, life: Life, works: Collection[Work], window: Window) -> None:
     """Start-up, and idleness as what is left of the machine's time when all its executions have their shares."""
     paid = _paid_seconds(life, window)
     if not paid:
@@ -161,7 +161,8 @@ def _add_rest(bill: Bill, life: Life, works: Iterable[Work], window: Window) -> 
     if life.price_per_hour is None:
         bill.unpriced += paid / 3600
         return
-    checked_in = min(life.registered_at or life.until, life.until)
+    taken = (work.since for work in works)  # perhaps while nobody looked who is there
+    checked_in = min(life.registered_at or life.until, life.until, *taken)
     start_up = min(paid, window.seconds(life.since, checked_in))
     whole = price_of(life.price_per_hour, paid)
     began = price_of(life.price_per_hour, start_up)

@@ -61,11 +61,15 @@ class MachineRecords:
         *,
         kind: str = "",
         price_per_hour: Decimal | None = None,
+        spot_price_per_hour: Decimal | None = None,
+        slots: int | None = None,
         clock: Callable[[], datetime],
     ) -> None:
-        """`kind` and `price_per_hour` are written with machines that are new."""
+        """`kind`, the price and `slots` are written with machines that are new. Spot costs the same unless told."""
         self._records, self._group, self._clock = records, group, clock
-        self._kind, self._price = kind, price_per_hour
+        spot = price_per_hour if spot_price_per_hour is None else spot_price_per_hour
+        self._prices = {Purchase.on_demand: price_per_hour, Purchase.spot: spot}
+        self._kind, self._slots = kind, slots
         self._turn: int | None = None
         self._lines = 0
 
@@ -168,7 +172,8 @@ class MachineRecords:
         }
         mine = (table.c.group_name == self._group) & (table.c.machine_id == machine.id)
         if conn.execute(table.update().where(mine).values(values)).rowcount == 0:
-            new = {"kind": self._kind, "price_per_hour": self._price}
+            price = self._prices[machine.purchase]
+            new = {"kind": self._kind, "price_per_hour": price, "slots": self._slots}
             conn.execute(table.insert().values({**key, **new, **values}))
 
     @contextmanager

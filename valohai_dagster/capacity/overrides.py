@@ -33,6 +33,7 @@ CHANGEABLE = (
     "per_user_quota",
     "team_quotas",
     "price_per_hour",
+    "spot_price_per_hour",
 )
 
 

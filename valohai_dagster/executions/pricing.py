@@ -41,14 +41,14 @@ def write_prices(
 ) -> None:
     """Of executions that have ended: the time of their last attempt, unless that was lost.
 
-    The price is the one that the machine had when it was launched; of machines that nobody launched, the group's now.
+    Price and slots are those that the machine had when it was launched; of machines that nobody launched, the group's now.
     """
     known = tariffs(conn, groups)
     if all(tariff.price_per_hour is None for tariff in known.values()):
         return
     last = sa.and_(_A.execution_id == _E.id, _A.number == _E.attempt)
     query = (
-        sa.select(_E.id, _E.group_name, _E.ended_at, _A.leased_at, _M.price_per_hour)
+        sa.select(_E.id, _E.group_name, _E.ended_at, _A.leased_at, _M.price_per_hour, _M.slots)
         .select_from(t.executions.join(t.attempts, last).outerjoin(machines, _ON_IT))
         .where(_E.id.in_(execution_ids), _E.ended_at.is_not(None), _A.leased_at.is_not(None))
         .where(sa.or_(_A.end.is_(None), _A.end != "lost"))
@@ -111,6 +111,7 @@ def works(
             ended.label("ended_at"),
             _A.end,
             _M.price_per_hour,
+            _M.slots,
         )
         .select_from(
             t.attempts.join(t.executions, _A.execution_id == _E.id)
@@ -138,14 +139,17 @@ def works(
 
 
 def _slot_price(row: Any, known: Mapping[str, Tariff]) -> Decimal | None:
-    """Per hour; the machine's own price first, the one of its group else."""
+    """Per hour; the machine's own price and slots first, those of its group else."""
     tariff = known.get(row.group_name, Tariff(price_per_hour=None))
     price = tariff.price_per_hour if row.price_per_hour is None else row.price_per_hour
-    return None if price is None else price / tariff.slots
+    return None if price is None else price / (row.slots or tariff.slots)
 
 
 def _tariff(name: str, group: AnyGroupSettings, changed: Mapping[str, Any] | None) -> Tariff:
     with suppress(RefusedError):
         group = with_overrides(name, group, changed or {})
-    agents = group.agents if isinstance(group, CloudGroupSettings) else 1
-    return Tariff(price_per_hour=group.price_per_hour, slots=max(1, group.slots * agents))
+    price, slots = group.price_per_hour, group.slots
+    if isinstance(group, CloudGroupSettings):
+        price = group.spot_price_per_hour if price is None else price
+        slots *= group.agents
+    return Tariff(price_per_hour=price, slots=max(1, slots))

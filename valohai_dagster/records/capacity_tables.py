@@ -31,6 +31,7 @@ machines = sa.Table(
     sa.Column("gone_at", UtcDateTime),  # confirmed
     sa.Column("reason", sa.Text),  # why it is as it is, or why it went, for people
     sa.Column("price_per_hour", sa.Numeric(12, 6)),
+    sa.Column("slots", sa.Integer),  # of all its agents: each has an equal share of the price
     sa.Column(
         "stopped_seconds", sa.Float, nullable=False, default=0.0
     ),  # of all its stops that are over

@@ -12,7 +12,7 @@ from valohai_dagster.errors import ConfigurationError
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0007"
+HEAD = "0008"
 VERSION_TABLE = "vh_alembic_version"  # Dagster's own is `alembic_version`, in the same database
 _LOCK = 0x7668_7265_63  # Postgres advisory lock of this package ("vhrec")
 

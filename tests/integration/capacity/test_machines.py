@@ -90,13 +90,28 @@ def test_price_and_kind_stay_as_when_the_machine_was_new(
     records: Records, clock: FakeClock
 ) -> None:
     known = Known(machine=Machine(id="i-1", created_at=clock()), listed_at=clock())
-    book(records, clock, kind="aws", price_per_hour=Decimal("0.5")).save(known)
-    later = book(records, clock, kind="gcp", price_per_hour=Decimal("0.7"))
+    book(records, clock, kind="aws", price_per_hour=Decimal("0.5"), slots=4).save(known)
+    later = book(records, clock, kind="gcp", price_per_hour=Decimal("0.7"), slots=1)
     later.machines()
     later.save(replace(known, reason="why"))
     with records.read() as conn:
         row = conn.execute(sa.select(machines)).one()
     assert (row.kind, row.price_per_hour, row.reason) == ("aws", Decimal("0.5"), "why")
+    assert row.slots == 4
+
+
+@pytest.mark.parametrize(("spot", "price"), [("0.2", "0.2"), ("0", "0"), (None, "0.5")])
+def test_l40_spot_machines_have_a_price_of_their_own_if_the_group_has_one(
+    records: Records, clock: FakeClock, spot: str | None, price: str
+) -> None:
+    told = None if spot is None else Decimal(spot)
+    mine = book(records, clock, price_per_hour=Decimal("0.5"), spot_price_per_hour=told)
+    bought = Machine(id="i-1", created_at=clock())
+    mine.save(Known(machine=bought, listed_at=clock()))
+    mine.save(Known(machine=replace(bought, id="i-2", purchase=Purchase.spot), listed_at=clock()))
+    with records.read() as conn:
+        rows = conn.execute(sa.select(machines).order_by(machines.c.machine_id))
+        assert [row.price_per_hour for row in rows] == [Decimal("0.5"), Decimal(price)]
 
 
 def test_who_has_read_before_somebody_else_wrote_is_overtaken(

@@ -91,8 +91,10 @@ def test_l40_an_execution_has_its_price_and_its_materialization_too(
 def test_l40_the_price_that_counts_is_that_of_the_machine_when_it_was_launched(
     service: RunningService, redis_server: RedisServer
 ) -> None:
+    """72 per hour for four slots; the group has two by now."""
     now = datetime.now(timezone.utc)
-    book = MachineRecords(service.records, "local", price_per_hour=Decimal(72), clock=lambda: now)
+    paid = Decimal(72)
+    book = MachineRecords(service.records, "local", price_per_hour=paid, slots=4, clock=lambda: now)
     since = now - timedelta(minutes=10)
     machine = Machine(id="simulated", created_at=since)
     book.save(Known(machine=machine, listed_at=now, registered_at=since + timedelta(minutes=1)))
@@ -107,7 +109,7 @@ def test_l40_the_price_that_counts_is_that_of_the_machine_when_it_was_launched(
         conn.execute(t.attempts.update().where(mine).values(values))
     lease.finish()
     price = service.final(spec.execution_id).data["price"]
-    assert 1 <= Decimal(str(price)) < Decimal("1.5")
+    assert Decimal("0.5") <= Decimal(str(price)) < Decimal("0.75")
     (row,) = told()["rows"]
     assert (row["key"], row["executions"]) == ("local", 1)
     assert row["start_up"] == 1.2

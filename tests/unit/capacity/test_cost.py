@@ -70,6 +70,14 @@ def test_a_machine_that_never_checked_in_was_start_up_only() -> None:
     assert (found.start_up, found.idle) == (Decimal(1), Decimal(0))
 
 
+def test_work_ends_the_start_up_also_while_nobody_saw_the_worker() -> None:
+    late = bill([life(0, 1000, checked_in=800)], [work(50, 1000)])
+    never = bill([life(0, 1000)], [work(50, 1000)])
+    for found in (late, never):
+        assert (found.start_up, found.work) == (Decimal("0.05"), Decimal("0.95"))
+        assert (found.idle, found.total) == (Decimal(0), Decimal(1))
+
+
 def test_time_in_which_a_machine_is_stopped_costs_nothing() -> None:
     running = life(0, 1000, checked_in=0, stopped_seconds=300.0)
     assert bill([running], []).idle == Decimal("0.7")
