@@ -50,15 +50,17 @@ class Seats:
         self._draining = {key: since for key, since in self._draining.items() if key in here}
         seats = {one.name: self._seat(one, now, one.name in outdated) for one in workers}
         for one in running:
-            if one.machine_id and one.worker not in seats:
-                seats[one.worker] = self._silent(one, running)
+            if one.worker not in seats and (silent := self._silent(one, running)):
+                seats[one.worker] = silent
         self._last = seats
         return tuple(seats.values())
 
-    def _silent(self, one: Running, running: Collection[Running]) -> Seat:
+    def _silent(self, one: Running, running: Collection[Running]) -> Seat | None:
         busy = sum(other.worker == one.worker for other in running)
         last = self._last.get(one.worker)
-        if last is None or last.machine_id != one.machine_id:
+        if last is None or one.machine_id not in ("", last.machine_id):
+            if not one.machine_id:
+                return None
             last = Seat(worker=one.worker, machine_id=one.machine_id, slots=busy, seen_at=one.since)
         return replace(last, busy=busy, idle_since=None)
 

@@ -113,6 +113,28 @@ def test_lessons_2_a_silent_machine_is_waited_for_longer_than_its_lease():
     assert lost_lease < silence
 
 
+def test_lessons_2_nobody_is_silent_while_nobody_could_be_heard():
+    since = NOW - POLICY.silence + timedelta(seconds=1)
+    long_ago = {"m": ago(hours=1)}
+    assert told(view(machine(), last_seen=long_ago, watched_since=since)) == []
+    assert told(view(machine(), last_seen=long_ago)) == [("terminate", "m")]
+
+
+def test_right_after_an_outage_machines_are_expected_back_and_not_replaced():
+    just_now = ago(seconds=5)
+    silent = view(machine(), last_seen={"m": ago(hours=1)}, watched_since=just_now)
+    assert told(silent, Policy(min_machines=1)) == []
+    never_heard = view(machine(), registered=frozenset(), watched_since=just_now)
+    assert told(never_heard) == []
+    assert told(replace(never_heard, watched_since=ago(minutes=2))) == [("terminate", "m")]
+
+
+def test_e05_a_machine_that_is_being_started_counts_while_an_old_list_has_it_stopping():
+    start = Intent(token="t", action=ActionKind.start, at=NOW, machine_id="m")
+    stopping = machine(state=MachineState.stopping)
+    assert told(view(stopping, waiting=2, intents=(start,)), Policy(max_machines=1)) == []
+
+
 def test_lessons_2_a_silent_worker_with_work_keeps_its_machine():
     seats = (seat(busy=1, seen_at=ago(hours=1)),)
     assert told(view(machine(), seats=seats, last_seen={"m": ago(hours=1)})) == []

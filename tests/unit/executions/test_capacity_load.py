@@ -9,6 +9,7 @@ from valohai_agent.protocol import Worker, WorkerState
 from valohai_dagster.executions.capacity_load import (
     SETTLE,
     UPDATE_PAUSE,
+    Running,
     Seats,
     Updates,
     fingerprint,
@@ -81,3 +82,19 @@ def test_idle_workers_of_another_version_are_updated_one_after_another():
     assert updates.next(them, "1.0.1", at(later), outdated={"d"}) == "a"
     leaving = [old, worker(name="e", version="1.0.0", state=WorkerState.draining)]
     assert Updates().next(leaving, "1.0.1", NOW, outdated=()) is None
+
+
+def test_a_worker_that_falls_silent_with_work_is_busy_until_that_is_anothers():
+    seats = Seats()
+    work = Running(worker="w", machine_id="m-1", since=at(0))
+    seats.look([worker(busy=1, slots=3)], at(0), running=[work])
+    (silent,) = seats.look([], at(40), running=[work])
+    assert (silent.busy, silent.slots, silent.seen_at) == (1, 3, at(0))
+    assert seats.look([], at(400)) == ()
+
+
+def test_of_work_from_before_this_process_only_what_the_records_say_is_known():
+    unknown = Running(worker="v", machine_id="", since=at(0))
+    work = [Running(worker="w", machine_id="m-1", since=at(0)), unknown]
+    (silent,) = Seats().look([], at(40), running=work)
+    assert (silent.worker, silent.machine_id, silent.busy) == ("w", "m-1", 1)
