@@ -40,7 +40,7 @@ def test_a_launch_repeated_after_its_server_was_deleted_makes_none(
 def test_a_server_that_never_came_up_is_deleted_and_no_host_is_a_matter_of_the_zone(
     cloud: OpenStack, rig: StandInRig
 ) -> None:
-    cloud.full.add("north")
+    cloud.full["north"] = 0
     with pytest.raises(CloudError, match="No valid host was found") as caught:
         rig.driver().launch(Launch(token="t", zone="north"))
     assert caught.value.zone == "north"

@@ -81,11 +81,14 @@ class Machine:
         return self.provisioning not in ("Deleting", "Failed")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Refusal:
+    """`room`: machines that can be made before."""
+
     trouble: str
     zone: str | None = None
     spot: bool | None = None
+    room: int = 0
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,9 @@ class World:
         zone, spot = next(iter(body.get("zones", ())), None), _spot(body)
         for one in self.refusals:
             here = one.zone in (None, zone) and one.spot in (None, spot)
+            if here and one.room:
+                one.room -= 1
+                continue
             if here and one.trouble in _OF_LAUNCHES:
                 raise Refused(*_OF_LAUNCHES[one.trouble])
             if here and one.trouble == "capacity":

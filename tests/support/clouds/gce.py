@@ -70,11 +70,14 @@ class Machine:
         return bool(self.status) and self.action != "DELETING"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Refusal:
+    """`room`: machines that can be made before."""
+
     trouble: str
     zone: str | None = None
     spot: bool | None = None
+    room: int = 0
 
 
 class World:
@@ -258,7 +261,9 @@ class World:
     def _error(self, zone: str, *, spot: bool) -> tuple[str, str] | None:
         for one in self.refusals:
             here = one.zone in (None, zone) and one.spot in (None, spot)
-            if here and one.trouble in _LATER:
+            if here and one.room:
+                one.room -= 1
+            elif here and one.trouble in _LATER:
                 return _LATER[one.trouble]
         return None
 

@@ -53,7 +53,7 @@ class OpenStack(Endpoint):
     def __init__(self) -> None:
         super().__init__(_Handler)
         self.servers: dict[str, dict[str, Any]] = {}
-        self.full: set[str] = set()  # zones without room
+        self.full: dict[str, int] = {}  # zones without room but for so many; "" for all
         self.missing: set[str] = set()  # kinds of things that cannot be found just now
         self.quota = QUOTA
         self.refuse: Callable[[str, str], None] = lambda method, path: None
@@ -226,7 +226,11 @@ class OpenStack(Endpoint):
         if server["OS-EXT-STS:task_state"] != "scheduling":
             return
         zone = server["OS-EXT-AZ:availability_zone"]
-        if zone in self.full or "" in self.full:
+        full = next((one for one in (zone, "") if one in self.full), None)
+        if full is not None and self.full[full]:
+            self.full[full] -= 1
+            full = None
+        if full is not None:
             server["status"], server["OS-EXT-STS:task_state"] = "ERROR", None
             server["fault"] = {
                 "code": 500,

@@ -72,11 +72,17 @@ class Rig:
         self.cannot("vanish")
 
     def refuse(
-        self, trouble: Trouble, *, zone: str | None = None, purchase: Purchase | None = None
+        self,
+        trouble: Trouble,
+        *,
+        zone: str | None = None,
+        purchase: Purchase | None = None,
+        room: int = 0,
     ) -> AbstractContextManager[None]:
         """Inside it, launches (in the zone, by the purchase) are answered as this cloud does for such a trouble.
 
-        `throttled`, `credentials` and `outage` concern all calls.
+        `throttled`, `credentials` and `outage` concern all calls. `room`: machines that can be had before (`capacity`
+        and `quota`).
         """
         return self.cannot("refuse")
 

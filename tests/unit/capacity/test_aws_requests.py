@@ -35,7 +35,7 @@ def test_names_are_valid_and_apart_whatever_the_group_is_called(group: str) -> N
 
 
 def test_tokens_of_calls_fit_aws_and_are_apart() -> None:
-    assert client_token("a1b2", 1, 0) == "a1b2-1-0"
+    assert client_token("a1b2", "eu-west-1a", 0) == "a1b2-eu-west-1a-0"
     tokens = {client_token(one, 0) for one in ("x" * 70, "ä", "x y", "x:y")}
     assert len(tokens) == 4
     assert all(re.fullmatch(r"[A-Za-z0-9\-_/]{1,64}", one) for one in tokens)

@@ -9,7 +9,6 @@ LaunchInstances takes no group that mixes the two.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -27,8 +26,6 @@ from valohai_dagster.capacity.clouds.aws_quotas import problems_of_quotas
 from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble, identity_tags
 from valohai_dagster.capacity.model import Machine, MachineState, Purchase
 from valohai_dagster.settings_groups import AwsGroupSettings
-
-log = logging.getLogger(__name__)
 
 _STATES = {
     "pending": MachineState.starting,
@@ -132,9 +129,11 @@ class AwsDriver:
         try:
             with self._explained("launch machines", zone=zone, purchase=purchase):
                 known = self._instances(**{f"tag:{requests.LAUNCH_TAG}": launch.token})
-                if known:
+                if len(known) >= launch.count:
                     return _ids(known)
                 zones = self._places.zones(launch.zone, token=launch.token)
+                if known:  # the rest is from there too, by the same calls
+                    zones = [_machine(known[0]).zone]
                 name = self._groups.prepare(launch, tags=self._tags(launch))
                 made = self._launch_in(name, zones, launch)
                 self._groups.delete_old_versions(name)
@@ -154,32 +153,38 @@ class AwsDriver:
         """In the first of the zones that has capacity. A machine that was made is found by its tag when the launch is
         repeated, and each attempt is idempotent for itself."""
         refused: list[CloudError] = []
-        for number, zone in enumerate(zones):
-            made, error = self._ask(name, zone, number, launch)
-            if made:
-                if error is not None:
-                    _log_partial(self._group, launch, made, error)
+        for zone in zones:
+            made, error = self._ask(name, zone, launch)
+            if error is None:
                 return made
-            refused.append(error or self._refusal({}, zone, launch))
-            if refused[-1].trouble is not Trouble.capacity:
-                raise refused[-1]
+            error.made = made
+            if made or error.trouble is not Trouble.capacity:
+                raise error
+            refused.append(error)
         raise refused[0] if launch.zone else self._nowhere(zones, refused, launch)
 
-    def _ask(
-        self, name: str, zone: str, number: int, launch: Launch
-    ) -> tuple[list[str], CloudError | None]:
+    def _ask(self, name: str, zone: str, launch: Launch) -> tuple[list[str], CloudError | None]:
         """Ids of what was made, and what stood in the way of more."""
         made: list[str] = []
         for start in range(0, launch.count, requests.MOST_AT_ONCE):
-            answer = self._access.client("autoscaling").launch_instances(
-                AutoScalingGroupName=name,
-                RequestedCapacity=min(requests.MOST_AT_ONCE, launch.count - start),
-                ClientToken=requests.client_token(launch.token, number, start),
-                AvailabilityZones=[zone],
-                RetryStrategy="none",
-            )
-            made += [one for some in answer.get("Instances", ()) for one in some["InstanceIds"]]
-            for error in answer.get("Errors", ()):
+            wanted = min(requests.MOST_AT_ONCE, launch.count - start)
+            try:
+                answer = self._access.client("autoscaling").launch_instances(
+                    AutoScalingGroupName=name,
+                    RequestedCapacity=wanted,
+                    ClientToken=requests.client_token(launch.token, zone, start),
+                    AvailabilityZones=[zone],
+                    RetryStrategy="none",
+                )
+            except (BotoCoreError, ClientError) as error:
+                if not made:
+                    raise
+                doing, place = "launch more machines", {"zone": zone, "purchase": launch.purchase}
+                return made, of_exception(error, self._group, doing, **place)
+            new = [one for some in answer.get("Instances", ()) for one in some["InstanceIds"]]
+            made += new
+            if len(new) < wanted:  # errors of one instance type are none when another one has come
+                error = next(iter(answer.get("Errors", ())), {})
                 return made, self._refusal(error, zone, launch)
         return made, None
 
@@ -305,14 +310,3 @@ def _created_at(instance: Mapping[str, Any]) -> datetime:
         if card.get("Attachment", {}).get("AttachTime")
     ]
     return min(times)
-
-
-def _log_partial(group: str, launch: Launch, made: Sequence[str], error: CloudError) -> None:
-    log.warning(
-        "group %s: %d of %d machines were launched: %s",
-        group,
-        len(made),
-        launch.count,
-        error,
-        extra={"action": "aws_launch", "group": group, "code": error.code},
-    )

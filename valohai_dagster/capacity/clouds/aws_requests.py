@@ -42,11 +42,11 @@ def resource_name(deployment: str, group: str, purchase: Purchase = Purchase.on_
     return f"{name}-spot" if purchase is Purchase.spot else name
 
 
-def client_token(token: str, *parts: int) -> str:
+def client_token(token: str, *parts: str | int) -> str:
     """What makes one call of a launch idempotent: AWS allows 64 characters, and not all.
 
-    >>> client_token("a1b2", 1, 0)
-    'a1b2-1-0'
+    >>> client_token("a1b2", "eu-west-1a", 0)
+    'a1b2-eu-west-1a-0'
     """
     wanted = "-".join((token, *map(str, parts)))
     if re.fullmatch(r"[A-Za-z0-9\-_/]{1,64}", wanted):

@@ -11,6 +11,7 @@ import logging
 import struct
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -79,7 +80,11 @@ class AzureDriver:
             names = machine_names(self._base, launch)
             here = {member.name for member in self._members()}
             missing = [name for name in names if name not in here]
-            made = self._launch(launch, missing) if missing else ()
+            try:
+                made = self._launch(launch, missing) if missing else ()
+            except CloudError as error:
+                error.made = [name for name in names if name in here or name in error.made]
+                raise
         return [name for name in names if name in here or name in made]
 
     def terminate(self, machine_id: str) -> None:
@@ -202,11 +207,8 @@ class AzureDriver:
                 self._create(name, launch)
             except CloudError as error:
                 self._ready = False  # the scale set may have been deleted by hand
-                if number == 0:
-                    raise
-                self._refusals.keep(launch.zone, launch.purchase, error)
-                names = names[:number]
-                break
+                error.made = names[:number]
+                raise
         return self._made(names)
 
     def _create(self, name: str, launch: Launch) -> None:
@@ -243,23 +245,28 @@ class AzureDriver:
         )
 
     def _made(self, names: Sequence[str]) -> Sequence[str]:
-        """Those that are being made. Refusals come a moment after the request was accepted: raised when none is made,
-        else kept for the next launch."""
+        """Those that are being made. Refusals come a moment after the request was accepted."""
         deadline = time.monotonic() + PATIENCE_SECONDS
+        members: list[Any] = []
         while True:
-            members = [member for member in self._members() if member.name in names]
+            try:
+                with self._api.translated("look at new machines"):
+                    members = [member for member in self._members() if member.name in names]
+            except CloudError:  # the next list tells
+                break
             if not any(being_made(member) for member in members) or time.monotonic() > deadline:
                 break
             time.sleep(NEWS_SECONDS)
         lost = [member for member in members if failure(member)]
-        for member in lost:
-            self._delete(member.name)
-        if lost and len(lost) == len(members):
-            raise self._refusal(lost[0])
-        for member in lost:
-            zone, purchase = _where(member)
-            self._refusals.keep(zone, purchase, self._refusal(member))
-        return [member.name for member in members if member not in lost]
+        if lost:
+            refused = {member.name for member in lost}
+            error = self._refusal(lost[0])
+            error.made = [name for name in names if name not in refused]
+            with suppress(CloudError), self._api.translated("delete what could not be made"):
+                for name in sorted(refused):  # else the next list does it
+                    self._delete(name)
+            raise error
+        return [member.name for member in members]
 
     def _ensure_scale_set(self) -> None:
         """Zones can be added to one that is there, and not be taken from it."""

@@ -94,11 +94,14 @@ class DockerDriver:
             machine_name(self._deployment, self._group, launch.token, number)
             for number in range(launch.count)
         ]
-        for name in names:
-            with self._translated(
-                f"launch {name}", zone=launch.zone or None, purchase=launch.purchase
-            ):
-                self._launch(name, launch)
+        place: dict[str, Any] = {"zone": launch.zone or None, "purchase": launch.purchase}
+        for number, name in enumerate(names):
+            try:
+                with self._translated(f"launch {name}", **place):
+                    self._launch(name, launch)
+            except CloudError as error:
+                error.made = names[:number]
+                raise
         return names
 
     def terminate(self, machine_id: str) -> None:

@@ -103,7 +103,11 @@ class GcpDriver:
                 for member in self._members(manager)
             }
             missing = [name for name in names if name not in here]
-            made = self._launch(launch, missing) if missing else ()
+            try:
+                made = self._launch(launch, missing) if missing else ()
+            except CloudError as error:
+                error.made = [name for name in names if name in here or name in error.made]
+                raise
         return [name for name in names if name in here or name in made]
 
     def terminate(self, machine_id: str) -> None:
@@ -273,8 +277,9 @@ class GcpDriver:
                 ):
                     return self._launch_in(zone, launch, names)
             except CloudError as error:
-                if error.trouble is not Trouble.capacity or number == len(zones):
-                    if not launch.zone:
+                last_one = bool(error.made) or number == len(zones)
+                if error.trouble is not Trouble.capacity or last_one:
+                    if not launch.zone and not error.made:
                         error.zone = None  # all of them
                     raise
         raise CloudError(
@@ -332,25 +337,28 @@ class GcpDriver:
         )
 
     def _made(self, manager: _Manager, names: Sequence[str]) -> Sequence[str]:
-        """Those that are being made. Refusals come a moment after the request was accepted: raised when none is made,
-        else kept for the next launch."""
+        """Those that are being made. Refusals come a moment after the request was accepted."""
         deadline = time.monotonic() + PATIENCE_SECONDS
+        members: list[Any] = []
         while True:
-            members = [one for one in self._members(manager) if last(one.instance) in names]
-            lost = [member for member in members if failed(member)]
+            try:
+                with self._api.translated("look at new machines"):
+                    members = [one for one in self._members(manager) if last(one.instance) in names]
+            except CloudError:  # the next list tells
+                break
             known = all(member.instance_status or failed(member) for member in members)
             if known or time.monotonic() > deadline:
                 break
             time.sleep(NEWS_SECONDS)
-        seen = {last(member.instance) for member in members}
+        lost = [member for member in members if failed(member)]
         refused = {last(member.instance) for member in lost}
         if refused:
-            self._delete(manager, sorted(refused))
             error = self._refusal(manager, lost[0])
-            if refused == seen:
-                raise error
-            self._refusals.keep(manager.zone, purchase_of(self._base, manager.name), error)
-        return [name for name in names if name in seen - refused]
+            error.made = [name for name in names if name not in refused]
+            with suppress(CloudError), self._api.translated("take out what could not be made"):
+                self._delete(manager, sorted(refused))  # else the next list does it
+            raise error
+        return [last(member.instance) for member in members]
 
     def _ensure(self, zone: str, purchase: Purchase) -> _Manager:
         """The group manager of the zone, with a template of what the settings say now."""

@@ -10,7 +10,7 @@ import base64
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -96,19 +96,21 @@ class OpenStackDriver:
                 trouble=Trouble.invalid,
                 purchase=Purchase.spot,
             )
-        with self._translated("launch a server", zone=launch.zone):
-            made = self._of_launch(launch.token)
-            options = self._options(launch)
-            new = []
-            for number in range(launch.count):
-                name = _name(self._group, launch.token, number)
-                if name not in made:
-                    server = self._connection.compute.create_server(name=name, **options)
-                    new.append(server.id)
-                    extra = {"action": "launch", "group": self._group}
-                    log.info("server %s of %s requested", server.id, self._group, extra=extra)
-            self._await_placement(new, launch.zone)
-        return [*(one.id for one in made.values() if state_of(one) not in _GOING), *new]
+        made: list[str] = []
+        try:
+            with self._translated("launch a server", zone=launch.zone):
+                there = self._of_launch(launch.token)
+                made += [one.id for one in there.values() if state_of(one) not in _GOING]
+                options = self._options(launch)
+                for number in range(launch.count):
+                    name = _name(self._group, launch.token, number)
+                    if name not in there:
+                        made.append(self._create(name, options))
+                self._await_placement(made, launch.zone)
+        except CloudError as error:
+            error.made = made
+            raise
+        return made
 
     def terminate(self, machine_id: str) -> None:
         with self._translated(f"delete server {machine_id}"):
@@ -204,19 +206,32 @@ class OpenStackDriver:
             options["user_data"] = base64.b64encode(launch.user_data.encode()).decode()
         return options
 
-    def _await_placement(self, ids: Sequence[str], zone: str) -> None:
-        """Nova accepts first and finds out later that no host has room: that is told here, if it is told soon."""
+    def _create(self, name: str, options: Mapping[str, Any]) -> str:
+        server = self._connection.compute.create_server(name=name, **options)
+        extra = {"action": "launch", "group": self._group}
+        log.info("server %s of %s requested", server.id, self._group, extra=extra)
+        return server.id
+
+    def _await_placement(self, made: list[str], zone: str) -> None:
+        """Nova accepts first and finds out later that no host has room: that is told here, if it is told soon. Those
+        that have none are taken out of `made`."""
         deadline = time.monotonic() + PLACEMENT_SECONDS
-        waiting, failed = list(ids), list[Any]()
+        waiting, failed = list(made), list[Any]()
         while waiting:
-            servers = [self._connection.compute.get_server(one) for one in waiting]
+            try:
+                with self._translated("look at new servers"):
+                    servers = [self._connection.compute.get_server(one) for one in waiting]
+            except CloudError:  # the next list tells
+                break
             failed += [one for one in servers if _never_ran(one)]
             waiting = [one.id for one in servers if _is_being_placed(one)]
             if not waiting or time.monotonic() > deadline:
                 break
             time.sleep(POLL_SECONDS)
         for server in failed:
-            self._discard(server)
+            made.remove(server.id)
+            with suppress(CloudError):  # the next list does it
+                self._discard(server)
         if failed:
             words = str((failed[0].fault or {}).get("message") or "the server failed to start")
             raise self._error("launch a server", words, meaning_of(0, words), zone=zone)

@@ -43,7 +43,7 @@ class Weather:
     """How the cloud behaves. Rates are chances from 0 to 1 of each call or machine; times are in seconds.
 
     `lost_answer_rate`: calls that have their effect and fail all the same. `partial_rate`: launches that give
-    only some of their machines; who asks again gets the rest, or is refused. `silent_failure_rate`: launches that are accepted and never give a machine. `listing_lag`: how
+    only some of their machines, and no capacity for the others. `silent_failure_rate`: launches that are accepted and never give a machine. `listing_lag`: how
     old a list may be at most; a later list may be older. `delivery`: until an accepted launch makes its machines. `refuses`: troubles of all launches, `credentials` of all
     calls.
     """
@@ -124,12 +124,15 @@ class SimulatedCloud:
         lost = self._gate(changes=True)
         given = self.asked.get(launch.token, 0)
         missing = launch.count - given
-        if missing > 0:
-            self._grant(launch, missing)
+        refused = self._grant(launch, missing) if missing > 0 else None
         ids = [one.id for one in self.machines.values() if one.token == launch.token]
         self._answer(lost)
         now = self._clock()
-        return [one for one in ids if self.machines[one].created_at <= now]
+        ids = [one for one in ids if self.machines[one].created_at <= now]
+        if refused is not None:
+            refused.made = ids
+            raise refused
+        return ids
 
     def terminate(self, machine_id: str) -> None:
         lost = self._gate(changes=True)
@@ -228,20 +231,22 @@ class SimulatedCloud:
             "InvalidInstanceID.NotFound", Trouble.invalid, f"has no machine {machine_id}"
         )
 
-    def _grant(self, launch: Launch, missing: int) -> None:
+    def _grant(self, launch: Launch, missing: int) -> CloudError | None:
+        """Raises when nothing is given; the answer is why not all."""
         chance, weather = self._random, self.weather
         for trouble in sorted(weather.refuses):
             raise self._no(trouble.value, trouble, _REFUSALS.get(trouble, "refuses all launches"))
         self._check_capacity(launch.zone, launch.purchase)
         if chance.random() < weather.silent_failure_rate:
             self.asked[launch.token] = launch.count
-            return
+            return None
         given = missing
         if missing > 1 and chance.random() < weather.partial_rate:
             given = chance.randint(1, missing - 1)
         for _ in range(given):
             self._make(launch, at_once=given < missing)
         self.asked[launch.token] = self.asked.get(launch.token, 0) + given
+        return self._no_capacity(launch.zone, launch.purchase) if given < missing else None
 
     def _check_capacity(self, zone: str, purchase: Purchase) -> None:
         now = self._clock()

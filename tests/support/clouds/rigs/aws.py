@@ -116,7 +116,12 @@ class AwsRig(Rig):
 
     @contextmanager
     def refuse(
-        self, trouble: Trouble, *, zone: str | None = None, purchase: Purchase | None = None
+        self,
+        trouble: Trouble,
+        *,
+        zone: str | None = None,
+        purchase: Purchase | None = None,
+        room: int = 0,
     ) -> Iterator[None]:
         code, status, message = _REFUSALS[trouble]
         fault = {
@@ -125,6 +130,7 @@ class AwsRig(Rig):
             "message": message,
             "zone": zone,
             "market": purchase.value if purchase else None,
+            "room": room,
         }
         self.server.order("faults", [fault])
         try:

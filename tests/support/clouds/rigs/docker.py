@@ -166,10 +166,15 @@ class DockerRig(Rig):
         self._client.containers.get(machine_id).remove(force=True)
 
     def refuse(
-        self, trouble: Trouble, *, zone: str | None = None, purchase: Purchase | None = None
+        self,
+        trouble: Trouble,
+        *,
+        zone: str | None = None,
+        purchase: Purchase | None = None,
+        room: int = 0,
     ) -> AbstractContextManager[None]:
         if trouble is Trouble.capacity:
-            return self._without_addresses()
+            return self._without_addresses(room)
         if trouble is Trouble.invalid:
             return self._without_network()
         if trouble is Trouble.outage:
@@ -198,8 +203,8 @@ class DockerRig(Rig):
         return self._client.containers.run(IMAGE, ["true"], name=name, network=NETWORK, detach=True)
 
     @contextmanager
-    def _without_addresses(self) -> Iterator[None]:
-        others = [self._run(f"valohai-dagster-test-other-{n}") for n in range(ADDRESSES)]
+    def _without_addresses(self, room: int) -> Iterator[None]:
+        others = [self._run(f"valohai-dagster-test-other-{n}") for n in range(ADDRESSES - room)]
         try:
             yield
         finally:

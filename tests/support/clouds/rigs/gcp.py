@@ -72,10 +72,15 @@ class GcpRig(Rig):
         self.world.vanish(machine_id)
 
     def refuse(
-        self, trouble: Trouble, *, zone: str | None = None, purchase: Purchase | None = None
+        self,
+        trouble: Trouble,
+        *,
+        zone: str | None = None,
+        purchase: Purchase | None = None,
+        room: int = 0,
     ) -> AbstractContextManager[None]:
         spot = None if purchase is None else purchase is Purchase.spot
-        return self.world.refusing(Refusal(trouble.value, zone, spot))
+        return self.world.refusing(Refusal(trouble.value, zone, spot, room))
 
     def lag(self) -> AbstractContextManager[None]:
         return self.world.lag()

@@ -124,16 +124,21 @@ class StandInRig(OpenStackRig):
         self._cloud.servers[machine_id]["status"] = "DELETED"
 
     def refuse(
-        self, trouble: Trouble, *, zone: str | None = None, purchase: Purchase | None = None
+        self,
+        trouble: Trouble,
+        *,
+        zone: str | None = None,
+        purchase: Purchase | None = None,
+        room: int = 0,
     ) -> AbstractContextManager[None]:
         cloud = self._cloud
         if trouble is Trouble.capacity:
-            return _while(lambda: cloud.full.add(zone or ""), cloud.full.clear)
+            return _while(lambda: cloud.full.update({zone or "": room}), cloud.full.clear)
         if trouble is Trouble.invalid:
             return _while(lambda: cloud.missing.add("images"), cloud.missing.clear)
         if trouble is Trouble.quota:
             return _while(
-                lambda: setattr(cloud, "quota", 0), lambda: setattr(cloud, "quota", api.QUOTA)
+                lambda: setattr(cloud, "quota", room), lambda: setattr(cloud, "quota", api.QUOTA)
             )
 
         def refuse(method: str, path: str) -> None:
@@ -153,6 +158,7 @@ class RealRig(OpenStackRig):
     limits: ClassVar[Mapping[str, str]] = {
         **OpenStackRig.limits,
         "zones": "it has one zone",
+        "room": "its hypervisor has room for all",
         **dict.fromkeys(("throttled", "credentials", "outage"), "the stand-in shows it"),
     }
 
@@ -194,18 +200,25 @@ class RealRig(OpenStackRig):
         self._cloud.compute.delete_server(machine_id)
 
     def refuse(
-        self, trouble: Trouble, *, zone: str | None = None, purchase: Purchase | None = None
+        self,
+        trouble: Trouble,
+        *,
+        zone: str | None = None,
+        purchase: Purchase | None = None,
+        room: int = 0,
     ) -> AbstractContextManager[None]:
         compute, image = self._cloud.compute, self._cloud.image.find_image("ubuntu")
         project = self._cloud.current_project_id
         if trouble is Trouble.capacity:
+            if room:
+                self.cannot("room")
             service = next(one for one in compute.services() if one.binary == "nova-compute")
             return _while(
                 lambda: compute.disable_service(service), lambda: compute.enable_service(service)
             )
         if trouble is Trouble.quota:
             return _while(
-                lambda: compute.update_quota_set(project, instances=0),
+                lambda: compute.update_quota_set(project, instances=room),
                 lambda: compute.update_quota_set(project, instances=10),
             )
         if trouble is Trouble.invalid:

@@ -28,6 +28,7 @@ class SimulatedRig(Rig):
     limits: ClassVar[Mapping[str, str]] = {
         "user_data": "its machines are on this host and need none",
         "protected": "nobody else scales it",
+        "room": "its quotas are of all or nothing",
         "wrong_settings": "whatever is set is right",
     }
 
@@ -78,9 +79,20 @@ class SimulatedRig(Rig):
             cloud.end(machine_id)
 
     def refuse(
-        self, trouble: Trouble, *, zone: str | None = None, purchase: Purchase | None = None
+        self,
+        trouble: Trouble,
+        *,
+        zone: str | None = None,
+        purchase: Purchase | None = None,
+        room: int = 0,
     ) -> AbstractContextManager[None]:
         always = Spell(start=self._clock(), end=self._clock() + timedelta(days=1))
+        if room:
+            return (
+                self._weather(partial_rate=1.0)
+                if trouble is Trouble.capacity
+                else self.cannot("room")
+            )
         if trouble is Trouble.capacity:
             return self._weather(droughts=(replace(always, zone=zone, purchase=purchase),))
         if trouble is Trouble.throttled:
