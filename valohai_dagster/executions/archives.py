@@ -7,13 +7,17 @@ another key.
 
 from __future__ import annotations
 
+import shutil
+from contextlib import suppress
 from datetime import datetime, timedelta
 from itertools import count
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from valohai_dagster.data import own_uploads
+from valohai_dagster.errors import StoreConflict
 from valohai_dagster.executions.ledger import ensure_commit, ensure_project
 from valohai_dagster.executions.spec_model import CommitRef
 from valohai_dagster.projects.archive import Archive, archive_key, build_archive, publish
@@ -29,6 +33,7 @@ TOLD = timedelta(
 )  # between two times that a commit in use says so; half of what retention grants
 
 _C = t.commits.c
+_PLACE = {"archive_store", "archive_key", "archive_sha256", "archive_size"}
 
 
 def choose_commit(
@@ -64,8 +69,34 @@ def publish_archive(
                 return commit, archive.warnings
 
 
+def in_code_store(
+    commit: CommitRef, project: str, *, records: Records, stores: Stores, now: datetime
+) -> CommitRef:
+    """The commit with its archive in the present code store, copied there from the one of earlier settings.
+
+    The old one stays where it is, since executions that were launched before name it.
+    """
+    code = stores.code
+    if commit.archive_store == code.name:
+        return commit
+    with TemporaryFile() as content:
+        with stores[commit.archive_store].open(commit.archive_key) as old:
+            shutil.copyfileobj(old, content)
+        keys = (archive_key(project, commit.archive_sha256, number) for number in count())
+        while True:
+            key = next(keys)
+            if code.stat(key) is None:
+                content.seek(0)
+                with suppress(StoreConflict):  # somebody else copies it too
+                    code.put(key, content)
+            moved = commit.model_copy(update={"archive_store": code.name, "archive_key": key})
+            with records.write() as conn:
+                if record_commit(conn, project, moved, now):
+                    return moved
+
+
 def record_commit(conn: sa.Connection, project: str, commit: CommitRef, now: datetime) -> bool:
-    """False when retention came first: the archive is being removed.
+    """From now on its archive is this one. False when retention came first: the archive is being removed.
 
     Retention locks the project too, so one of the two sees what the other did.
     """
@@ -75,6 +106,10 @@ def record_commit(conn: sa.Connection, project: str, commit: CommitRef, now: dat
     if own_uploads.is_going(conn, commit.archive_store, commit.archive_key):
         return False
     ensure_commit(conn, project_id, commit, now)
+    known = (_C.project_id == project_id) & (_C.identifier == commit.identifier)
+    place = commit.model_dump(include=_PLACE)
+    elsewhere = _C.archive_store != commit.archive_store
+    conn.execute(t.commits.update().where(known, elsewhere).values(place))
     return True
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from valohai_agent.protocol import utcnow
 from valohai_dagster.errors import ProjectError, StoreError, ValohaiError
-from valohai_dagster.executions.archives import choose_commit, publish_archive
+from valohai_dagster.executions.archives import choose_commit, in_code_store, publish_archive
 from valohai_dagster.executions.spec_model import CommitRef
 from valohai_dagster.plugin.step_tag import StepTag, tag_at
 from valohai_dagster.projects.fingerprint import Fingerprint, fingerprint
@@ -142,12 +142,22 @@ def _launched(tag: StepTag, built: _Built, *, told: bool = False) -> LaunchCommi
 
 
 def _known(tag: StepTag, cache: _Cache, records: Records, stores: Stores) -> CommitRef | None:
-    """From the records; the store is not asked, since retention takes the row first."""
+    """From the records; the store is not asked, since retention takes the row first. None too when its archive lies in a
+    store of earlier settings and could not be had from there."""
     key = (tag.project_name, tag.commit.identifier)
     known = cache.known.get(key)
     if known is None or time.monotonic() - known.at > TRUSTED_SECONDS:
         found = choose_commit(records, *key, utcnow())
         if found is None or found.archive_store not in stores:
+            return None
+        try:
+            found = in_code_store(
+                found, tag.project_name, records=records, stores=stores, now=utcnow()
+            )
+        except StoreError as error:
+            text = "the archive of commit %s stays in the store %s: %s"
+            what = (found.identifier, found.archive_store, error)
+            log.warning(text, *what, extra={"action": "publish"})
             return None
         known = cache.known[key] = _Known(commit=found, at=time.monotonic())
     return _named(known.commit, tag)

@@ -35,10 +35,11 @@ from valohai_dagster.stores.registry import open_stores
 class Conductor:
     """The part that looks for commits, with its own state: another host than the one that loaded the project."""
 
-    def __init__(self, root: Path, *, shared: bool) -> None:
+    def __init__(self, root: Path, *, shared: bool, **more: Any) -> None:
         values: dict[str, Any] = {
             "state_dir": root,
             "redis_url": "redis://redis.example" if shared else None,
+            **more,
         }
         self.settings = Settings(**values)
         self.records: Records = open_records(self.settings)
@@ -171,6 +172,35 @@ def test_a_commit_that_ran_before_needs_no_source(
     shutil.rmtree(tmp_path / "remote.git")
     shutil.rmtree(conductor.settings.state_dir / "projects")
     assert conductor.find(tag).commit == first.commit
+
+
+@pytest.mark.parametrize("source_is_there", [False, True])
+def test_a_commit_follows_the_code_store_when_another_one_is_chosen(
+    shared: Conductor, work: Work, tmp_path: Path, source_is_there: bool
+) -> None:
+    tag = tag_of(remote(work), tmp_path)
+    first = shared.find(tag)
+    commits._CACHES.clear()
+    if source_is_there:  # and the archive is not
+        shared.stores.code.delete(first.commit.archive_key)
+    else:
+        shutil.rmtree(tmp_path / "remote.git")
+        shutil.rmtree(shared.settings.state_dir / "projects")
+    later = Conductor(
+        shared.settings.state_dir,
+        shared=True,
+        stores={"other": {"kind": "local", "path": tmp_path / "other"}},
+        code_store="other",
+    )
+    found = later.find(tag)
+    assert found.commit.archive_store == "other"
+    assert later.content(found, "train.py") == "print(1)\n"
+    commits._CACHES.clear()
+    assert later.find(tag).commit == found.commit
+    chosen = choose_commit(later.records, "digits", tag.commit.identifier, utcnow())
+    assert chosen is not None
+    assert chosen.archive_store == "other"
+    later.records.close()
 
 
 def test_a_remotes_commit_is_fetched_and_stays_known(
