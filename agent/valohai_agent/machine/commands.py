@@ -130,7 +130,7 @@ def refresh(config_dir: ConfigDir = None, work_dir: WorkDir = None) -> None:
 
 
 def dead_man(config_dir: ConfigDir = None, work_dir: WorkDir = None) -> None:
-    """Powers the machine off when nobody has spoken to it for long and nothing runs."""
+    """Renews the machine's ticket; powers a cloud machine off when nobody has spoken to it for long and nothing runs."""
     from valohai_agent.json_logging import set_up_logging
     from valohai_agent.machine.dead_man import look, power_off
     from valohai_agent.machine.places import default_places

@@ -2,6 +2,8 @@
 
 The last word from the control plane is the later of: the boot, the last answer to a refresh, and the last moment at
 which a job ran here. Before the switch falls it asks once more, so a wrong clock alone powers nothing off.
+
+A machine without the switch, or one that is always busy, asks once a day, so that its ticket does not expire.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from valohai_agent.machine.program import BUSY_MARK
 logger = logging.getLogger(__name__)
 
 ASK_SHARE = 4  # asks after this part of the time without a word
+RENEW_SECONDS = 86_400.0
 POWER_OFF = ("systemctl", "poweroff", "--no-block")
 
 
@@ -33,11 +36,12 @@ def look(places: Places, *, hostname: str, now: float | None = None) -> bool:
     """One look; True when the machine is to be powered off. Raises NotJoined."""
     machine = places.load()
     limit = machine.answer.dead_man_seconds
-    if limit is None:
-        return False
     moment = time.time() if now is None else now
     quiet = quiet_seconds(places, now=moment, booted_at=_booted_at(places))
-    if quiet < limit / ASK_SHARE:
+    if limit is None or quiet < limit / ASK_SHARE:
+        if moment - max(_touched(places.word_mark), _touched(places.asked_mark)) >= RENEW_SECONDS:
+            places.asked_mark.touch()
+            _word_comes(places, machine, hostname)
         return False
     if _word_comes(places, machine, hostname):
         return False

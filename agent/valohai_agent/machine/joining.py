@@ -142,6 +142,9 @@ def bring_up_to_date(places: Places, *, hostname: str) -> Machine:
         file = own_file()
         if file is not None:
             take_release(machine.answer.release, file)
+    except CannotJoin as error:
+        text = "goes on with what is there, and gets no newer agent or password until it joins again: %s"
+        logger.error(text, error, extra={"action": "refresh-refused"})
     except AgentError as error:
         logger.warning("goes on with what is there: %s", error, extra={"action": "refresh-failed"})
     return machine

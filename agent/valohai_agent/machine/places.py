@@ -49,6 +49,11 @@ class Places:
         """Touched with every word from the control plane."""
         return self.config / "word"
 
+    @property
+    def asked_mark(self) -> Path:
+        """Touched when it asks only to renew its ticket, whether anybody answers or not."""
+        return self.config / "asked"
+
     def load(self) -> Machine:
         """Raises NotJoined."""
         try:

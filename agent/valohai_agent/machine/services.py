@@ -68,10 +68,10 @@ RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
 WantedBy=multi-user.target
 """
 
-_DEAD_MAN = """\
+_WATCH = """\
 # Written by `valohai-agent join`.
 [Unit]
-Description=Powers this machine off when its control plane has been silent for long
+Description=Keeps in touch with the control plane; a cloud machine that it has left alone powers itself off
 
 [Service]
 Type=oneshot
@@ -101,7 +101,7 @@ def has_systemd() -> bool:
     return SYSTEMD.is_dir()
 
 
-def units(places: Places, machine: Machine, program: Sequence[str]) -> Mapping[str, str]:
+def units(places: Places, program: Sequence[str]) -> Mapping[str, str]:
     """The unit files by name. `program` starts the agent's command line."""
     values = {
         "user": USER,
@@ -112,11 +112,11 @@ def units(places: Places, machine: Machine, program: Sequence[str]) -> Mapping[s
         "program": shlex.join(program),
         "start_seconds": round(UPDATE_SECONDS) + 60,
     }
-    made = {"valohai-agent@.service": _AGENT.format(**values)}
-    if machine.answer.dead_man_seconds is not None:
-        made["valohai-dead-man.service"] = _DEAD_MAN.format(**values)
-        made["valohai-dead-man.timer"] = _TIMER
-    return made
+    return {
+        "valohai-agent@.service": _AGENT.format(**values),
+        "valohai-watch.service": _WATCH.format(**values),
+        "valohai-watch.timer": _TIMER,
+    }
 
 
 def install(
@@ -132,7 +132,7 @@ def install(
         own = places.environment_of(machine, number)
         text = "".join(f"{name}={value}\n" for name, value in own.items())
         (places.config / f"agent-{number}.env").write_text(text)
-    made = units(places, machine, program)
+    made = units(places, program)
     for name, text in made.items():
         (directory / name).write_text(text)
     _run("systemctl", "daemon-reload")

@@ -77,11 +77,11 @@ def test_e31_each_of_several_agents_has_one_gpu(places: Places) -> None:
 
 def test_the_services_are_what_systemd_takes(places: Places, tmp_path: Path) -> None:
     """Checked by systemd itself where it is installed; no systemd runs in tests."""
-    made = units(places, machine_of(dead_man_seconds=60), ["/bin/true"])
+    made = units(places, ["/bin/true"])
     assert set(made) == {
         "valohai-agent@.service",
-        "valohai-dead-man.service",
-        "valohai-dead-man.timer",
+        "valohai-watch.service",
+        "valohai-watch.timer",
     }
     agent = made["valohai-agent@.service"]
     for hardened in ("NoNewPrivileges=yes", "ProtectSystem=full", "CapabilityBoundingSet=\n"):
@@ -98,10 +98,6 @@ def test_the_services_are_what_systemd_takes(places: Places, tmp_path: Path) -> 
     done = subprocess.run([analyze, "verify", *files], capture_output=True, text=True, check=False)
     ours = [line for line in done.stderr.splitlines() if "valohai" in line]
     assert not ours, ours
-
-
-def test_a_group_without_a_dead_man_gets_no_timer(places: Places) -> None:
-    assert set(units(places, machine_of(), ["/bin/true"])) == {"valohai-agent@.service"}
 
 
 # -- keeping agents running without systemd --------------------------------------------------------------------------
@@ -264,6 +260,30 @@ def test_machines_of_groups_without_the_switch_stay(places: Places) -> None:
     places.save(machine_of())
     aged(places.word_mark, 10**6)
     assert not dead_man.look(places, hostname="h")
+
+
+@pytest.mark.parametrize("limit", [None, 3600.0])
+def test_a_ticket_is_renewed_once_a_day_also_where_something_always_runs(
+    places: Places, monkeypatch: pytest.MonkeyPatch, limit: float | None
+) -> None:
+    asked: list[str] = []
+
+    def away(machine: Machine, hostname: str) -> Machine:
+        asked.append(machine.machine_id)
+        raise NoAnswer("away")
+
+    monkeypatch.setattr(dead_man, "refresh", away)
+    places.save(machine_of(dead_man_seconds=limit))
+    (places.work / "busy").touch()
+    assert not dead_man.look(places, hostname="h")
+    assert asked == []
+    aged(places.word_mark, dead_man.RENEW_SECONDS + 1)
+    for _ in range(3):  # one that is away is asked again the next day
+        assert not dead_man.look(places, hostname="h")
+    assert asked == ["i-1"]
+    aged(places.asked_mark, dead_man.RENEW_SECONDS + 1)
+    assert not dead_man.look(places, hostname="h")
+    assert asked == ["i-1", "i-1"]
 
 
 def test_it_asks_once_more_before_the_switch_falls(

@@ -21,7 +21,15 @@ from redis.exceptions import NoPermissionError
 from tests.support.machines import small_agent_file
 from tests.support.ports import free_port, wait_for
 from tests.support.redis_server import RedisServer
-from valohai_agent.machine.joining import BadFile, CannotJoin, NoAnswer, join, refresh, take_release
+from valohai_agent.machine.joining import (
+    BadFile,
+    CannotJoin,
+    NoAnswer,
+    bring_up_to_date,
+    join,
+    refresh,
+    take_release,
+)
 from valohai_agent.machine.messages import (
     JOIN_PATH,
     AgentFile,
@@ -30,7 +38,7 @@ from valohai_agent.machine.messages import (
     new_key,
     unseal,
 )
-from valohai_agent.machine.places import Machine
+from valohai_agent.machine.places import Machine, Places
 from valohai_agent.protocol import Keys, utcnow
 from valohai_agent.redis_link import connect
 from valohai_dagster.capacity.book import Known
@@ -265,6 +273,18 @@ def test_a_ticket_brings_its_machine_back_and_no_other(site: Site) -> None:
     with pytest.raises(CannotJoin):  # the machine has begun anew
         refresh(machine, hostname="host")
     assert again.answer.ticket != machine.answer.ticket
+
+
+def test_a_machine_whose_ticket_is_not_good_any_more_says_that_it_has_to_join_again(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    places = Places(config=tmp_path / "config", work=tmp_path)
+    machine = site.join(site.token())
+    places.save(machine)
+    with site.records.write() as conn:
+        conn.execute(join_tokens.update().values(expires_at=utcnow() - timedelta(minutes=1)))
+    assert bring_up_to_date(places, hostname="host") == machine
+    assert "until it joins again" in caplog.text
 
 
 def test_the_records_hold_neither_tokens_nor_passwords(
