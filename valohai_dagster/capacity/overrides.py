@@ -6,6 +6,7 @@ Every conductor and every check at launch reads them when it needs them, so a ch
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -44,14 +45,28 @@ def read_overrides(conn: sa.Connection, group: str) -> dict[str, Any]:
 
 
 def effective(conn: sa.Connection, name: str, group: G) -> G:
-    """The group as it is now: the file's settings with what was changed since.
+    """The group as it is now: the file's settings with what was changed since and fits them."""
+    return fitted(name, group, read_overrides(conn, name))[0]
 
-    A change that the file has made impossible (such as `max_machines` below a new `min_machines`) does not count.
+
+def fitted(name: str, group: G, values: Mapping[str, Any]) -> tuple[G, dict[str, str]]:
+    """The group with those changes that it can have, and why it cannot have the others, by name of the setting.
+
+    The file may have made one impossible since, such as `max_machines` below a new `min_machines`.
     """
-    try:
-        return with_overrides(name, group, read_overrides(conn, name))
-    except RefusedError:
-        return group
+    with suppress(RefusedError):
+        return with_overrides(name, group, values), {}
+    now, kept, refused = group, dict[str, Any](), dict[str, str]()
+    for key in (*values, *values):  # twice: one may be possible only with another
+        if key not in kept:
+            try:
+                now = with_overrides(name, group, {**kept, key: values[key]})
+            except RefusedError as error:
+                refused[key] = str(error)
+            else:
+                kept[key] = values[key]
+                refused.pop(key, None)
+    return now, refused
 
 
 def with_overrides(name: str, group: G, values: Mapping[str, Any]) -> G:

@@ -16,8 +16,8 @@ from valohai_dagster.capacity.clouds.base import CloudError
 from valohai_dagster.capacity.clouds.registry import open_driver
 from valohai_dagster.capacity.model import MachineState
 from valohai_dagster.capacity.overrides import (
-    changeable,
     effective,
+    fitted,
     read_overrides,
     with_overrides,
     write_overrides,
@@ -78,7 +78,8 @@ def show(name: Name, as_json: AsJson = False) -> None:
         file = place.group(name)
         now = datetime.now(timezone.utc)
         with place.records.read() as conn:
-            group, changed = effective(conn, name, file), read_overrides(conn, name)
+            changed = read_overrides(conn, name)
+            group, refused = fitted(name, file, changed)
             holds, asked = holds_of(conn, name, now), asked_for(conn, name)
             lines = history(conn, name, limit=LINES)
         row, live = _row(place, name), place.live(name)
@@ -95,8 +96,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
         typer.echo(json.dumps(found, indent=2))
         return
     for key, value in settings.items():
-        mark = "  (changed; the file has " + cell_text(_plain(file)[key]) + ")"
-        typer.echo(f"{key} = {cell_text(value)}{mark if key in changed else ''}")
+        typer.echo(f"{key} = {cell_text(value)}{_mark(key, file, changed, refused)}")
     typer.echo("")
     for text in _standing(row, live):
         typer.echo(text)
@@ -177,7 +177,7 @@ def reset(
                 if changed.pop(key, None) is None and keys:
                     raise RefusedError(f"group {name}: {key!r} is as in the file already")
             write_overrides(conn, name, changed, datetime.now(timezone.utc))
-        _say_changed(name, with_overrides(name, group, changed), changed, as_json)
+        _say_changed(name, fitted(name, group, changed)[0], changed, as_json)
         _tell_conductor(place, name)
 
 
@@ -201,12 +201,20 @@ def line_text(line: Line) -> str:
     return f"{line.at:%Y-%m-%d %H:%M:%S}  {line.kind:10}{about} {line.text}"
 
 
+def _mark(
+    key: str, file: AnyGroupSettings, changed: Mapping[str, Any], refused: Mapping[str, str]
+) -> str:
+    if key in refused:
+        return f"  (as in the file; changed to {cell_text(changed[key])}, which does not fit it)"
+    return f"  (changed; the file has {cell_text(_plain(file)[key])})" if key in changed else ""
+
+
 # -- reading ------------------------------------------------------------------------------------------------------------
 
 
 def _row(place: Deployment, name: str) -> dict[str, Any]:
     with place.records.read() as conn:
-        group = effective(conn, name, place.settings.groups[name])
+        group, refused = fitted(name, place.settings.groups[name], read_overrides(conn, name))
     live, scales = place.live(name), isinstance(group, CloudGroupSettings)
     asleep = live.state is None and place.is_asleep()
     row: dict[str, Any] = {
@@ -219,7 +227,7 @@ def _row(place: Deployment, name: str) -> dict[str, Any]:
         "workers": len(live.workers) if live.away is None else None,
         "machines": _machines(place, name, live) if scales else None,
         "max_machines": getattr(group, "max_machines", None),
-        "trouble": None if asleep else _trouble(live, scales),
+        "trouble": (None if asleep else _trouble(live, scales)) or _misfits(name, refused),
     }
     standing = row["trouble"] or (ASLEEP if asleep else "ok")
     return {**row, "standing": standing if group.enabled or row["trouble"] else "disabled"}
@@ -240,6 +248,13 @@ def _trouble(live: Live, scales: bool) -> str | None:
     if live.state is None and scales:
         return UNSEEN
     return live.state.trouble if live.state else None
+
+
+def _misfits(name: str, refused: Mapping[str, str]) -> str | None:
+    if not refused:
+        return None
+    keys = " ".join(refused)
+    return f"{next(iter(refused.values()))}; take the change back: valohai-dagster groups reset {name} {keys}"
 
 
 def _standing(row: Mapping[str, Any], live: Live) -> list[str]:
@@ -320,12 +335,14 @@ def _pair(text: str) -> tuple[str, Any]:
 def _change(place: Deployment, name: str, values: Mapping[str, Any], as_json: bool) -> None:
     group = place.group(name)
     with place.records.write() as conn:
-        changed = {**read_overrides(conn, name), **values}
-        known = {key: value for key, value in changed.items() if key in changeable(group)}
-        new = with_overrides(name, group, {**known, **values})
-        kept = {key: getattr(new, key) for key in known}
+        known = read_overrides(conn, name)
+        changed = {**known, **values}
+        refused = fitted(name, group, known)[1].keys() - values.keys()
+        fit = {key: value for key, value in changed.items() if key not in refused}
+        new = with_overrides(name, group, fit)
+        kept = {**changed, **{key: getattr(new, key) for key in fit}}
         write_overrides(conn, name, kept, datetime.now(timezone.utc))
-    _say_changed(name, new, kept, as_json)
+    _say_changed(name, new, fit, as_json)
     _tell_conductor(place, name)
 
 

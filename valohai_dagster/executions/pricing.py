@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -12,8 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from valohai_dagster.capacity.cost import Life, Window, Work, price_of
-from valohai_dagster.capacity.overrides import with_overrides
-from valohai_dagster.errors import RefusedError
+from valohai_dagster.capacity.overrides import fitted
 from valohai_dagster.records import tables as t
 from valohai_dagster.records.capacity_tables import group_overrides, machines
 from valohai_dagster.settings_groups import AnyGroupSettings, CloudGroupSettings
@@ -146,8 +144,7 @@ def _slot_price(row: Any, known: Mapping[str, Tariff]) -> Decimal | None:
 
 
 def _tariff(name: str, group: AnyGroupSettings, changed: Mapping[str, Any] | None) -> Tariff:
-    with suppress(RefusedError):
-        group = with_overrides(name, group, changed or {})
+    group, _ = fitted(name, group, changed or {})
     price, slots = group.price_per_hour, group.slots
     if isinstance(group, CloudGroupSettings):
         price = group.spot_price_per_hour if price is None else price

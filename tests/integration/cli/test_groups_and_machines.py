@@ -114,6 +114,25 @@ def test_what_does_not_fit_together_is_refused_and_nothing_changes(service: Runn
     assert told(groups.app, "show", "cloud")["changed"] == {}
 
 
+def test_a_change_that_does_not_fit_the_file_any_more_is_told_and_the_others_count(
+    service: RunningService,
+):
+    said(groups.app, "set", "cloud", "enabled=false", "max_machines=1")
+    Path("valohai.toml").write_text(TOML.replace("max_machines = 2", "min_machines = 2"))
+    row = group_row()
+    assert (row["enabled"], row["max_machines"]) == (False, 5)
+    assert "min_machines = 2 is more than max_machines = 1; take the change back" in row["trouble"]
+    assert "groups reset cloud max_machines" in row["trouble"]
+    shown = said(groups.app, "show", "cloud")
+    assert "max_machines = 5  (as in the file; changed to 1, which does not fit it)" in shown
+    assert told(groups.app, "set", "cloud", "spot=true")["changed"] == {
+        "enabled": False,
+        "spot": True,
+    }
+    said(groups.app, "reset", "cloud", "max_machines")
+    assert group_row()["trouble"] is None
+
+
 def test_e01_a_disabled_group_gets_no_machines_until_it_is_enabled(
     service: RunningService, cloud: SmallCloud
 ):

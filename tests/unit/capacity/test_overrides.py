@@ -11,6 +11,7 @@ import pytest
 from valohai_dagster.capacity.overrides import (
     changeable,
     effective,
+    fitted,
     read_overrides,
     with_overrides,
     write_overrides,
@@ -49,14 +50,27 @@ def test_e01_what_was_changed_counts_over_the_file_until_it_is_taken_back(settin
         records.close()
 
 
-def test_a_change_that_the_file_has_made_impossible_does_not_count(settings: Settings):
+def test_a_change_that_the_file_has_made_impossible_does_not_count_and_all_others_do(
+    settings: Settings,
+):
     records = open_records(settings)
     try:
         with records.write() as conn:
-            write_overrides(conn, "gpu", {"max_machines": 0}, NOW)
-            assert effective(conn, "gpu", GROUP) == GROUP
+            values = {"enabled": False, "max_machines": 0, "owner": "user:ann"}
+            write_overrides(conn, "gpu", values, NOW)
+            now = effective(conn, "gpu", GROUP)
+            assert (now.enabled, now.max_machines, now.owner) == (False, 5, "user:ann")
     finally:
         records.close()
+
+
+def test_why_changes_do_not_count_is_told_and_one_may_need_another():
+    values = {"min_machines": 8, "max_machines": 9, "price_per_hour": -1, "image": "x"}
+    now, refused = fitted("gpu", GROUP, values)
+    assert (now.min_machines, now.max_machines, now.price_per_hour) == (8, 9, Decimal("2.5"))
+    assert list(refused) == ["price_per_hour", "image"]
+    assert "price_per_hour" in refused["price_per_hour"]
+    assert "cannot be changed" in refused["image"]
 
 
 def test_what_a_group_cannot_change_is_refused_with_what_it_can():
