@@ -80,7 +80,7 @@ def set_agent_user(
 ) -> None:
     """Creates or replaces the user; the password replaces every older one but those in `former`.
 
-    Users live in the server's ACL file if it has one, else only until it restarts.
+    It lives until the server restarts, unless somebody saves the server's ACL file.
     """
     rules = agent_rules(keys, group, version=server_version(client))
     passwords = [f">{one}" for one in (password, *former)]

@@ -37,7 +37,7 @@ def acl(
     """Tells the Redis user that lets agents of one group do their part and nothing else.
 
     Prints the Redis command, or with --apply runs it (the control plane's own user then needs `+acl|setuser`) and prints
-    what the machines of the group must be given. Without an ACL file Redis forgets users when it restarts.
+    what the machines of the group must be given. Without an ACL file Redis forgets the user when it restarts.
     """
     settings = load_settings()
     if group not in settings.groups:
@@ -71,7 +71,15 @@ def _apply(client: redis.Redis, keys: Keys, group: str, user: str) -> str:
             f"the user of redis_url may not make users ({error}); run without --apply and give the command to "
             "somebody who may (redis-cli)"
         ) from error
+    _keep(client, user)
     return password
+
+
+def _keep(client: redis.Redis, user: str) -> None:
+    try:
+        client.acl_save()
+    except redis.ResponseError as error:
+        typer.echo(f"Redis keeps the user {user} until it restarts only: {error}", err=True)
 
 
 def _agent_url(settings: Settings, user: str, password: str) -> str:

@@ -15,11 +15,18 @@ import pytest
 
 from tests.support.ports import wait_for
 from tests.support.web import content, serve
-from valohai_agent.machine import dead_man
+from valohai_agent.machine import dead_man, joining
 from valohai_agent.machine.becoming import Wanted, become_worker
 from valohai_agent.machine.identity import CloudOfMachine, NoIdentity, machine_id
-from valohai_agent.machine.joining import CannotJoin, NoAnswer, bring_up_to_date
-from valohai_agent.machine.messages import JoinAnswer
+from valohai_agent.machine.joining import (
+    UPDATE_SECONDS,
+    BadFile,
+    CannotJoin,
+    NoAnswer,
+    bring_up_to_date,
+    take_release,
+)
+from valohai_agent.machine.messages import AgentFile, JoinAnswer
 from valohai_agent.machine.places import Machine, NotJoined, Places
 from valohai_agent.machine.services import units
 
@@ -87,6 +94,8 @@ def test_the_services_are_what_systemd_takes(places: Places, tmp_path: Path) -> 
     for hardened in ("NoNewPrivileges=yes", "ProtectSystem=full", "CapabilityBoundingSet=\n"):
         assert hardened in agent
     assert "User=valohai-agent\n" in agent
+    assert f"TimeoutStartSec={UPDATE_SECONDS + 60:.0f}\n" in agent
+    assert "ExecStartPre=-+" in agent  # an update that fails ends no agent
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
         return
@@ -220,6 +229,17 @@ def test_what_is_no_control_plane_is_refused(places: Places) -> None:
         )
         with pytest.raises(CannotJoin, match="is no control plane"):
             become_worker(wanted)
+
+
+def test_an_agent_that_trickles_in_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "FETCH_SECONDS", -1.0)
+    with serve() as web:
+        web.answers["/agent"] = [content(b"abc")]
+        release = AgentFile(version="9", sha256="0" * 64, size=6, url=web.url("/agent"))
+        with pytest.raises(BadFile, match="there were 3 of 6 bytes"):
+            take_release(release, tmp_path / "agent.pyz")
 
 
 # -- the dead man's switch -------------------------------------------------------------------------------------------

@@ -50,6 +50,26 @@ def test_apply_prints_what_the_machines_of_the_group_need(tmp_path: Path) -> Non
         check_in(url, deployment, "local", tmp_path)
 
 
+def test_a_user_survives_a_restart_of_a_redis_with_an_acl_file(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (short_tmp / "users.acl").write_text("user default on nopass ~* &* +@all\n")
+    server = RedisServer(short_tmp / "r", options=("--aclfile", str(short_tmp / "users.acl")))
+    server.start()
+    try:
+        monkeypatch.setenv("VALOHAI_REDIS_URL", server.url)
+        values = dict(line.split("=", 1) for line in acl("gpu", "--apply").splitlines())
+        server.restart()
+        connect(values["VALOHAI_AGENT_REDIS"]).close()
+    finally:
+        server.stop()
+
+
+def test_without_an_acl_file_it_is_said_that_the_user_does_not_stay() -> None:
+    result = RUNNER.invoke(agents.app, ["acl", "gpu", "--apply"], catch_exceptions=False)
+    assert "until it restarts only" in result.stderr
+
+
 def test_the_printed_command_can_be_typed_into_redis_cli(
     redis_client: redis.Redis, redis_server: RedisServer, tmp_path: Path
 ) -> None:
