@@ -178,10 +178,13 @@ def test_user_data_stays_out_of_errors(rig: gcp.GcpRig, monkeypatch: pytest.Monk
 def test_a_key_that_google_does_not_know_is_a_trouble_of_credentials(
     rig: gcp.GcpRig, tmp_path: Path
 ) -> None:
-    other = write_key(tmp_path / "other.json", token_uri="http://127.0.0.1:9/none")
+    file = write_key(tmp_path / "other.json", token_uri="http://127.0.0.1:9/none")
+    driver = rig.driver(credentials_file=file)
     with pytest.raises(CloudError, match=GROUP) as caught:
-        rig.driver(credentials_file=other).list()
+        driver.list()
     assert caught.value.trouble is Trouble.credentials
+    file.write_bytes(rig.key.read_bytes())  # corrected
+    assert list(driver.list()) == []
 
 
 def test_a_quota_of_nothing_is_told_by_the_check(rig: gcp.GcpRig) -> None:

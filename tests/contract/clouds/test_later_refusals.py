@@ -1,4 +1,4 @@
-"""Google Cloud and Azure accept a launch and may find out later that there is no room: with the real reconciler."""
+"""Google Cloud, Azure and OpenStack accept a launch and may find out later that there is no room: with the real reconciler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.clock import FakeClock
 from tests.support.clouds.rig import GROUP
-from tests.support.clouds.rigs import azure, gcp
+from tests.support.clouds.rigs import azure, gcp, openstack
 from valohai_dagster.capacity.look import Load
 from valohai_dagster.capacity.model import Policy
 from valohai_dagster.capacity.reconcile import Reconciler
@@ -34,7 +34,18 @@ def _fail_on_azure(rig: Any, machine_id: str) -> None:
     one.error = ("ZonalAllocationFailed", "We do not have sufficient capacity")
 
 
-@pytest.fixture(params=[(gcp, _fail_on_google), (azure, _fail_on_azure)], ids=["gcp", "azure"])
+def _fail_on_openstack(rig: Any, machine_id: str) -> None:
+    words = "No valid host was found. There are not enough hosts available."
+    server = rig.cloud.servers[machine_id]
+    server |= {"status": "ERROR", "OS-EXT-STS:task_state": None, "fault": {"message": words}}
+
+
+_CLOUDS = {"gcp": (gcp, _fail_on_google), "azure": (azure, _fail_on_azure)}
+if not openstack.REAL:
+    _CLOUDS["openstack"] = (openstack, _fail_on_openstack)
+
+
+@pytest.fixture(params=_CLOUDS.values(), ids=_CLOUDS)
 def cloud(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[tuple[Any, Callable[[Any, str], None]]]:
@@ -74,4 +85,7 @@ def test_another_zone_is_tried_when_the_refusal_comes_later(
             break
     assert zones == [second], book.history
     told = " ".join(str(line) for line in book.history)
-    assert "enough resources" in told or "sufficient capacity" in told
+    assert any(
+        one in told
+        for one in ("enough resources", "sufficient capacity", "No valid host was found")
+    )

@@ -362,3 +362,18 @@ def test_the_client_of_the_test_is_that_of_the_driver() -> None:
     client: Any = boto3.client("autoscaling", region_name=aws.REGION)
     assert "LaunchInstances" in client.meta.service_model.operation_names
     client.close()
+
+
+def test_credentials_that_are_corrected_are_read_again(
+    rig: aws.AwsRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "corrected"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    driver = rig.driver()
+    with pytest.raises(CloudError) as caught:
+        driver.list()
+    assert caught.value.trouble is Trouble.credentials
+    file.write_text("[default]\naws_access_key_id = k\naws_secret_access_key = s\n")
+    assert list(driver.list()) == []

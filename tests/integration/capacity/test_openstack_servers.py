@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.support.clouds.openstack_api import OpenStack
+from tests.support.clouds.openstack_api import PASSWORD, PROJECT, REGION, USER, OpenStack
 from tests.support.clouds.rigs.openstack import StandInRig
-from valohai_dagster.capacity.clouds.base import CloudError, Launch
+from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble
 from valohai_dagster.capacity.model import MachineState, Purchase
 
 
@@ -67,3 +68,25 @@ def test_a_volume_of_its_own(cloud: OpenStack, rig: StandInRig) -> None:
 def test_spot_is_refused_in_words(rig: StandInRig) -> None:
     with pytest.raises(CloudError, match="no spot machines"):
         rig.driver().launch(Launch(token="t", purchase=Purchase.spot))
+
+
+def test_credentials_that_are_corrected_are_read_again(
+    cloud: OpenStack, rig: StandInRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "clouds.yaml"
+    monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(file))
+
+    def write(password: str) -> None:
+        auth = f"auth_url: {cloud.auth_url}, username: {USER}, password: {password}"
+        names = "user_domain_name: Default, project_domain_name: Default"
+        auth = f"{{{auth}, project_name: {PROJECT}, {names}}}"
+        file.write_text(f"clouds: {{lab: {{region_name: {REGION}, auth: {auth}}}}}")
+
+    rig.defaults = {"cloud": "lab"}
+    driver = rig.driver()
+    write("wrong")
+    with pytest.raises(CloudError) as caught:
+        driver.list()
+    assert caught.value.trouble is Trouble.credentials
+    write(PASSWORD)
+    assert list(driver.list()) == []

@@ -146,7 +146,8 @@ def test_the_region_is_that_of_the_first_zone_when_none_is_set() -> None:
         ("NONE", "STAGING", MachineState.starting),
         ("STOPPING", "RUNNING", MachineState.stopping),
         ("NONE", "TERMINATED", MachineState.stopped),
-        ("STARTING", "TERMINATED", MachineState.starting),
+        ("STARTING", "TERMINATED", MachineState.stopped),  # there may be no room for it
+        ("STARTING", "PROVISIONING", MachineState.starting),
         ("DELETING", "RUNNING", MachineState.terminating),
         ("ABANDONING", "RUNNING", MachineState.terminating),
     ],

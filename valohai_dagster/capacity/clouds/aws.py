@@ -275,7 +275,10 @@ class AwsDriver:
         try:
             yield
         except (BotoCoreError, ClientError) as error:
-            raise of_exception(error, self._group, doing, zone=zone, purchase=purchase) from error
+            found = of_exception(error, self._group, doing, zone=zone, purchase=purchase)
+            if found.trouble is Trouble.credentials:
+                self._access.close()
+            raise found from error
 
 
 def _ids(instances: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -53,9 +53,12 @@ class AwsAccess:
         return found
 
     def close(self) -> None:
+        """What is asked for after that is made anew: credentials may have been corrected meanwhile."""
         for client in self._clients.values():
             client.close()
         self._clients.clear()
+        for made in ("_base_session", "_session"):
+            self.__dict__.pop(made, None)
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -41,8 +41,10 @@ from valohai_dagster.settings_groups import AzureGroupSettings
 
 log = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 5.0  # for the first news of machines that were asked for
-NEWS_SECONDS = 1.0  # between two looks for it
+PATIENCE_SECONDS = (
+    1.0  # for the first news of machines that were asked for; later ones are in the lists
+)
+NEWS_SECONDS = 0.5  # between two looks for it
 SCALE_SET_SECONDS = 120.0  # for the scale set to be made
 
 

@@ -44,8 +44,10 @@ from valohai_dagster.settings_groups import GcpGroupSettings
 
 log = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 5.0  # for the first news of machines that were asked for
-NEWS_SECONDS = 0.5  # between two looks for it
+PATIENCE_SECONDS = (
+    1.0  # for the first news of machines that were asked for; later ones are in the lists
+)
+NEWS_SECONDS = 0.25  # between two looks for it
 _REQUESTS = uuid.UUID("6f0c1a52-41d8-4d0c-9a55-0f6f6d3c2b11")  # namespace of the ids of requests
 
 

@@ -119,6 +119,8 @@ class ComputeApi:
             words = error.message.replace(secret, "...") if secret else error.message
             code, status = _code(error), error.code
             wait = _retry_after(error)
+            if meaning_of(code, status).trouble is Trouble.credentials:
+                self._forget_credentials()
             raise self.refusal(
                 doing, code, words, status=status, retry_after=wait, **place
             ) from None  # the library's text has what is kept out of ours
@@ -133,6 +135,7 @@ class ComputeApi:
 
     def _no_credentials(self, doing: str, error: BaseException) -> CloudError:
         """A key file that cannot be read, none at all, or an account that gets no token."""
+        self._forget_credentials()
         file = self._settings.credentials_file
         source = f"the key file {file}" if file else "Application Default Credentials"
         return CloudError(
@@ -141,6 +144,11 @@ class ComputeApi:
             code="authError",
             trouble=Trouble.credentials,
         )
+
+    def _forget_credentials(self) -> None:
+        """They are read anew, as they may have been corrected."""
+        self.close()
+        self._credentials = None
 
     def _client(self, service: str) -> Any:
         if service not in self._clients:

@@ -232,8 +232,11 @@ def failed(member: Any) -> bool:
 
 
 def state_of(member: Any) -> MachineState:
+    """One that is to start is stopped until it has found a place: the group would try for ever, and say nothing."""
     of_action = _ACTIONS.get(member.current_action)
-    return of_action or _STATUSES.get(member.instance_status, MachineState.starting)
+    status = _STATUSES.get(member.instance_status, MachineState.starting)
+    waits = of_action is MachineState.starting and status is MachineState.stopped
+    return status if waits or of_action is None else of_action
 
 
 def machine_of(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from valohai_agent.protocol import utcnow
 from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble, identity_tags
 from valohai_dagster.capacity.clouds.openstack_errors import ADVICE, Meaning, meaning_of
-from valohai_dagster.capacity.clouds.refusals import Scope
+from valohai_dagster.capacity.clouds.refusals import Refusals, Scope
 from valohai_dagster.capacity.model import Machine, MachineState, Purchase
 from valohai_dagster.settings_groups import OpenStackGroupSettings
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 API_SECONDS = 60
-PLACEMENT_SECONDS = 15.0  # that a launch waits for the scheduler's word, which comes after Nova's
+PLACEMENT_SECONDS = 2.0  # that a launch waits for the scheduler's word; later ones are in the lists
 POLL_SECONDS = 0.5
 LOOK_BACK = timedelta(hours=1)  # among deleted servers, for those of a repeated launch
 ZONE_KEY = "valohai-zone"
@@ -66,6 +66,7 @@ class OpenStackDriver:
         self._group, self._settings, self._deployment = group, settings, deployment
         self._clock = clock
         self._made: Connection | None = None
+        self._refusals = Refusals()
 
     def check(self) -> Sequence[str]:
         from valohai_dagster.capacity.clouds.openstack_check import problems_of
@@ -83,6 +84,9 @@ class OpenStackDriver:
         for server in found:
             state = state_of(server)
             if _never_ran(server):
+                zone = server.metadata.get(ZONE_KEY, "")
+                refusal = self._not_placed(server, zone)
+                self._refusals.keep(zone, Purchase.on_demand, refusal)
                 self._discard(server)
                 state = MachineState.terminating
             machines.append(self._machine(server, state))
@@ -101,6 +105,8 @@ class OpenStackDriver:
             with self._translated("launch a server", zone=launch.zone):
                 there = self._of_launch(launch.token)
                 made += [one.id for one in there.values() if state_of(one) not in _GOING]
+                if len(there) < launch.count:
+                    self._refusals.raise_kept(launch.zone, launch.purchase)
                 options = self._options(launch)
                 for number in range(launch.count):
                     name = _name(self._group, launch.token, number)
@@ -233,8 +239,11 @@ class OpenStackDriver:
             with suppress(CloudError):  # the next list does it
                 self._discard(server)
         if failed:
-            words = str((failed[0].fault or {}).get("message") or "the server failed to start")
-            raise self._error("launch a server", words, meaning_of(0, words), zone=zone)
+            raise self._not_placed(failed[0], zone)
+
+    def _not_placed(self, server: Any, zone: str) -> CloudError:
+        words = str((server.fault or {}).get("message") or "the server failed to start")
+        return self._error("launch a server", words, meaning_of(0, words), zone=zone)
 
     def _discard(self, server: Any) -> None:
         """One that never came up; of no use, and it counts for the quota."""
@@ -292,6 +301,8 @@ class OpenStackDriver:
             found = self._error(doing, words, meaning, zone=zone)
             response = getattr(error, "response", None)
             after = response.headers.get("Retry-After") if response is not None else None
+            if found.trouble is Trouble.credentials:
+                self.close()  # they are read anew, as they may have been corrected
             found.retry_after = float(after) if after and after.isdigit() else None
             raise found from error
 
@@ -321,7 +332,8 @@ def state_of(server: Any) -> MachineState:
 
 
 def _never_ran(server: Any) -> bool:
-    return server.status == "ERROR" and not server.launched_at
+    going = server.task_state == "deleting"
+    return server.status == "ERROR" and not server.launched_at and not going
 
 
 def _is_being_placed(server: Any) -> bool:

@@ -1,6 +1,6 @@
 """Refusals that a cloud tells only after it has accepted a launch: kept until the next launch of the same sort asks.
 
-Google Cloud and Azure accept a request for machines and find out later that there is no capacity. The list of machines
+Google Cloud, Azure and OpenStack accept a request for machines and find out later that there is no capacity. The list of machines
 shows it; the next launch in that zone, by that purchase, raises it, and so it comes where refusals are dealt with. It is
 raised once: after that the cloud is asked again.
 """

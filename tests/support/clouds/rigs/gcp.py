@@ -28,7 +28,7 @@ class GcpRig(Rig):
     spot: ClassVar[bool] = True
 
     def __init__(self, server: Gce, key: Path) -> None:
-        self._server, self._key = server, key
+        self._server, self.key = server, key
         self._drivers: list[GcpDriver] = []
 
     @property
@@ -41,7 +41,7 @@ class GcpRig(Rig):
             "project": "project-of-tests",
             "region": REGION,
             "instance_type": "e2-standard-2",
-            "credentials_file": self._key,
+            "credentials_file": self.key,
             "endpoint_url": self._server.url,
         }
         settings = GcpGroupSettings.model_validate({**values, **changes})

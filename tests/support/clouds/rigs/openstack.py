@@ -91,7 +91,7 @@ class StandInRig(OpenStackRig):
 
     def __init__(self, cloud: OpenStack) -> None:
         super().__init__()
-        self._cloud = cloud
+        self.cloud = cloud
         self.defaults = {
             "auth_url": cloud.auth_url,
             "username": api.USER,
@@ -101,27 +101,27 @@ class StandInRig(OpenStackRig):
         }
 
     def foreign(self) -> str:
-        server = self._cloud.add("theirs", {"valohai": "1", "valohai-deployment": "another"})
-        self._cloud.settle()
+        server = self.cloud.add("theirs", {"valohai": "1", "valohai-deployment": "another"})
+        self.cloud.settle()
         return server["id"]
 
     def alive(self, machine_id: str) -> bool:
-        server = self._cloud.servers[machine_id]
+        server = self.cloud.servers[machine_id]
         going = server["OS-EXT-STS:task_state"] == "deleting"
         return not going and server["status"] in ("BUILD", "ACTIVE", "SHUTOFF")
 
     def tags(self, machine_id: str) -> Mapping[str, str]:
-        return self._cloud.servers[machine_id]["metadata"]
+        return self.cloud.servers[machine_id]["metadata"]
 
     def user_data(self, machine_id: str) -> str:
-        sent = self._cloud.servers[machine_id]["OS-EXT-SRV-ATTR:user_data"]
+        sent = self.cloud.servers[machine_id]["OS-EXT-SRV-ATTR:user_data"]
         return base64.b64decode(sent).decode()
 
     def settle(self) -> None:
-        self._cloud.settle()
+        self.cloud.settle()
 
     def vanish(self, machine_id: str) -> None:
-        self._cloud.servers[machine_id]["status"] = "DELETED"
+        self.cloud.servers[machine_id]["status"] = "DELETED"
 
     def refuse(
         self,
@@ -131,7 +131,7 @@ class StandInRig(OpenStackRig):
         purchase: Purchase | None = None,
         room: int = 0,
     ) -> AbstractContextManager[None]:
-        cloud = self._cloud
+        cloud = self.cloud
         if trouble is Trouble.capacity:
             return _while(lambda: cloud.full.update({zone or "": room}), cloud.full.clear)
         if trouble is Trouble.invalid:
