@@ -169,6 +169,7 @@ def store_uses(settings: Settings) -> list[tuple[str, str]]:
         ("outputs", settings.default_store),
         ("code", settings.code_store_name),
         ("logs", settings.log_store_name),
+        ("agents", settings.binary_store_name),
     ]
 
 

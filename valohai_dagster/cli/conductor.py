@@ -48,7 +48,8 @@ def down(
     settings = load_settings()
     info = running_conductor(settings) if settings.state_dir.is_dir() else None
     living = living_agents(settings.state_dir) if agents else []
-    redis = EmbeddedRedis(settings) if agents and settings.redis_url is None else None
+    # Also where another Redis is set by now: an embedded one of earlier settings would run on for nobody.
+    redis = EmbeddedRedis(settings) if agents else None
     if info is not None:
         _end(info.pid, "conductor")
     for agent in living:

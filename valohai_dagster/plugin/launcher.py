@@ -7,6 +7,7 @@ that launched it.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ class ValohaiRunLauncher(RunLauncher, ConfigurableClass):
         self._inst_data = inst_data
         self._inner = DefaultRunLauncher()
         self._to_conductor: HandingOver | None = None
+        self._opening = threading.Lock()
         super().__init__()
 
     @property
@@ -60,12 +62,17 @@ class ValohaiRunLauncher(RunLauncher, ConfigurableClass):
 
     @property
     def _conductor(self) -> HandingOver:
-        """Opened at the first run of ours: a deployment without any needs neither records nor Redis."""
-        if self._to_conductor is None:
-            from valohai_dagster.plugin.driver.handing_over import HandingOver
+        """Opened at the first run of ours, since a deployment without any needs neither records nor Redis; and anew when
+        the settings have changed, as the conductor takes them over too."""
+        with self._opening:
+            if self._to_conductor is not None and self._to_conductor.is_outdated():
+                self._to_conductor.close()
+                self._to_conductor = None
+            if self._to_conductor is None:
+                from valohai_dagster.plugin.driver.handing_over import HandingOver
 
-            self._to_conductor = HandingOver(self._instance)
-        return self._to_conductor
+                self._to_conductor = HandingOver(self._instance)
+            return self._to_conductor
 
     # -- launching ------------------------------------------------------------------------------------------------
     def launch_run(self, context: LaunchRunContext) -> None:

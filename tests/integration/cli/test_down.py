@@ -12,6 +12,7 @@ from valohai_dagster.capacity.clouds.base import Launch
 from valohai_dagster.capacity.clouds.host_agents import lock_held
 from valohai_dagster.capacity.clouds.registry import open_driver
 from valohai_dagster.cli.conductor import down
+from valohai_dagster.embedded.redis import EmbeddedRedis
 from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import load_settings
 
@@ -45,3 +46,18 @@ def test_machines_of_a_cloud_that_is_not_there_end_too(
     until(lambda: not lock_held(lock))
     down(agents=True)
     assert "nothing runs" in capsys.readouterr().out
+
+
+def test_an_embedded_redis_of_earlier_settings_ends_too(
+    redis_server: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    embedded = EmbeddedRedis(load_settings())
+    embedded.ensure()
+    Path("valohai.toml").write_text(f'redis_url = "{redis_server.unix_url}"\n')
+    down(agents=True)
+    assert "stopped the embedded Redis" in capsys.readouterr().out
+    assert not embedded.running()

@@ -38,7 +38,7 @@ def test_every_store_is_written_read_and_cleaned_up(tmp_path: Path, moto_server:
     assert {finding.level for finding in findings.values()} == {"ok"}
     assert "(write, read, signed read, delete)" in findings["models"].text
     assert "(s3, read-only)" in findings["archive"].text
-    assert "local: outputs, code, logs" in findings["local"].text.replace(" (local)", "")
+    assert "local: outputs, code, logs, agents" in findings["local"].text.replace(" (local)", "")
     assert list(store.list()) == []
 
 
@@ -106,7 +106,7 @@ def run(*arguments: str) -> Result:
 def test_the_stores_are_listed_with_what_they_are_used_for(deployment: S3Store) -> None:
     rows = {row["name"]: row for row in json.loads(run("ls", "--json").stdout)}
     assert rows["models"]["place"] == deployment.uri("")
-    assert rows["local"]["uses"] == ["outputs", "code", "logs"]
+    assert rows["local"]["uses"] == ["outputs", "code", "logs", "agents"]
     assert deployment.uri("") in run("ls").stdout
 
 

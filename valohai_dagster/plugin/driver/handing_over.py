@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import redis
 from dagster import AssetKey, DagsterInstance, DagsterRun, DagsterRunStatus
@@ -14,7 +14,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from valohai_agent.protocol import Keys, utcnow
 from valohai_dagster.broker.connection import connect
 from valohai_dagster.embedded.conductor import ensure_conductor, running_conductor
-from valohai_dagster.errors import ValohaiError
+from valohai_dagster.embedded.settings_in_use import differing, digests, file_stamp
+from valohai_dagster.errors import ConfigurationError, ValohaiError
 from valohai_dagster.executions.why_reader import Sources
 from valohai_dagster.plugin.compat.engine import (
     BaseWorkspaceRequestContext,
@@ -27,10 +28,7 @@ from valohai_dagster.plugin.driver.handover import freeze
 from valohai_dagster.plugin.driver.instances import describe
 from valohai_dagster.plugin.why_run import why_run
 from valohai_dagster.records.engine import open_records
-from valohai_dagster.settings import load_settings
-
-if TYPE_CHECKING:
-    from valohai_dagster.settings import Settings
+from valohai_dagster.settings import find_config, load_settings
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +38,15 @@ MORE_CONNECTIONS = 40  # in a rush: a daemon launches from many threads
 
 
 class HandingOver:
-    """Records and Redis of the deployment that this process's settings name; opened once per launcher."""
+    """Records and Redis of the deployment that the settings name as they are when it is made."""
 
-    def __init__(self, instance: DagsterInstance, settings: Settings | None = None) -> None:
+    def __init__(self, instance: DagsterInstance) -> None:
         steady_schema(instance)
         pooled(instance, CONNECTIONS, overflow=MORE_CONNECTIONS)
         self._instance = instance
-        self._settings = settings or load_settings()
+        self._stamp = file_stamp(find_config())  # before it is read: a later change is seen
+        self._settings = load_settings()
+        self._in_use = digests(self._settings)
         self._records = open_records(self._settings)
         ensure_conductor(self._settings)
         self._redis = connect(self._settings)
@@ -59,6 +59,18 @@ class HandingOver:
         self._closed.set()
         self._redis.close()
         self._records.close()
+
+    def is_outdated(self) -> bool:
+        """Whether the settings are others now. A file that cannot be read, such as one half written, changes nothing."""
+        try:
+            stamp = file_stamp(find_config())
+            if stamp == self._stamp:
+                return False
+            self._stamp = stamp
+            return bool(differing(load_settings(), self._in_use))
+        except ConfigurationError as error:
+            log.warning("the settings stay as they were: %s", error, extra={"action": "settings"})
+            return False
 
     def launch(self, run: DagsterRun, workspace: BaseWorkspaceRequestContext | None) -> None:
         """Hands the run over. Doing it twice is the same as once.
