@@ -59,8 +59,10 @@ def publish(
     settings = load_settings()
     with _records(settings) as records:
         store = open_store(settings, settings.binary_store_name)
+        with records.read() as conn:
+            before = published.current_release(conn)
         release = published.publish(records, store, file, now=utcnow())
-        told = [] if quiet else _tell_to_update(settings, records, None, release)
+        told = [] if quiet else _tell_others(settings, records, before, release)
     _show(release, told, as_json)
 
 
@@ -129,6 +131,15 @@ def update(
         typer.echo(json.dumps({"told": told}))
         return
     typer.echo(_told(told))
+
+
+def _tell_others(
+    settings: Settings, records: Records, before: Release | None, release: Release
+) -> list[str]:
+    """Tells the agents of other versions; all when it is another file of the same version, by which they are not told
+    apart."""
+    same = before and before.version == release.version and before.sha256 != release.sha256
+    return _tell_to_update(settings, records, None, None if same else release)
 
 
 def _tell_to_update(

@@ -111,6 +111,7 @@ class Updates:
             one.name
             for one in workers
             if one.version != version
+            and one.supervised
             and one.state is WorkerState.idle
             and one.busy == 0
             and one.name not in self._told

@@ -46,7 +46,7 @@ KillMode=mixed
 TimeoutStartSec={start_seconds}
 TimeoutStopSec=infinity
 OOMScoreAdjust=-500
-UMask=0077
+UMask=0022
 NoNewPrivileges=yes
 CapabilityBoundingSet=
 ProtectSystem=full
@@ -158,7 +158,9 @@ def _make_user(places: Places) -> None:
         user = pwd.getpwnam(USER)
     places.work.mkdir(parents=True, exist_ok=True)
     os.chown(places.work, user.pw_uid, user.pw_gid)
-    places.work.chmod(0o711)  # containers' processes pass through to what is theirs
+    # Processes of containers pass through to what is theirs, which images' own users have to read. Nobody else finds a
+    # way in: what is in here cannot be listed, and is called by random ids.
+    places.work.chmod(0o711)
 
 
 def _group_exists(name: str) -> bool:

@@ -95,6 +95,7 @@ def test_the_services_are_what_systemd_takes(places: Places, tmp_path: Path) -> 
         assert hardened in agent
     assert "User=valohai-agent\n" in agent
     assert f"TimeoutStartSec={UPDATE_SECONDS + 60:.0f}\n" in agent
+    assert "UMask=0022\n" in agent  # code and inputs are read by the users of images
     assert "ExecStartPre=-+" in agent  # an update that fails ends no agent
     analyze = shutil.which("systemd-analyze")
     if analyze is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -97,6 +98,10 @@ def test_only_agents_that_somebody_starts_again_are_told_to_make_way(
         assert "no agent has to be told" in run("publish", "agent.pyz")  # they are of this version
         assert json.loads(run("update", "gpu", "--restart", "--json")) == {"told": ["kept"]}
         assert told(redis_client, deployment, "kept") == ["update"]
+        with zipfile.ZipFile("agent.pyz", "a") as another:  # of the same version
+            another.writestr("more", "")
+        assert json.loads(run("publish", "agent.pyz", "--json"))["told"] == ["kept"]
+        assert json.loads(run("publish", "agent.pyz", "--json"))["told"] == []
         assert told(redis_client, deployment, "lone") == []
 
 

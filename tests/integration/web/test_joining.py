@@ -261,7 +261,9 @@ def test_deployments_on_one_redis_leave_each_other_the_machines_of_groups_of_one
     connect(address).close()
 
 
-def test_a_ticket_brings_its_machine_back_and_no_other(site: Site) -> None:
+def test_a_ticket_brings_its_machine_back_and_no_other(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
     machine = site.join(site.token())
     assert refresh(machine, hostname="host").answer.ticket == machine.answer.ticket
     other = machine.model_copy(update={"machine_id": "i-2"})
@@ -270,6 +272,7 @@ def test_a_ticket_brings_its_machine_back_and_no_other(site: Site) -> None:
     with pytest.raises(CannotJoin):  # a ticket is no token
         site.join(machine.answer.ticket)
     again = site.join(site.token())
+    assert "give one of them another name with `join --machine-id`" in caplog.text
     with pytest.raises(CannotJoin):  # the machine has begun anew
         refresh(machine, hostname="host")
     assert again.answer.ticket != machine.answer.ticket

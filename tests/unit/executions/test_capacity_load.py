@@ -20,7 +20,7 @@ NOW = datetime(2026, 5, 4, 12, 0, 0, tzinfo=timezone.utc)
 
 def worker(**values: Any) -> Worker:
     defaults = {"name": "w", "incarnation": "i", "group": "gpu", "machine_id": "m-1"}
-    return Worker(**{**defaults, **values})
+    return Worker(**{**defaults, "supervised": True, **values})
 
 
 def at(seconds: float) -> datetime:
@@ -80,6 +80,8 @@ def test_idle_workers_of_another_version_are_updated_one_after_another():
     assert updates.next(them, "1.0.1", at(1), outdated={"d"}) is None  # told, and on its way
     later = UPDATE_PAUSE.total_seconds() + 1
     assert updates.next(them, "1.0.1", at(later), outdated={"d"}) == "a"
+    lone = worker(name="f", version="1.0.0", supervised=False)  # nobody would start it again
+    assert Updates().next([lone], "1.0.1", NOW, outdated=()) is None
     leaving = [old, worker(name="e", version="1.0.0", state=WorkerState.draining)]
     assert Updates().next(leaving, "1.0.1", NOW, outdated=()) is None
 

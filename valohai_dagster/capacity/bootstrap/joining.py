@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ from valohai_dagster.settings_groups import (
     DockerGroupSettings,
     GcpGroupSettings,
 )
+
+log = logging.getLogger(__name__)
 
 TOKEN_PREFIX, TICKET_PREFIX = "vhj_", "vht_"
 TICKET_LIFE = timedelta(days=30)  # since its last use
@@ -147,13 +150,20 @@ def show_ticket(conn: sa.Connection, request: JoinRequest, *, now: datetime) -> 
 def ticket_of(
     conn: sa.Connection, key: SecretKey, admission: Admission, public_key: str, *, now: datetime
 ) -> str:
-    """The ticket that a joining gives. Older ones of the same machine go: it has begun anew."""
+    """The ticket that a joining gives. Older ones of the same machine go: it has begun anew, or is a copy."""
     purpose = f"ticket/{admission.group}/{admission.machine_id}/{public_key}"
     raw = base64.urlsafe_b64encode(key.derive(purpose))
     ticket = TICKET_PREFIX + raw.decode().rstrip("=")
     digest = digest_of(ticket)
     mine = (table.c.group_name == admission.group) & (table.c.machine_id == admission.machine_id)
-    conn.execute(table.delete().where(mine, table.c.digest != digest))
+    if conn.execute(table.delete().where(mine, table.c.digest != digest)).rowcount:
+        log.warning(
+            "machine %s joins group %s once more, and its ticket of before is void; if that is another machine (copies of a "
+            "disk share /etc/machine-id), give one of them another name with `join --machine-id`",
+            admission.machine_id,
+            admission.group,
+            extra={"action": "joined-again", "group": admission.group},
+        )
     values: dict[str, Any] = {
         "group_name": admission.group,
         "machine_id": admission.machine_id,
