@@ -70,12 +70,16 @@ class Inventory:
     # -- ends --------------------------------------------------------------------------------------------------
 
     def close(self, told: set[str]) -> None:
-        """Closes the rows of machines that were found gone at an earlier look; `told`: whose deaths were told since."""
+        """Closes the rows of machines that were found gone at an earlier look; `told`: whose deaths were told since.
+
+        Those of others are told again.
+        """
         for one in list(self.known.values()):
             if one.machine.state is not MachineState.gone:
                 continue
             if one.machine.id not in told:
                 self.dead[one.machine.id] = one.reason or "the cloud has confirmed that it is gone"
+                continue
             del self.known[one.machine.id]
             self.closed.append(replace(one, gone_at=one.missing_since or self._now))
 
@@ -107,22 +111,26 @@ class Inventory:
         listed: Iterable[Machine],
         *,
         ours: Callable[[Machine], str | None],
+        heard: Container[str],
         closed: Container[str],
         misses: dict[str, int],
     ) -> None:
-        """`ours`: token of the launch that made a machine, None for nobody's. `closed`: ids that are done with.
+        """`ours`: token of the launch that made a machine, None for nobody's. `heard`: ids of those whose workers check in
+        now. `closed`: ids that are done with.
 
         `misses`: lists in a row that have not had a machine, kept by the caller from look to look.
         """
         there = {machine.id: machine for machine in listed}
         for machine_id, known in list(self.known.items()):
             machine = there.pop(machine_id, None)
+            if known.machine.state is MachineState.gone:
+                continue
             if machine is not None:
                 misses.pop(machine_id, None)
                 self._present(known, machine)
-            elif known.machine.state is not MachineState.gone:
+            else:
                 misses[machine_id] = misses.get(machine_id, 0) + 1
-                self._missing(known, misses[machine_id])
+                self._missing(known, misses[machine_id], heard=machine_id in heard)
         for machine in there.values():
             if machine.id not in closed:
                 self._found(machine, ours(machine))
@@ -157,13 +165,14 @@ class Inventory:
             changed = stopped
         return changed is not None and self._now - changed < self._patience.confirm
 
-    def _missing(self, known: Known, times: int) -> None:
+    def _missing(self, known: Known, times: int, *, heard: bool) -> None:
+        """A machine that speaks is not gone, though it may be where the driver does not look any more."""
         patience, now = self._patience, self._now
         known = replace(known, missing_since=known.missing_since or now)
         assert known.missing_since is not None
         fresh = known.reason is None and now - known.machine.created_at < patience.fresh
         enough = times >= patience.confirm_lists
-        if enough and now - known.missing_since >= patience.confirm and not fresh:
+        if enough and not heard and now - known.missing_since >= patience.confirm and not fresh:
             self._gone(known, "the cloud does not list it any more")
         else:
             self.put(known)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from valohai_dagster.capacity.book import Known
 from valohai_dagster.capacity.inventory import Inventory, by_machine
 from valohai_dagster.capacity.model import Policy, Seat
+
+HEARD = timedelta(seconds=5)  # ago at most; silent workers that have work are in the load, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,9 @@ class Look:
     def __init__(self, load: Load, policy: Policy, now: datetime, inventory: Inventory) -> None:
         self.load, self.policy, self.now, self.inventory = load, policy, now, inventory
         self.seats = by_machine(load.seats)
+        self.heard = frozenset(  # machines that live, whatever the cloud lists
+            seat.machine_id for seat in load.seats if seat.seen_at >= now - HEARD
+        )
         self.decisions: list[str] = []
         self.drain: dict[str, str] = {}
         self.draining: set[str] = set()  # machines that are from now on

@@ -14,7 +14,7 @@ class Patience:
     than `fresh` ago unless it was to end. One that nobody here launched and no worker of which checks in is terminated after `orphan`. A call
     of which nothing was seen after `settle` (launches) or `effect` (others) has had none. `ask_again`: how often a launch
     that was accepted is asked after. `list_every`: an older list is not used. `remind`: workers that do not drain although
-    they were told to are told again. `act`: when a look has taken that long, further stops and ends are left to the next.
+    they were told to are told again. `most`: longest wait until a machine that a call did nothing for is tried again. `act`: when a look has taken that long, further stops and ends are left to the next.
     """
 
     confirm_lists: int = 3
@@ -25,6 +25,7 @@ class Patience:
     effect: timedelta = timedelta(minutes=2)
     ask_again: timedelta = timedelta(seconds=30)
     list_every: timedelta = timedelta(seconds=3)
+    most: timedelta = timedelta(minutes=10)
     remind: timedelta = timedelta(seconds=15)
     act: timedelta = timedelta(seconds=5)
     seen_every: timedelta = timedelta(seconds=30)  # times of being seen are written that often

@@ -8,7 +8,7 @@ made again at once, so that another zone or way of buying is tried in the same l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -69,7 +69,8 @@ class Reconciler:
         self._asked: dict[str, tuple[datetime, datetime]] = {}  # first and last time, by token
         self._launches: dict[str, Launch] = {}  # complete ones, by token
         self._tokens: set[str] = set()  # of all launches by this process
-        self._not_before: dict[str, datetime] = {}  # of a machine that refused a call
+        self._not_before: dict[str, datetime] = {}  # of a machine that a call did nothing for
+        self._vain: dict[str, tuple[int, str]] = {}  # such calls in a row and the last one's words
         self._reminded: dict[str, datetime] = {}  # workers told to drain
 
     def step(self, load: Load, policy: Policy) -> Outcome:
@@ -112,6 +113,11 @@ class Reconciler:
         self._reminded = {one: at for one, at in self._reminded.items() if one in seen}
         return decided
 
+    def not_told(self) -> None:
+        """What the last outcome had to tell did not arrive: the next one has it again."""
+        self._told.clear()
+        self._reminded.clear()
+
     def retry_now(self) -> None:
         """Forgets all holds: the settings were changed, or somebody says that the cause is gone."""
         for hold in self._book.holds():
@@ -141,6 +147,7 @@ class Reconciler:
         look.inventory.take_list(
             listed,
             ours=lambda machine: self._launched_by(machine, launches),
+            heard=look.heard,
             closed=self._closed,
             misses=self._misses,
         )
@@ -196,8 +203,15 @@ class Reconciler:
                     now=look.now,
                     patience=self._patience,
                 )
-            if outcome is not None:
-                self._done(intent, outcome)
+            if outcome is None:
+                continue
+            self._done(intent, outcome)
+            if intent.machine_id and outcome == seeing.NO_EFFECT:
+                since = f"{intent.at:%H:%M:%S} UTC"
+                text = f"{intent.action.value} was accepted at {since} and did nothing"
+                self._in_vain(look, intent.machine_id, text)
+            elif intent.machine_id:
+                self._vain.pop(intent.machine_id, None)
 
     def _done(self, intent: Intent, outcome: str) -> None:
         self._book.settle(intent.token, outcome)
@@ -389,13 +403,11 @@ class Reconciler:
             calls[intent.action](known.machine.id)
         except CloudError as error:
             text = f"{intent.action.value} was refused: {error}"
-            self._book.note(Kind.trouble, text, machine_id=known.machine.id)
+            self._in_vain(look, known.machine.id, text, seconds=error.retry_after or 0)
             start = intent.action is ActionKind.start
             look.refused = look.refused or start
             if not (start and error.trouble is Trouble.outage):  # that may have had its effect
                 self._book.settle(intent.token, f"refused: {error}")
-                wait = max(self._patience.ask_again, timedelta(seconds=error.retry_after or 0))
-                self._not_before[known.machine.id] = look.now + wait
                 return
         self._asked[intent.token] = (look.now, look.now)
         if intent.action is ActionKind.start:
@@ -406,6 +418,15 @@ class Reconciler:
             known = replace(known, reason=intent.reason)
         look.inventory.put(known)
         self._remember(look.inventory)
+
+    def _in_vain(self, look: Look, machine_id: str, text: str, *, seconds: float = 0) -> None:
+        """A call has done nothing for a machine: written down once, and tried again later each time."""
+        times, before = self._vain.get(machine_id, (0, ""))
+        if text != before:
+            self._book.note(Kind.trouble, text, machine_id=machine_id)
+        self._vain[machine_id] = (times + 1, text)
+        wait = min(self._patience.ask_again * 2 ** min(times, 10), self._patience.most)
+        self._not_before[machine_id] = look.now + max(wait, timedelta(seconds=seconds))
 
     # -- holds and words ---------------------------------------------------------------------------------------
 
@@ -421,9 +442,22 @@ class Reconciler:
         self._book.release(hold.zone, hold.purchase)
         self._book.note(Kind.cleared, f"{why}; before: {hold.reason}")
 
+    def _odd(self, look: Look) -> Iterator[str]:
+        """What is wrong with machines that nobody waits for."""
+        for machine_id, known in look.inventory.known.items():
+            if machine_id in self._vain:
+                yield f"machine {machine_id}: {self._vain[machine_id][1]}"
+            elif known.missing_since and machine_id in look.heard:
+                yield (
+                    f"the cloud has not listed machine {machine_id} since {known.missing_since:%H:%M:%S} UTC, yet its"
+                    " worker checks in: was the place of the group changed in the settings?"
+                )
+
     def _outcome(self, look: Look, decided: Plan) -> Outcome:
         holds = self._book.holds()
         trouble = decided.shortfall
+        if trouble is None and not sum(look.load.waiting.values()):
+            trouble = next(self._odd(look), None)
         listing = holding.find(holds, holding.LISTING, None)
         if trouble is None and listing is not None and listing.until > look.now:
             trouble = f"{listing.reason}; tried again at {listing.until:%H:%M:%S} UTC"

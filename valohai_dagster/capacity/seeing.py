@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 
@@ -17,11 +17,11 @@ from valohai_dagster.capacity.model import (
     MachineState,
     Policy,
     Purchase,
-    Seat,
     View,
 )
 from valohai_dagster.capacity.patience import Patience
 
+NO_EFFECT = "no effect seen; decided anew"
 _EFFECT = {  # states in which it has happened
     ActionKind.terminate: {MachineState.terminating, MachineState.gone},
     ActionKind.stop: {MachineState.stopping, MachineState.stopped},
@@ -94,7 +94,7 @@ def effect_of(
         return "not known whether the cloud was asked; decided anew"
     if known.missing_since or now - intent.at < patience.effect:
         return None
-    return "no effect seen; decided anew"
+    return NO_EFFECT
 
 
 def registered(known: Known) -> bool:

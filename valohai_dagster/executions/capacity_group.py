@@ -127,10 +127,15 @@ class GroupCapacity:
         outcome, state = await loop.run_in_executor(self._thread, self._step, waiting, workers)
         self._plan_next(outcome, state)
         self.state = state
-        await self._core.dispatch.redis.set(
-            self._core.keys.capacity(self.name), state.model_dump_json(), ex=STATE_SECONDS
-        )
-        await self._follow_up(outcome)
+        try:
+            await self._follow_up(outcome)
+            await self._core.dispatch.redis.set(
+                self._core.keys.capacity(self.name), state.model_dump_json(), ex=STATE_SECONDS
+            )
+        except Exception:
+            if self._opened is not None:
+                self._opened[2].not_told()
+            raise
 
     async def _read(self) -> tuple[dict[int, int], list[Worker]]:
         dispatch = self._core.dispatch

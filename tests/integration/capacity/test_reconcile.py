@@ -350,6 +350,7 @@ def test_a_machine_is_missing_for_a_while_before_it_is_forgotten(
     group.go_on(seconds=10)
     assert group.book.machines()[0].missing_since is None
     group.cloud.list = list
+    group.cloud.lose("m0")
     group.go_on(seconds=120)
     assert group.book.machines() == []
     assert "m0" in group.cloud.read().deaths
