@@ -10,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Optional, Union
 
-from pydantic import Field, SecretStr, Tag, model_validator
+from pydantic import Field, SecretStr, Tag, field_validator, model_validator
 
 from valohai_dagster.settings_base import Section, by_kind
 
@@ -77,7 +77,6 @@ class AnyGroupSettings(Section):
     )
     owner: str | None = Field(
         default=None,
-        pattern=r"^(user|team|organization):.+$",
         description="Who may use the group: `user:NAME`, `team:NAME` or `organization:NAME`. Default: everybody.",
     )
     per_user_quota: int = Field(
@@ -85,7 +84,7 @@ class AnyGroupSettings(Section):
         ge=0,
         description="Executions that one user may have on the group's machines at once; 0: no limit (L-11).",
     )
-    team_quotas: dict[str, int] = Field(
+    team_quotas: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default_factory=dict,
         description="The same for all members of a team together. With any entry, teams without one and teams with 0 have no "
         "access (L-12).",
@@ -95,6 +94,14 @@ class AnyGroupSettings(Section):
         ge=0,
         description="What one machine costs per hour, for the prices of executions (L-40). Default: unknown.",
     )
+
+    @field_validator("owner")
+    @classmethod
+    def _owner_is_named(cls, value: str | None) -> str | None:
+        kind, _, name = (value or "").partition(":")
+        if value is not None and (kind not in ("user", "team", "organization") or not name):
+            raise ValueError("must be user:NAME, team:NAME or organization:NAME")
+        return value
 
 
 class LocalGroupSettings(AnyGroupSettings):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -75,6 +76,10 @@ def with_overrides(name: str, group: G, values: Mapping[str, Any]) -> G:
         return group
     possible = changeable(group)
     for key in values:
+        if key not in type(group).model_fields:
+            close = get_close_matches(key, possible, n=1)
+            more = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(possible)}"
+            raise RefusedError(f"group {name} has no setting {key!r}{more}")
         if key not in possible:
             raise RefusedError(
                 f"group {name}: {key!r} cannot be changed at run time; that can be done with {', '.join(possible)}. "
@@ -85,7 +90,9 @@ def with_overrides(name: str, group: G, values: Mapping[str, Any]) -> G:
         return type(group).model_validate({**kept, **values})
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(map(str, one['loc']))}: {one['msg']}".removeprefix(": ")
+            f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}".removeprefix(
+                ": "
+            )
             for one in error.errors(include_url=False, include_input=False)
         )
         raise RefusedError(f"group {name}: {problems}") from None

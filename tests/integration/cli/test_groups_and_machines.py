@@ -107,8 +107,12 @@ def test_what_does_not_fit_together_is_refused_and_nothing_changes(service: Runn
         said(groups.app, "set", "cloud", "min_machines=3")
     with pytest.raises(RefusedError, match=r"'image' cannot be changed .* \[groups.cloud\]"):
         said(groups.app, "set", "cloud", "image=other")
-    with pytest.raises(RefusedError, match="'max_machines' cannot be changed"):
+    with pytest.raises(RefusedError, match="group here has no setting 'max_machines'"):
         said(groups.app, "set", "here", "max_machines=3")
+    with pytest.raises(RefusedError, match="did you mean 'max_machines'"):
+        said(groups.app, "set", "cloud", "max_machine=3")
+    with pytest.raises(RefusedError, match="owner: must be user:NAME"):
+        said(groups.app, "set", "cloud", "owner=team")
     with pytest.raises(RefusedError, match="has: cloud, here"):
         said(groups.app, "disable", "nobody")
     assert told(groups.app, "show", "cloud")["changed"] == {}
