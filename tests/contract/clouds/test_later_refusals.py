@@ -45,7 +45,7 @@ if not openstack.REAL:
     _CLOUDS["openstack"] = (openstack, _fail_on_openstack)
 
 
-@pytest.fixture(params=_CLOUDS.values(), ids=_CLOUDS)
+@pytest.fixture(params=_CLOUDS.values(), ids=list(_CLOUDS))
 def cloud(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[tuple[Any, Callable[[Any, str], None]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from itertools import count
 
@@ -10,6 +11,7 @@ import pytest
 
 from tests.support.clock import FakeClock
 from tests.support.clouds.rig import GROUP, Rig
+from valohai_dagster.capacity.book import Kind
 from valohai_dagster.capacity.clouds.base import Driver, Launch, Trouble
 from valohai_dagster.capacity.look import Load, Outcome
 from valohai_dagster.capacity.model import Policy, Seat
@@ -141,3 +143,25 @@ def test_a_refusal_is_told_to_those_who_wait_and_clears_itself(group: Watched, r
     group.look_until(lambda: not group.book.intents(), looks=5)
     assert group.look().trouble is None
     assert len(group.machines()) == 1
+
+
+def test_a_launch_that_is_filled_in_part_is_made_up_for_elsewhere_or_later_and_never_twice(
+    group: Watched, rig: Rig
+) -> None:
+    group.policy = replace(group.policy, zones=group.policy.zones[:2])  # two machines in the first
+    group.waiting = group.policy.max_machines
+    told = None
+    with rig.refuse(Trouble.capacity, zone=next(iter(rig.zones), None), room=1):
+        for _ in range(3):
+            told = told or group.look().trouble
+            assert len(rig.driver().list()) <= group.policy.max_machines
+        if rig.zones:
+            assert len(group.machines()) == group.policy.max_machines
+        else:
+            assert len(group.machines()) == 1
+            assert told is not None
+    words = [text for kind, text, _ in group.book.history if kind is Kind.trouble]
+    assert any(GROUP in text for text in words), words
+    group.look_until(lambda: len(group.machines()) == group.policy.max_machines, looks=60)
+    group.look_until(lambda: not group.book.intents(), looks=5)
+    assert len(rig.driver().list()) == group.policy.max_machines
