@@ -84,7 +84,7 @@ class AnyGroupSettings(Section):
         ge=0,
         description="Executions that one user may have on the group's machines at once; 0: no limit (L-11).",
     )
-    team_quotas: dict[str, Annotated[int, Field(ge=0)]] = Field(
+    team_quotas: dict[str, int] = Field(
         default_factory=dict,
         description="The same for all members of a team together. With any entry, teams without one and teams with 0 have no "
         "access (L-12).",
@@ -102,6 +102,14 @@ class AnyGroupSettings(Section):
         if value is not None and (kind not in ("user", "team", "organization") or not name):
             raise ValueError("must be user:NAME, team:NAME or organization:NAME")
         return value
+
+    @field_validator("team_quotas")
+    @classmethod
+    def _not_negative(cls, quotas: dict[str, int]) -> dict[str, int]:
+        for team, quota in quotas.items():
+            if quota < 0:
+                raise ValueError(f"{team} = {quota} is negative; 0 means no access")
+        return quotas
 
 
 class LocalGroupSettings(AnyGroupSettings):

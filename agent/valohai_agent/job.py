@@ -27,7 +27,7 @@ from valohai_agent.lease import Lease
 from valohai_agent.local_api import LocalApi
 from valohai_agent.outputs import OutputCollector, OutputSummary
 from valohai_agent.phases import PhaseClock, source_words
-from valohai_agent.preemption import Notice
+from valohai_agent.preemption import Notice, report_of
 from valohai_agent.protocol import (
     PROTOCOL_VERSION,
     Finished,
@@ -86,7 +86,7 @@ class JobRun:
         )
         self._lock = threading.Lock()
         self._stop_requested = self._starting = False
-        self._stop_reason = self._reclaimed = ""
+        self._stop_reason = ""
         self._notice: Notice | None = None
         self._over = threading.Event()
         self._collecting = threading.Event()
@@ -128,16 +128,12 @@ class JobRun:
         time to interrupt the command. One that has not begun does not begin, one that has ended has its outputs stored."""
         with self._lock:
             self._notice = notice
-            if notice is None:
-                return
-            self._reclaimed = notice.what
             starting = self._starting
-            if not starting:
+            if notice is not None and not starting:
                 self._supervisor.stop(Cause.preempted)
                 self._cancel_preparing.set()
-        left = notice.seconds_left(self._clock.now())
-        self.lease.report(Preempted(seconds_left=left, what=notice.what))
-        if starting:
+        self.lease.report(report_of(notice, self._clock.now()))
+        if notice is not None and starting:
             threading.Thread(target=self.upload_now, name="upload-now", daemon=True).start()
             self._over.wait(notice.seconds_to_interrupt(self._clock.now()))
             self._interrupt(notice)
@@ -421,7 +417,7 @@ class JobRun:
                 cause=self._supervisor.cause,
                 stop_requested=self._stop_requested,
                 stop_reason=self._stop_reason,
-                reclaimed=self._reclaimed,
+                reclaimed=self._notice.what if self._notice else "",
                 failure=failure,
                 output_problems=summary.problems,
                 limits=self._limits,

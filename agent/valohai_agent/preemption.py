@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Protocol
 
 from valohai_agent.clock import Clock, SystemClock
 from valohai_agent.metadata_service import BASE_URL, Cloud, MetadataService, Unanswered
+from valohai_agent.protocol import Preempted
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,13 @@ class Notice:
         if self.event != other.event or other.gone_at is None:
             return self.event != other.event
         return self.gone_at is None or self.gone_at < other.gone_at
+
+
+def report_of(notice: Notice | None, now: datetime) -> Preempted:
+    """What the control plane is told; None: the notice before was taken back."""
+    if notice is None:
+        return Preempted(withdrawn=True)
+    return Preempted(seconds_left=notice.seconds_left(now), what=notice.what)
 
 
 class Notices(Protocol):

@@ -594,6 +594,10 @@ class Preempted(Message):
         default=None, description="From the report's time; None if nobody knows."
     )
     what: str = Field(default="", description="For people: who reclaims the machine.")
+    withdrawn: bool = Field(
+        default=False,
+        description="The machine stays after all: what was said before does not count.",
+    )
 
 
 ReportBody = Annotated[

@@ -138,7 +138,9 @@ class Tally:
         self.teams[frozenset(launcher.teams)] += 1
 
     def obstacle(self, launcher: Launcher) -> str | None:
-        """Why one more of theirs has to wait, None when it has not."""
+        """Why one more of theirs has to wait, None when it has not. The group may have changed since it was launched."""
+        if not self.group.enabled:
+            return f"waits: group {self.name} is disabled; it goes on when that is enabled again"
         used, most = self.users[launcher.user], self.group.per_user_quota
         if most and used >= most:
             who = f"user {launcher.user}" if launcher.user else f"runs without the tag {USER_TAG}"
@@ -146,6 +148,11 @@ class Tally:
         if not self.group.team_quotas:
             return None
         counted = {team for team in launcher.teams if self.group.team_quotas.get(team)}
+        if not counted:
+            return (
+                f"waits: {launcher} has no quota in group {self.name} any more (team_quotas); it goes on when one of "
+                "its teams has one again"
+            )
         used = sum(number for teams, number in self.teams.items() if teams & counted)
         most = _team_limit(self.group, launcher)
         if used < most:

@@ -268,6 +268,10 @@ def _(body: p.StopAcknowledged, cause: Cause) -> list[FollowEvent]:
 def _(body: p.Preempted, cause: Cause) -> list[FollowEvent]:
     """L-30. An agent that is shut down says so too, and says nothing of the machine."""
     worker = cause.report.worker
+    if body.withdrawn:
+        cause.update_attempt(reclaimed_at=None)
+        cause.change(reclaimed_at=None)
+        return [cause.state(f"the machine of worker {worker} stays after all, the attempt goes on")]
     if not body.what:
         return [cause.event(EventKind.warning, f"the agent {worker} has to leave")]
     gone_at = moment_of(cause.report) + timedelta(seconds=body.seconds_left or 0.0)

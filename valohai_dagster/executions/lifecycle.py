@@ -108,16 +108,18 @@ def judge_loss(
     """The next step for a silent attempt.
 
     "Cannot reach" is not "failed": without a confirmed death the grace runs first, since the container may
-    well be computing on. A machine that is silent after its cloud had announced to take it away is gone.
+    well be computing on. A machine that is silent after the time for which its cloud had announced to take it away is
+    gone; before that time silence is as with any other.
     Infrastructure attempts are bounded and never count as the user's retries.
     """
     expired = loss.suspected_at is not None and now - loss.suspected_at >= grace
-    taken = loss.reclaimed_at is not None and now >= loss.reclaimed_at
+    due = loss.reclaimed_at
+    taken = due is not None and (loss.death_confirmed or now >= due)
     if not (loss.death_confirmed or expired or taken):
         return LossStep.suspect if loss.suspected_at is None else LossStep.wait
     if loss.stop_requested:
         return LossStep.stopped
-    if loss.reclaimed_at is not None:
+    if taken:
         return LossStep.reclaimed
     return LossStep.give_up if loss.attempt >= max_attempts else LossStep.requeue
 

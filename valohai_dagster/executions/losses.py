@@ -116,7 +116,7 @@ class Losses:
             outbox = Outbox()
             current = _same_attempt(writing, active)
             if current is not None:
-                _end_attempt(writing, current, why, logs)
+                _end_attempt(writing, current, why, logs, how="preempted")
                 self._restarts.after_loss(writing, outbox, current, why)
                 add_final(writing, outbox, [active.id], self._core)
             return outbox
@@ -167,10 +167,12 @@ def _same_attempt(writing: Writing, active: Active) -> Active | None:
     return current
 
 
-def _end_attempt(writing: Writing, active: Active, why: str, logs: dict[str, Any]) -> None:
+def _end_attempt(
+    writing: Writing, active: Active, why: str, logs: dict[str, Any], *, how: str = "lost"
+) -> None:
     """Closes the lost attempt; what its log says is kept."""
     kept = recorded(writing.touch(active), logs) if logs else {}
-    values = {"ended_at": writing.now, "end": "lost", "reason": why, "logs": kept}
+    values = {"ended_at": writing.now, "end": how, "reason": why, "logs": kept}
     writing.update_attempt(active, active.attempt, **values)
 
 

@@ -42,8 +42,9 @@ def write_prices(
     Price and slots are those that the machine had when it was launched; of machines that nobody launched, the group's now.
     """
     known = tariffs(conn, groups)
-    if all(tariff.price_per_hour is None for tariff in known.values()):
-        return
+    launched = any(isinstance(group, CloudGroupSettings) for group in groups.values())
+    if not launched and all(tariff.price_per_hour is None for tariff in known.values()):
+        return  # there may be nothing with a price
     last = sa.and_(_A.execution_id == _E.id, _A.number == _E.attempt)
     query = (
         sa.select(_E.id, _E.group_name, _E.ended_at, _A.leased_at, _M.price_per_hour, _M.slots)
@@ -107,7 +108,7 @@ def works(
             _A.machine_id,
             _A.leased_at,
             ended.label("ended_at"),
-            _A.end,
+            sa.or_(_A.end == "lost", _A.number < _E.attempt).label("lost"),
             _M.price_per_hour,
             _M.slots,
         )
@@ -129,7 +130,7 @@ def works(
             price_per_hour=_slot_price(row, known),
             since=row.leased_at,
             until=max(row.leased_at, row.ended_at or now),
-            lost=row.end == "lost",
+            lost=bool(row.lost),
             project=row.project,
             user=row.user_name,
             team=row.team_name,

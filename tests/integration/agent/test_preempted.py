@@ -231,6 +231,8 @@ def test_k53_a_notice_that_is_taken_back_interrupts_nothing(
     go.touch()
     finished = conductor.finished(execution_id)
     assert (finished.outcome, finished.preempted) == (Outcome.complete, False)
+    told = conductor.applied(execution_id).bodies(Preempted)
+    assert [one.withdrawn for one in told] == [False, True]
     assert agent.wait() == 0, "it takes nothing new all the same"
     assert services.acknowledged == []
 

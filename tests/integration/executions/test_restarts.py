@@ -210,6 +210,7 @@ def test_a_machine_that_goes_before_its_agent_is_done_is_continued_from_what_is_
     assert restart_files(second.job) == {"checkpoint-1": live}
     before = view_of(service, lease.job.execution_id)
     assert "was reclaimed before the command ended: its machine is gone" in str(before.reason)
+    assert [a.end for a in before.attempts] == ["preempted"]
     lease.finish()  # too late
     second.finish()
     end = final(service, lease.job.execution_id)
@@ -227,6 +228,21 @@ def test_who_is_silent_after_the_time_that_was_left_is_gone_without_any_grace(
     with redis_server.client() as client:
         client.delete(service.keys.lease("local", lease.job.execution_id))
     assert restart_files(take(service, redis_server, "sim-2").job) == {}
+
+
+def test_who_is_silent_after_its_notice_was_taken_back_has_the_grace(
+    service: RunningService, redis_server: RedisServer
+) -> None:
+    lease = running(service, redis_server)
+    execution_id = lease.job.execution_id
+    lease.report(p.Preempted(seconds_left=0.0, what=WHAT))
+    lease.report(p.Preempted(withdrawn=True))
+    service.events(execution_id, lambda e: "stays after all" in e.message)
+    with redis_server.client() as client:
+        client.delete(service.keys.lease("local", execution_id))
+    service.events(execution_id, lambda e: "it may still be computing" in e.message)
+    lease.finish()
+    assert final(service, execution_id).status is ExecutionStatus.complete
 
 
 def test_a_machine_that_goes_without_a_notice_costs_an_attempt_and_no_restart(

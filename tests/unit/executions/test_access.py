@@ -7,6 +7,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from valohai_dagster.errors import RefusedError
 from valohai_dagster.executions.access import (
@@ -141,3 +142,16 @@ def test_l10_taking_one_by_one_is_as_deciding_on_all_and_never_beyond_the_quota(
     for user in "abc":
         before = sum(not one.waits and one.launcher.user == user for one in claims)
         assert sum(one.launcher.user == user for one in queued) <= max(quota, before)
+
+
+def test_l12_who_waits_and_has_lost_the_quota_or_the_group_is_told_so() -> None:
+    waiting = Claim(id="e1", launcher=Launcher(user="bob", teams=("nlp",)), waits=True, at=NOW)
+    limited = group(team_quotas={"vision": 2})
+    assert "user bob (team nlp) has no quota" in Turns("gpu", limited, [waiting]).obstacles["e1"]
+    disabled = group(team_quotas={"nlp": 2}, enabled=False)
+    assert "gpu is disabled" in Turns("gpu", disabled, [waiting]).obstacles["e1"]
+
+
+def test_quotas_are_not_negative() -> None:
+    with pytest.raises(ValidationError, match="vision = -1 is negative"):
+        group(team_quotas={"vision": -1})

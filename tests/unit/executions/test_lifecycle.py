@@ -146,6 +146,12 @@ def test_a_machine_that_is_silent_after_its_reclaim_was_due_is_gone():
     assert judge_loss(replace(announced, stop_requested=True), NOW) is LossStep.stopped
 
 
+def test_a_machine_that_is_cut_off_long_before_its_reclaim_is_due_is_lost_as_any_other():
+    announced = loss(reclaimed_at=NOW + timedelta(days=1), suspected_at=NOW)
+    assert judge_loss(announced, NOW + PARTITION_GRACE) is LossStep.requeue
+    assert judge_loss(replace(announced, death_confirmed=True), NOW) is LossStep.reclaimed
+
+
 def follows(**changes: object) -> AfterReclaim:
     facts = {"began": True, "autorestart": True, "restarts": 0, "attempt": 1, **changes}
     return after_reclaim(**facts)
