@@ -11,7 +11,6 @@ import logging
 import secrets
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -34,6 +33,7 @@ from valohai_dagster.executions.capacity_state import STATE_SECONDS, CapacitySta
 from valohai_dagster.executions.capacity_tools import Tools
 from valohai_dagster.executions.core import ServiceCore, is_outage
 from valohai_dagster.executions.outbox import Outbox
+from valohai_dagster.executions.own_thread import OwnThread
 from valohai_dagster.executions.stream import ExecutionStatus
 from valohai_dagster.records import tables as t
 from valohai_dagster.settings_groups import CloudGroupSettings
@@ -73,7 +73,7 @@ class GroupCapacity:
         self._watched_since: datetime | None = None  # without a break
         self._next = 0.0  # by the loop's clock
         self._opened: tuple[CloudGroupSettings, Driver, Reconciler] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"capacity-{name}")
+        self._thread = OwnThread(f"capacity-{name}")
 
     def kick(self, *, retry: bool = False) -> None:
         """Something has happened: look at once, or once more when a look is under way. `retry`: and forget all holds."""
@@ -89,7 +89,7 @@ class GroupCapacity:
     def close(self) -> None:
         """Waits for nothing: a cloud may hang."""
         self._thread.submit(self._close_driver)
-        self._thread.shutdown(wait=False)
+        self._thread.shutdown()
 
     # -- when --------------------------------------------------------------------------------------------------
     async def _until_something(self) -> None:

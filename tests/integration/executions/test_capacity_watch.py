@@ -211,7 +211,7 @@ def test_idle_workers_of_another_version_are_told_to_make_way(
         publish_row(conn, "1.4.1")
     try:
         agent = service.agent(redis_server)
-        agent.heartbeat(version="1.4.0", machine_id="m-1")
+        agent.heartbeat(version="1.4.0", machine_id="m-1", supervised="1")
         service.start()
         until(lambda: [one.kind for one in agent.commands()] == ["update"])
     finally:
