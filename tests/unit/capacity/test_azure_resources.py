@@ -86,6 +86,9 @@ def test_spot_machines_are_deleted_when_they_are_reclaimed() -> None:
     assert (properties["priority"], properties["evictionPolicy"]) == ("Spot", "Delete")
     assert properties["billingProfile"] == {"maxPrice": 0.25}
     assert body(spot, spot=True)["properties"]["billingProfile"] == {"maxPrice": -1}
+    assert body(spot, spot=True, spot_max_price="0")["properties"]["billingProfile"] == {
+        "maxPrice": -1
+    }
     assert "evictionPolicy" not in body()["properties"]
 
 

@@ -41,5 +41,9 @@ def test_machines_are_named_by_their_launch_alone() -> None:
 
 
 def test_user_data_is_run_by_the_interpreter_that_it_names() -> None:
-    assert command_of("#!/bin/bash -e\ntrue\n")[:3] == ["/bin/bash", "-e", "-c"]
-    assert command_of("true")[:2] == ["/bin/sh", "-c"]
+    assert command_of("#!/bin/bash -e\ntrue\n")[:2] == ["/bin/bash", "-e"]
+    assert command_of("secret")[0] == "/bin/sh"
+
+
+def test_user_data_is_not_in_the_arguments_of_a_process() -> None:
+    assert not any("secret" in one for one in command_of("echo secret"))

@@ -67,7 +67,7 @@ class AzureDriver:
         self._base = base_name(deployment, group)
         self._api = ResourceManager(group, settings)
         self._ready = False
-        self._refusals = Refusals()
+        self._refusals = Refusals(clock)
 
     def check(self) -> Sequence[str]:
         return list(problems(self._api, self._settings))

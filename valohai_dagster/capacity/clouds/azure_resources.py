@@ -174,11 +174,11 @@ def _network(name: str, settings: AzureGroupSettings) -> dict[str, Any]:
 def _price(purchase: Purchase, settings: AzureGroupSettings) -> dict[str, Any]:
     if purchase is Purchase.on_demand:
         return {"priority": "Regular"}
-    most = settings.spot_max_price
+    most = settings.spot_max_price  # none and 0: whatever it costs, up to the ordinary price
     return {
         "priority": "Spot",
         "evictionPolicy": "Delete",
-        "billingProfile": {"maxPrice": -1 if most is None else float(most)},
+        "billingProfile": {"maxPrice": float(most or -1)},
     }
 
 

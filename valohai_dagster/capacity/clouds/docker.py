@@ -1,6 +1,6 @@
 """Containers of one Docker host as the machines of a worker group: real isolation without a cloud.
 
-A machine is a container that runs its launch's user data as its only command. It is over when that ends, as a machine
+A machine is a container that runs its launch's user data and nothing else. It is over when that ends, as a machine
 is that powers itself off. What is left of it stays for some minutes more: its output can be read with `docker logs`, and
 its name tells a late repetition of the launch that this was made already.
 """
@@ -8,11 +8,13 @@ its name tells a late repetition of the launch that this was made already.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import re
 import shlex
 import socket
+import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta, timezone
@@ -35,6 +37,7 @@ STOP_SECONDS = 10  # from the polite signal to the other one
 REST_KEPT = timedelta(minutes=15)  # of machines that have ended
 HOST_ALIAS = "host.docker.internal"  # how containers call this host
 ZONE_LABEL, PURCHASE_LABEL = "valohai-zone", "valohai-purchase"
+USER_DATA = "valohai-user-data"  # the file in the machine's root directory
 LAUNCH_LABEL, BOOTSTRAP_LABEL = "valohai-launch", "valohai-bootstrap"
 
 # A label cannot change, a restart policy can: this one says that a stopped container was stopped by us and may start
@@ -170,6 +173,8 @@ class DockerDriver:
         container = self._container(name) or self._create(name, launch)
         if container.status == "created":
             try:
+                if launch.user_data:
+                    container.put_archive("/", _script(launch.user_data, container))
                 container.start()
             except APIError:
                 _remove(container)  # else it would look like a machine that is on its way
@@ -333,10 +338,23 @@ def machine_name(deployment: str, group: str, token: str, number: int) -> str:
 
 
 def command_of(user_data: str) -> Sequence[str]:
-    """Runs it by the interpreter of its first line, `/bin/sh` without one."""
+    """Runs it by the interpreter of its first line, `/bin/sh` without one. It is a file, as everybody on the host reads
+    the arguments of processes."""
     first = user_data.partition("\n")[0]
     interpreter = shlex.split(first[2:]) if first.startswith("#!") else []
-    return [*(interpreter or ["/bin/sh"]), "-c", user_data]
+    return [*(interpreter or ["/bin/sh"]), f"/{USER_DATA}"]
+
+
+def _script(user_data: str, container: Any) -> bytes:
+    """The file, as a tar archive. Only root reads it, where the image runs as root."""
+    content = user_data.encode()
+    entry = tarfile.TarInfo(USER_DATA)
+    entry.size = len(content)
+    entry.mode = 0o755 if container.attrs["Config"].get("User") else 0o700
+    with io.BytesIO() as buffer:
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            archive.addfile(entry, io.BytesIO(content))
+        return buffer.getvalue()
 
 
 def _lacking(settings: DockerGroupSettings, facts: Mapping[str, Any]) -> Iterator[str]:

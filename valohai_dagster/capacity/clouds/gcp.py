@@ -80,7 +80,7 @@ class GcpDriver:
         self._api = ComputeApi(group, settings)
         self._ready: set[tuple[str, Purchase]] = set()
         self._homes: dict[str, _Manager] = {}  # of machines, as last listed
-        self._refusals = Refusals()
+        self._refusals = Refusals(clock)
 
     def check(self) -> Sequence[str]:
         return list(problems(self._api, self._settings))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from valohai_agent.protocol import utcnow
@@ -36,9 +37,6 @@ _STATES = {
     "BUILD": MachineState.starting,
     "REBUILD": MachineState.starting,
     "SHUTOFF": MachineState.stopped,
-    "SUSPENDED": MachineState.stopped,
-    "SHELVED": MachineState.stopped,
-    "SHELVED_OFFLOADED": MachineState.stopped,
     "DELETED": MachineState.gone,
     "SOFT_DELETED": MachineState.gone,
 }
@@ -66,7 +64,7 @@ class OpenStackDriver:
         self._group, self._settings, self._deployment = group, settings, deployment
         self._clock = clock
         self._made: Connection | None = None
-        self._refusals = Refusals()
+        self._refusals = Refusals(clock)
 
     def check(self) -> Sequence[str]:
         from valohai_dagster.capacity.clouds.openstack_check import problems_of
@@ -308,7 +306,7 @@ class OpenStackDriver:
 
     def _error(self, doing: str, words: str, meaning: Meaning, *, zone: str) -> CloudError:
         where = f" in {zone}" if zone else ""
-        said = " ".join(words.split())[:300].rstrip(". ")
+        said = shorten(words, 300, placeholder=" ...").rstrip(". ")
         advice = ADVICE[meaning.trouble].format(section=f"[groups.{self._group}]")
         return CloudError(
             f"group {self._group}: OpenStack refused to {doing}{where}: {said} ({meaning.code}); {advice}",

@@ -2,15 +2,19 @@
 
 Google Cloud, Azure and OpenStack accept a request for machines and find out later that there is no capacity. The list of machines
 shows it; the next launch in that zone, by that purchase, raises it, and so it comes where refusals are dealt with. It is
-raised once: after that the cloud is asked again.
+raised once, and not when it is old: then the cloud is asked again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import datetime, timedelta
 from enum import Enum
 
 from valohai_dagster.capacity.clouds.base import CloudError
 from valohai_dagster.capacity.model import Purchase
+
+FRESH = timedelta(minutes=1)  # how long a refusal says something about the next launch
 
 
 class Scope(str, Enum):
@@ -24,13 +28,14 @@ class Scope(str, Enum):
 class Refusals:
     """Those of one group that no launch has raised yet."""
 
-    def __init__(self) -> None:
-        self._kept: dict[tuple[str, Purchase], CloudError] = {}
+    def __init__(self, clock: Callable[[], datetime]) -> None:
+        self._clock = clock
+        self._kept: dict[tuple[str, Purchase], tuple[CloudError, datetime]] = {}
 
     def keep(self, zone: str, purchase: Purchase, error: CloudError) -> None:
-        self._kept[zone, purchase] = error
+        self._kept[zone, purchase] = error, self._clock()
 
     def raise_kept(self, zone: str, purchase: Purchase) -> None:
-        error = self._kept.pop((zone, purchase), None)
-        if error is not None:
+        error, at = self._kept.pop((zone, purchase), (None, None))
+        if error is not None and at is not None and self._clock() - at < FRESH:
             raise error

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import shutil
 import socket
 import socketserver
+import tarfile
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -21,7 +23,7 @@ from tests.support import demand
 from tests.support.clouds.rig import DEPLOYMENT, GROUP, Rig
 from tests.support.podman import busybox_root
 from valohai_dagster.capacity.clouds.base import Driver, Trouble
-from valohai_dagster.capacity.clouds.docker import DockerDriver
+from valohai_dagster.capacity.clouds.docker import USER_DATA, DockerDriver
 from valohai_dagster.capacity.model import Purchase
 from valohai_dagster.settings_groups import DockerGroupSettings
 
@@ -160,7 +162,14 @@ class DockerRig(Rig):
         return self._client.containers.get(machine_id).labels
 
     def user_data(self, machine_id: str) -> str:
-        return self._client.containers.get(machine_id).attrs["Config"]["Cmd"][-1]
+        """And that nobody else reads it."""
+        parts, _ = self._client.containers.get(machine_id).get_archive(f"/{USER_DATA}")
+        with tarfile.open(fileobj=io.BytesIO(b"".join(parts))) as archive:
+            (entry,) = archive.getmembers()
+            assert (entry.uid, entry.mode & 0o077) == (0, 0)
+            content = archive.extractfile(entry)
+            assert content is not None
+            return content.read().decode()
 
     def vanish(self, machine_id: str) -> None:
         self._client.containers.get(machine_id).remove(force=True)
