@@ -48,8 +48,8 @@ def hold_of_check_ins(before: Iterable[Hold], machine_id: str, now: datetime) ->
     return Hold(
         zone=CHECK_IN,
         until=now + _CHECK_IN_HOLD if failures >= NEVER_CHECKED_IN else now,
-        reason=f"{failures} machines in a row never checked in, the last one {machine_id}: look at its start-up log,"
-        " and whether it can reach the broker",
+        reason=f"{failures} machines in a row never checked in, the last one {machine_id}: its start-up log tells why"
+        " (/var/log/cloud-init-output.log there, `docker logs` of a container); it has to reach join_url and Redis",
         failures=failures,
     )
 

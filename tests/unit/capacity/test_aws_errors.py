@@ -120,4 +120,10 @@ def test_values_of_requests_are_left_out() -> None:
 def test_a_server_that_is_not_there_is_an_outage() -> None:
     error = of_exception(EndpointConnectionError(endpoint_url="https://ec2"), "gpu", "list")
     assert error.trouble is Trouble.outage
+    assert "AWS could not be asked to list" in str(error)
     assert "https://ec2" in str(error)
+
+
+def test_long_words_end_between_two_of_them() -> None:
+    text = str(cloud_error("gpu", "launch", code="Odd", text="nothing but words " * 40))
+    assert text.split(" (Odd)")[0].split()[-1] in ("nothing", "but", "words")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum
+from textwrap import shorten
 from typing import NamedTuple
 
 from valohai_dagster.capacity.clouds.base import CloudError, Trouble
@@ -95,11 +96,11 @@ _FAMILIES = {
 _ADVICE = {
     Trouble.capacity: "other zones, `instance_types` or `on_demand_fallback` in {section} give it more to choose from",
     Trouble.quota: "ask AWS for a higher quota (Service Quotas, Amazon EC2), or lower `max_machines` in {section}",
-    Trouble.throttled: "it is tried again",
+    Trouble.throttled: "fewer calls are made for a while",
     Trouble.credentials: "check `profile`, `scaling_role_arn` and the credentials of this process; docs/clouds.md lists "
     "the permissions that a group needs",
     Trouble.invalid: "correct {section}",
-    Trouble.outage: "it is tried again; check `region` and `endpoint_url` in {section} and the network",
+    Trouble.outage: "check `region` and `endpoint_url` in {section} and the network",
 }
 
 # Long, of no use without a further permission, and different each time.
@@ -134,16 +135,19 @@ def cloud_error(
     status: int = 0,
     zone: str | None = None,
     purchase: Purchase | None = None,
+    answered: bool = True,
 ) -> CloudError:
-    """In words; `zone` and `purchase` are those that were tried."""
+    """In words; `zone` and `purchase` are those that were tried. `answered`: it was AWS that said it."""
     trouble, scope = meaning_of(code, status)
-    said = _VALUE.sub("value: …", _ENCODED.sub("", " ".join(text.split())))[:TEXT_CHARACTERS]
+    said = _VALUE.sub("value: …", _ENCODED.sub("", " ".join(text.split())))
+    said = shorten(said, TEXT_CHARACTERS, placeholder=" ...")
     where = f" in {zone}" if zone else ""
     how = " as spot" if purchase is Purchase.spot else ""
     advice = _ADVICE[trouble].format(section=f"[groups.{group}]")
+    said_no = "AWS refused" if answered else "AWS could not be asked"
     words = f"{said.rstrip('. ')} ({code})" if said else code
     return CloudError(
-        f"group {group}: AWS refused to {doing}{how}{where}: {words}; {advice}",
+        f"group {group}: {said_no} to {doing}{how}{where}: {words}; {advice}",
         code=code,
         trouble=trouble,
         zone=zone if scope in (Scope.zone, Scope.pool) else None,
@@ -170,4 +174,5 @@ def of_exception(
         status=int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)),
         zone=zone,
         purchase=purchase,
+        answered=bool(answer),
     )

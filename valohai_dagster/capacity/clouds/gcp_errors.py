@@ -77,12 +77,12 @@ STATUSES: dict[int, Meaning] = {
 }
 
 ADVICE: dict[Trouble, str] = {
-    Trouble.capacity: "It is tried again later, and in the group's other zones.",
+    Trouble.capacity: "The group's other zones are tried meanwhile.",
     Trouble.quota: "Ask Google for more quota (IAM & Admin, Quotas) or lower max_machines.",
-    Trouble.throttled: "It is tried again more slowly.",
+    Trouble.throttled: "Fewer calls are made for a while.",
     Trouble.credentials: "Check credentials_file, and the account's permissions in docs/clouds.md.",
     Trouble.invalid: "Change the group's settings; `valohai-dagster groups check` looks at each.",
-    Trouble.outage: "It is tried again; check endpoint_url and the network if it stays.",
+    Trouble.outage: "Check endpoint_url and the network if it stays.",
 }
 
 _CALL = re.compile(r"^(GET|POST|PUT|PATCH|DELETE) \S+: ")

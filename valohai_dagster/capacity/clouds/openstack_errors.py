@@ -61,10 +61,10 @@ EXCEPTIONS: dict[str, Meaning] = {
 ADVICE: dict[Trouble, str] = {
     Trouble.capacity: "other `zones` or another `instance_type` in {section} may have room",
     Trouble.quota: "ask for a higher quota of the project, or lower `max_machines` in {section}",
-    Trouble.throttled: "it is tried again",
+    Trouble.throttled: "fewer calls are made for a while",
     Trouble.credentials: "check the credentials in {section}; docs/clouds.md lists what they need",
     Trouble.invalid: "correct {section}",
-    Trouble.outage: "it is tried again; check `auth_url` in {section} and the network",
+    Trouble.outage: "check `auth_url` in {section} and the network",
 }
 
 
