@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 LINES = 500  # of one tick; the next one goes on
 SHOWN = 10  # of them, the newest, in the one line that the list of ticks shows
 FIRST = 20  # lines from before the first tick
+OVERLAP = 100  # ids before the last one among which lines may still appear
 BAD = frozenset({"trouble", "orphan", "lost"})
 
 
@@ -35,7 +36,7 @@ def valohai_autoscaling_sensor(
     """Tells what has happened to the machines of these groups since the last tick, by default of all that have some.
 
     Each tick has them looked at as well. Scaling does not need it: conductors do that by themselves, at once when
-    something is queued. It starts no run. Its cursor is the last line of the history that it has told.
+    something is queued. It starts no run.
     """
 
     def evaluate(context: SensorEvaluationContext) -> SkipReason:
@@ -79,25 +80,30 @@ def tick(context: SensorEvaluationContext, groups: Sequence[str] | None = None) 
     standing = [_standing(name, states.get(name), now) for name in names]
     for text in [*standing, *([problem] if problem else [])]:
         context.log.info(text)
-    context.update_cursor(json.dumps({"line": cursor}))
+    context.update_cursor(cursor)
     return SkipReason("; ".join([*standing, *([problem] if problem else []), *_short(lines)]))
 
 
-def _news(records: Records, cursor: str | None, names: Sequence[str]) -> tuple[list[Line], int]:
-    """Lines after the cursor, and where the next tick goes on."""
+def _news(records: Records, cursor: str | None, names: Sequence[str]) -> tuple[list[Line], str]:
+    """Lines that no tick has told yet, and the cursor for the next one.
+
+    Of two that are written at the same time the one with the smaller id may appear later: so the cursor also has which
+    of the last ids were there.
+    """
     from valohai_dagster.capacity.reading import history, newest_line
 
+    known = json.loads(cursor) if cursor else None
     with records.read() as conn:
         newest = newest_line(conn)
-        after = json.loads(cursor)["line"] if cursor else None
-        if after is not None and after > newest:  # the records are others now
-            after = None
-        if after is None:
-            found = [line for name in names for line in history(conn, name, limit=FIRST)]
-            return sorted(found, key=lambda line: line.id)[-FIRST:], newest
+        if known is not None and known["line"] > newest:  # the records are others now
+            known = None
+        after = known["line"] - OVERLAP if known else newest - LINES
         lines = history(conn, after=after, limit=LINES)
-    reached = lines[-1].id if len(lines) == LINES else newest
-    return [line for line in lines if line.group in names], max(reached, after)
+    reached = lines[-1].id if lines else newest
+    there = [line.id for line in lines if line.id > reached - OVERLAP]
+    told = set(known.get("there", ())) if known else set()
+    new = [line for line in lines if line.group in names and line.id not in told]
+    return new if known else new[-FIRST:], json.dumps({"line": reached, "there": there})
 
 
 def _look(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 
 import dagster as dg
@@ -15,6 +16,7 @@ from valohai_dagster import valohai_autoscaling_sensor
 from valohai_dagster.capacity.clouds.base import Trouble
 from valohai_dagster.capacity.reading import history
 from valohai_dagster.executions.capacity_state import read_state
+from valohai_dagster.records.capacity_tables import capacity_events
 from valohai_dagster.settings import load_settings
 
 TOML = 'default_group = "cloud"\n[groups.cloud]\nkind = "simulated"\n[groups.local]\n'
@@ -64,6 +66,26 @@ def test_a_tick_tells_each_decision_with_its_reason_and_only_once(
     text, _ = tick(cursor)
     assert "cloud decision" not in text
     assert text.startswith("cloud: 1 waiting; machines: 1 starting")
+
+
+def test_a_line_that_appears_after_later_ones_is_told_too(service: RunningService):
+    def write(line: int) -> None:
+        values = {"group_name": "cloud", "at": datetime.now(timezone.utc), "kind": "note"}
+        with service.records.write() as conn:
+            conn.execute(capacity_events.insert().values(id=line, text=f"line {line}", **values))
+
+    write(1001)
+    write(1003)
+    text, cursor = tick()
+    assert "line 1001" in text
+    assert "line 1003" in text
+    write(1002)
+    text, cursor = tick(cursor)
+    assert "line 1002" in text
+    assert "line 1001" not in text
+    assert "line 1003" not in text
+    text, _ = tick(cursor)
+    assert "line 100" not in text
 
 
 def test_a_trouble_is_told_in_words(
