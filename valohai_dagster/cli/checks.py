@@ -222,10 +222,15 @@ def await_health(url: str, seconds: float, *, sleep: Callable[[float], None] = t
 def check_groups(settings: Settings) -> Iterator[Finding]:
     """Who serves each worker group, and whether those with machines of their own could have some."""
     from valohai_dagster.broker.connection import connect
+    from valohai_dagster.capacity.left_behind import left_behind
     from valohai_dagster.records.engine import open_records
 
     with closing(open_records(settings)) as records, closing(connect(settings)) as client:
         keys = Keys(records.deployment_id)
+        with records.read() as conn:
+            left = left_behind(conn, settings.groups)
+        for one in left:
+            yield Finding(part="group", level="warn", text=f"{one.group}: {one.trouble}")
         for name, group in settings.groups.items():
             agents = len(list(client.scan_iter(keys.worker(name, "*"), count=500)))
             if isinstance(group, CloudGroupSettings):

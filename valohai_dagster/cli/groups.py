@@ -14,6 +14,7 @@ from pydantic import SecretStr, TypeAdapter
 
 from valohai_dagster.capacity.clouds.base import CloudError
 from valohai_dagster.capacity.clouds.registry import open_driver
+from valohai_dagster.capacity.left_behind import LeftBehind, left_behind
 from valohai_dagster.capacity.model import MachineState
 from valohai_dagster.capacity.overrides import (
     effective,
@@ -56,9 +57,15 @@ Name = Annotated[str, typer.Argument(metavar="GROUP", help="A worker group of va
 
 @app.command("ls")
 def list_(as_json: AsJson = False) -> None:
-    """Lists the groups: kind, machines, what waits, and why nothing comes where that is so."""
+    """Lists the groups: kind, machines, what waits, and why nothing comes where that is so.
+
+    Groups that were taken out of the settings while they had machines are listed too.
+    """
     with deployment() as place:
         rows = [_row(place, name) for name in sorted(place.settings.groups)]
+        with place.records.read() as conn:
+            left = left_behind(conn, place.settings.groups)
+        rows += [_row_of_left(place, one) for one in left]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -231,6 +238,23 @@ def _row(place: Deployment, name: str) -> dict[str, Any]:
     }
     standing = row["trouble"] or (ASLEEP if asleep else "ok")
     return {**row, "standing": standing if group.enabled or row["trouble"] else "disabled"}
+
+
+def _row_of_left(place: Deployment, left: LeftBehind) -> dict[str, Any]:
+    live = place.live(left.group)
+    return {
+        "group": left.group,
+        "kind": left.kind,
+        "enabled": False,
+        "scales": True,
+        "type": None,
+        "waiting": live.waiting,
+        "workers": len(live.workers) if live.away is None else None,
+        "machines": left.machines,
+        "max_machines": 0,
+        "trouble": left.trouble,
+        "standing": left.trouble,
+    }
 
 
 def _machines(place: Deployment, name: str, live: Live) -> int:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
+from valohai_dagster.capacity.left_behind import left_behind
 from valohai_dagster.executions.capacity_group import GroupCapacity
 from valohai_dagster.executions.capacity_state import KICKS_KEPT, CapacityState
 from valohai_dagster.executions.capacity_tools import Tools
@@ -66,6 +67,12 @@ class CapacityWatch:
     def busy(self) -> bool:
         """Whether there are machines that somebody has to look after."""
         return any(one.starting or one.states for one in self.states().values())
+
+    async def look_behind(self) -> None:
+        """Says once in the log which machines nobody looks after, as their groups were taken out of the settings."""
+        for one in await self._core.read(lambda conn: left_behind(conn, self.groups)):
+            extra = {"action": "left-behind", "group": one.group}
+            log.warning("group %s: %s", one.group, one.trouble, extra=extra)
 
     # -- leases ------------------------------------------------------------------------------------------------
     async def keep(self) -> None:

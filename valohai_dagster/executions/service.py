@@ -139,6 +139,7 @@ class ExecutionService(ServiceCore):
                 self._forever(self.sweeper.step),
                 self._forever(self.late_logs.step),
                 self._forever(self.packager.step),
+                self.patiently(self.capacity.look_behind, "capacity"),
                 *map(self._forever, self.capacity.steps),
                 *([self._forever(self._machine_users.step)] if self._machine_users.needed else ()),
             )

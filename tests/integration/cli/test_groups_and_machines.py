@@ -16,6 +16,7 @@ from tests.support.service import RunningService, make_spec, running_service
 from tests.support.small_cloud import SmallCloud, until
 from valohai_dagster.capacity.clouds.base import Trouble
 from valohai_dagster.cli import groups, machines
+from valohai_dagster.cli.checks import check_groups
 from valohai_dagster.errors import NotFoundError, RefusedError
 from valohai_dagster.settings import load_settings
 
@@ -169,6 +170,31 @@ def test_before_anything_was_started_a_group_has_no_machines_and_nothing_is_wron
     assert row["standing"] == "no service runs; the next execution starts it"
     assert "0/2" in said(groups.app, "ls")
     assert row["standing"] in said(groups.app, "show", "cloud")
+
+
+def test_machines_of_a_group_that_was_taken_out_of_the_settings_are_told(
+    service: RunningService, cloud: SmallCloud, caplog: pytest.LogCaptureFixture
+):
+    launch_one(service, cloud)
+    assert not left_behind_findings()
+    service.leave()
+    Path("valohai.toml").write_text('default_group = "here"\n[groups.here]\nkind = "static"\n')
+    row = group_row("cloud")
+    assert (row["kind"], row["machines"], row["max_machines"]) == ("simulated", 1, 0)
+    assert "nobody ends its machines (1): put it back" in row["trouble"]
+    assert row["trouble"] in said(groups.app, "ls")
+    assert left_behind_findings() == [f"cloud: {row['trouble']}"]
+    service.settings = load_settings()
+    service.start()
+    until(lambda: f"group cloud: {row['trouble']}" in caplog.text)
+
+
+def left_behind_findings() -> list[str]:
+    return [
+        one.text
+        for one in check_groups(load_settings())
+        if one.level == "warn" and "nobody ends" in one.text
+    ]
 
 
 def test_show_tells_what_is_held_back_and_no_secret(service: RunningService, cloud: SmallCloud):
