@@ -90,3 +90,22 @@ def test_credentials_that_are_corrected_are_read_again(
     assert caught.value.trouble is Trouble.credentials
     write(PASSWORD)
     assert list(driver.list()) == []
+
+
+def test_a_server_that_powered_itself_off_is_deleted(cloud: OpenStack, rig: StandInRig) -> None:
+    """The dead man's switch does so; also after it was stopped by us once, and started again."""
+    driver = rig.driver()
+    first, second = driver.launch(Launch(token="t", count=2))
+    cloud.settle()
+    driver.stop(second)
+    cloud.settle()
+    states = {one.id: one.state for one in driver.list()}
+    assert states == {first: MachineState.running, second: MachineState.stopped}
+    driver.start(second)
+    cloud.settle()
+    assert {one.state for one in driver.list()} == {MachineState.running}
+    for server in cloud.servers.values():
+        server["status"] = "SHUTOFF"
+    assert {one.state for one in driver.list()} == {MachineState.terminating}
+    cloud.settle()
+    assert list(driver.list()) == []

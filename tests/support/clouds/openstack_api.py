@@ -184,14 +184,24 @@ class OpenStack(Endpoint):
         if method == "GET":
             self._place(server)
             return {"server": server}
-        if method == "DELETE":
+        if method == "DELETE" and not parts[1:]:
             server["OS-EXT-STS:task_state"] = "deleting"
             return None
+        if parts[1:2] == ["metadata"]:
+            return self._mark(method, server["metadata"], parts[2:], body)
         (action,) = body
         before, task = {"os-stop": ("ACTIVE", "powering-off"), "os-start": ("SHUTOFF", "powering-on")}[action]  # fmt: skip
         if server["status"] != before:
             raise Refusal(409, f"Cannot '{action[3:]}' instance while it is in vm_state")
         server["OS-EXT-STS:task_state"] = task
+        return None
+
+    def _mark(self, method: str, marks: dict[str, str], key: list[str], body: Any) -> Any:
+        if method == "POST":
+            marks.update(body["metadata"])
+            return {"metadata": marks}
+        if marks.pop(key[0], None) is None:
+            raise Refusal(404, "Metadata item was not found")
         return None
 
     def _create(self, asked: dict[str, Any]) -> Any:

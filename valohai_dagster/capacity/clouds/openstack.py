@@ -32,6 +32,7 @@ PLACEMENT_SECONDS = 2.0  # that a launch waits for the scheduler's word; later o
 POLL_SECONDS = 0.5
 LOOK_BACK = timedelta(hours=1)  # among deleted servers, for those of a repeated launch
 ZONE_KEY = "valohai-zone"
+STOPPED_KEY = "valohai-stopped"  # by us: any other that is off powered itself off
 
 _STATES = {
     "BUILD": MachineState.starting,
@@ -78,17 +79,7 @@ class OpenStackDriver:
     def list(self) -> Sequence[Machine]:
         with self._translated("list servers"):
             found = list(self._ours())
-        machines = []
-        for server in found:
-            state = state_of(server)
-            if _never_ran(server):
-                zone = server.metadata.get(ZONE_KEY, "")
-                refusal = self._not_placed(server, zone)
-                self._refusals.keep(zone, Purchase.on_demand, refusal)
-                self._discard(server)
-                state = MachineState.terminating
-            machines.append(self._machine(server, state))
-        return machines
+        return [self._machine(server, self._tidied(server)) for server in found]
 
     def launch(self, launch: Launch) -> Sequence[str]:
         if launch.purchase is Purchase.spot:
@@ -125,6 +116,7 @@ class OpenStackDriver:
     def stop(self, machine_id: str) -> None:
         with self._translated(f"stop server {machine_id}"):
             if state_of(self._here(machine_id)) not in _STOPPED:
+                self._connection.compute.set_server_metadata(machine_id, **{STOPPED_KEY: "1"})
                 self._connection.compute.stop_server(machine_id)
 
     def start(self, machine_id: str) -> None:
@@ -162,6 +154,21 @@ class OpenStackDriver:
         found = [one for one in recent if one.name.startswith(start)]
         found += [one for one in self._ours() if one.metadata.get("valohai-launch") == token]
         return {one.name: one for one in found}
+
+    def _tidied(self, server: Any) -> MachineState:
+        """Its state; one that never came up, or powered itself off, is deleted."""
+        ours = STOPPED_KEY in server.metadata
+        resting = server.status == "SHUTOFF" and not server.task_state
+        if _never_ran(server):
+            zone = server.metadata.get(ZONE_KEY, "")
+            self._refusals.keep(zone, Purchase.on_demand, self._not_placed(server, zone))
+        elif not resting or ours:
+            if ours and server.status == "ACTIVE" and not server.task_state:  # it is back
+                with suppress(CloudError), self._translated(f"mark server {server.id}"):
+                    self._connection.compute.delete_server_metadata(server.id, [STOPPED_KEY])
+            return state_of(server)
+        self._discard(server)
+        return MachineState.terminating
 
     def _machine(self, server: Any, state: MachineState) -> Machine:
         marks: Mapping[str, str] = server.metadata
@@ -244,7 +251,7 @@ class OpenStackDriver:
         return self._error("launch a server", words, meaning_of(0, words), zone=zone)
 
     def _discard(self, server: Any) -> None:
-        """One that never came up; of no use, and it counts for the quota."""
+        """Of no use any more, and it counts for the quota."""
         with self._translated(f"delete server {server.id}"):
             self._connection.compute.delete_server(server.id)
 
