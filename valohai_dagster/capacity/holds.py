@@ -7,6 +7,7 @@ because they are about the group and must not replace each other: machines that 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -26,6 +27,10 @@ _FIRST_AND_MOST = {
     Trouble.invalid: (timedelta(seconds=30), timedelta(minutes=5)),
     Trouble.outage: (timedelta(seconds=5), timedelta(minutes=2)),
 }
+_FLEETING = re.compile(
+    r"(\d{4}-\d\d-\d\d[T ])?\d{1,2}:\d\d(:\d\d(\.\d+)?)?Z?"
+    r"|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+)
 _FORGOTTEN_AFTER = timedelta(hours=1)  # of its end
 NEVER_CHECKED_IN = 3  # in a row (E-07)
 _CHECK_IN_HOLD = timedelta(minutes=10)
@@ -70,6 +75,11 @@ def find(holds: Iterable[Hold], zone: str | None, purchase: Purchase | None) -> 
 def covers(hold: Hold, zone: str, purchase: Purchase) -> bool:
     """Whether it is about launches of this zone and purchase."""
     return hold.zone in (None, zone) and hold.purchase in (None, purchase)
+
+
+def gist(reason: str) -> str:
+    """What stays when the same refusal comes again: no times, and no ids of requests."""
+    return _FLEETING.sub("", reason)
 
 
 def _hold(

@@ -5,7 +5,6 @@ Whoever looks after a group writes it at each look. It expires when nobody does 
 
 from __future__ import annotations
 
-import re
 from datetime import datetime
 from typing import Any
 
@@ -14,10 +13,10 @@ import redis.asyncio as aioredis
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from valohai_agent.protocol import Keys
+from valohai_dagster.capacity.holds import gist
 
 STATE_SECONDS = 120
 KICKS_KEPT = 1_000
-_TIME = re.compile(r"\d{1,2}:\d{2}(:\d{2})?")
 
 
 class CapacityState(BaseModel):
@@ -51,8 +50,8 @@ class CapacityState(BaseModel):
 
     @property
     def gist(self) -> str | None:
-        """The trouble without times of day: while it is the same, nobody is told again."""
-        return _TIME.sub("", self.trouble) if self.trouble else None
+        """The trouble without times and ids of requests: while it is the same, nobody is told again."""
+        return gist(self.trouble) if self.trouble else None
 
 
 def parse(text: str | bytes | None) -> CapacityState | None:

@@ -73,3 +73,9 @@ def test_holds_of_the_group_do_not_replace_each_other_and_have_no_zone_for_the_p
     assert (lists.failures, launches.failures, launches.zone) == (1, 1, None)
     assert [hold.zone for hold in holding.in_force([lists, launches], NOW)] == [None, None]
     assert holding.in_force([lists], lists.until) == ()
+
+
+def test_a_refusal_with_another_time_and_request_is_the_same_refusal() -> None:
+    first = "No room (Timestamp: 2026-01-01T10:00:00.5Z, request 01234567-89ab-cdef-0123-456789abcdef); again at 10:01:00"
+    later = "No room (Timestamp: 2026-01-01T10:05:12Z, request 89abcdef-0123-4567-89ab-cdef01234567); again at 10:06:12"
+    assert holding.gist(first) == holding.gist(later) != holding.gist("No quota")
