@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from decimal import Decimal
+from textwrap import shorten
 from typing import Annotated, Any
 
 import typer
@@ -35,15 +36,12 @@ from valohai_dagster.cli.capacity import Deployment, Live, deployment
 from valohai_dagster.cli.group_checks import obstacles
 from valohai_dagster.cli.render import cell_text, counted, in_columns
 from valohai_dagster.errors import RefusedError, ValohaiError
-from valohai_dagster.executions.capacity_state import STATE_SECONDS
 from valohai_dagster.settings_groups import AnyGroupSettings, CloudGroupSettings
 
 ASLEEP = "no service runs; the next execution starts it"
-UNSEEN = (
-    f"no conductor has looked after it for {STATE_SECONDS} s; "
-    "`valohai-dagster doctor` checks the conductors"
-)
+UNSEEN = "no conductor has looked after it lately; `valohai-dagster doctor` looks for one"
 HIDDEN = "**********"
+SHOWN = 160  # characters of how a group stands, in a list
 LINES = 10  # of the history that `show` prints
 
 app = typer.Typer(
@@ -73,14 +71,15 @@ def list_(as_json: AsJson = False) -> None:
     for row in rows:
         machines = f"{row['machines']}/{row['max_machines']}" if row["scales"] else "-"
         words = (row["group"], row["kind"], row["type"], machines, row["workers"], row["waiting"])
-        cells.append([*map(cell_text, words), row["standing"]])
+        standing = shorten(row["standing"], SHOWN, placeholder=" ... (--json tells all)")
+        cells.append([*map(cell_text, words), standing])
     for line in in_columns(cells, right=frozenset({3, 4, 5})):
         typer.echo(line)
 
 
 @app.command()
 def show(name: Name, as_json: AsJson = False) -> None:
-    """Tells all about one group: its settings, how it stands, what is held back and why, and what happened last."""
+    """Tells all about one group: how it stands, what is held back and why, its settings, and what happened last."""
     with deployment() as place:
         file = place.group(name)
         now = datetime.now(timezone.utc)
@@ -102,9 +101,6 @@ def show(name: Name, as_json: AsJson = False) -> None:
         }
         typer.echo(json.dumps(found, indent=2))
         return
-    for key, value in settings.items():
-        typer.echo(f"{key} = {cell_text(value)}{_mark(key, file, changed, refused)}")
-    typer.echo("")
     for text in _standing(row, live):
         typer.echo(text)
     for hold in holds:
@@ -112,6 +108,10 @@ def show(name: Name, as_json: AsJson = False) -> None:
         typer.echo(f"held until {hold.until:%H:%M:%S} UTC ({where or 'everywhere'}): {hold.reason}")
     for one in asked:
         typer.echo(_asked_text(one))
+    typer.echo("")
+    for key in (key for key in settings if key in {*file.model_fields_set, *changed}):
+        typer.echo(f"{key} = {cell_text(settings[key])}{_mark(key, file, changed, refused)}")
+    typer.echo("the other settings have their defaults; --json tells them\n")
     for line in lines:
         typer.echo(line_text(line))
 
@@ -224,6 +224,7 @@ def _row(place: Deployment, name: str) -> dict[str, Any]:
         group, refused = fitted(name, place.settings.groups[name], read_overrides(conn, name))
     live, scales = place.live(name), isinstance(group, CloudGroupSettings)
     asleep = live.state is None and place.is_asleep()
+    trouble = None if asleep else _trouble(live, scales)
     row: dict[str, Any] = {
         "group": name,
         "kind": getattr(group, "kind", ""),
@@ -234,7 +235,7 @@ def _row(place: Deployment, name: str) -> dict[str, Any]:
         "workers": len(live.workers) if live.away is None else None,
         "machines": _machines(place, name, live) if scales else None,
         "max_machines": getattr(group, "max_machines", None),
-        "trouble": (None if asleep else _trouble(live, scales)) or _misfits(name, refused),
+        "trouble": "; ".join(filter(None, (trouble, _misfits(name, refused)))) or None,
     }
     standing = row["trouble"] or (ASLEEP if asleep else "ok")
     return {**row, "standing": standing if group.enabled or row["trouble"] else "disabled"}

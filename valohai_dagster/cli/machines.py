@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Annotated, Any
 
@@ -90,9 +90,8 @@ def show(
         typer.echo(json.dumps(found, indent=2))
         return
     for one, row in zip(found, rows, strict=True):
-        for key, value in one.items():
-            if key != "history" and value is not None:
-                typer.echo(f"{key.replace('_', ' ')}: {value}")
+        for text in _words(one):
+            typer.echo(text)
         for line in lines[row.known.machine.id]:
             typer.echo(line_text(line))
 
@@ -140,6 +139,24 @@ def _described(row: MachineRow, live: Mapping[str, Live], now: datetime) -> dict
         "workers": sorted(one.name for one in of_group.workers if one.machine_id == machine.id),
         "reason": known.reason,
     }
+
+
+def _words(one: Mapping[str, Any]) -> Iterator[str]:
+    """One machine for people, without what there is nothing to say of."""
+    for key, value in one.items():
+        if key == "history" or value in (None, "", False, []):
+            continue
+        if key == "age_seconds":
+            yield f"age: {seconds_text(value)}"
+        elif key == "cost":
+            yield f"cost: {_money(value)}"
+        elif key.endswith(("_at", "_since")):
+            yield f"{key.replace('_', ' ')}: {datetime.fromisoformat(value):%Y-%m-%d %H:%M:%S} UTC"
+        else:
+            words = (
+                ", ".join(value) if isinstance(value, list) else "yes" if value is True else value
+            )
+            yield f"{key}: {words}"
 
 
 def _when(moment: datetime | None) -> str | None:

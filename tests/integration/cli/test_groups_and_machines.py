@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,10 @@ def test_a_machine_with_its_age_state_cost_and_reason(service: RunningService, c
     assert machine in said(machines.app, "ls")
     shown = told(machines.app, "show", machine[:8])
     assert shown[0]["machine"] == machine
+    text = said(machines.app, "show", machine)
+    assert "state: starting" in text
+    assert re.search(r"^created at: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC$", text, re.MULTILINE)
+    assert "False" not in text
     assert "1 waiting" in said(machines.app, "history", "cloud")
     until(lambda: group_row()["machines"] == 1)
     assert "1/2" in said(groups.app, "ls")
@@ -169,7 +174,10 @@ def test_before_anything_was_started_a_group_has_no_machines_and_nothing_is_wron
     assert (row["machines"], row["trouble"]) == (0, None)
     assert row["standing"] == "no service runs; the next execution starts it"
     assert "0/2" in said(groups.app, "ls")
-    assert row["standing"] in said(groups.app, "show", "cloud")
+    text = said(groups.app, "show", "cloud")
+    assert text.startswith(row["standing"])
+    assert "max_machines = 2" in text
+    assert "min_machines" not in text  # as it is by default
 
 
 def test_machines_of_a_group_that_was_taken_out_of_the_settings_are_told(
