@@ -114,13 +114,17 @@ def test_a_user_that_somebody_removed_comes_back(
     wait_for(lambda: opens(address), what="the machine's user")
 
 
+@pytest.mark.parametrize("further", ["+info", "-info"])
 def test_a_control_plane_that_may_not_make_users_says_so_and_goes_on(
-    service: RunningService, own_redis: RedisServer, caplog: pytest.LogCaptureFixture
+    service: RunningService,
+    own_redis: RedisServer,
+    caplog: pytest.LogCaptureFixture,
+    further: str,
 ) -> None:
     joined(service)
     service.leave()
     with own_redis.client() as client:
-        client.execute_command("ACL", "SETUSER", "control", *control_plane_rules(), ">pw")
+        client.execute_command("ACL", "SETUSER", "control", *control_plane_rules(), further, ">pw")
     url = own_redis.url.replace("redis://", "redis://control:pw@")
     settings = Settings(**{**service.settings.model_dump(), "redis_url": url})
     with running_service(settings) as limited:
