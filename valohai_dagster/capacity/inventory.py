@@ -110,12 +110,12 @@ class Inventory:
         self,
         listed: Iterable[Machine],
         *,
-        ours: Callable[[Machine], str | None],
+        ours: Callable[[Machine], tuple[str, datetime] | None],
         heard: Container[str],
         closed: Container[str],
         misses: dict[str, int],
     ) -> None:
-        """`ours`: token of the launch that made a machine, None for nobody's. `heard`: ids of those whose workers check in
+        """`ours`: token of the launch that made a machine and when that was, None for nobody's. `heard`: ids of those whose workers check in
         now. `closed`: ids that are done with.
 
         `misses`: lists in a row that have not had a machine, kept by the caller from look to look.
@@ -136,7 +136,8 @@ class Inventory:
                 self._found(machine, ours(machine))
 
     def _present(self, known: Known, machine: Machine) -> None:
-        machine = replace(machine, token=machine.token or known.machine.token)
+        born = known.machine.created_at  # the cloud's clock may be another
+        machine = replace(machine, token=machine.token or known.machine.token, created_at=born)
         if self._is_late(known, machine):
             machine = replace(machine, state=known.machine.state)
         known = replace(known, machine=machine, listed_at=self._now, missing_since=None)
@@ -177,9 +178,12 @@ class Inventory:
         else:
             self.put(known)
 
-    def _found(self, machine: Machine, token: str | None) -> None:
-        if token is not None:
-            known = Known(machine=replace(machine, token=token), listed_at=self._now)
+    def _found(self, machine: Machine, launch: tuple[str, datetime] | None) -> None:
+        if launch is not None:
+            token, asked_at = launch
+            born = min(max(machine.created_at, asked_at), self._now)
+            machine = replace(machine, token=token, created_at=born)
+            known = Known(machine=machine, listed_at=self._now)
             self.put(known)
             if machine.state is MachineState.gone:
                 self._gone(known, "the cloud has ended it")

@@ -18,7 +18,6 @@ class Load:
     """What the queue and the workers of the group are like now."""
 
     waiting: Mapping[int, int] = field(default_factory=dict)  # jobs by priority
-    oldest_waiting: datetime | None = None
     seats: tuple[Seat, ...] = ()
     watched_since: datetime | None = None  # see View
 

@@ -105,7 +105,6 @@ class View:
     """
 
     waiting: Mapping[int, int] = field(default_factory=dict)
-    oldest_waiting: datetime | None = None
     machines: tuple[Machine, ...] = ()
     seats: tuple[Seat, ...] = ()
     registered: frozenset[str] = frozenset()

@@ -35,7 +35,7 @@ from valohai_dagster.errors import ValohaiError
 
 _ROUNDS = 12  # plans in one look, each after a refusal
 _SKEW = timedelta(minutes=1)  # between the cloud's clock and ours
-_CLOSED_KEPT = timedelta(days=1)
+_KEPT = timedelta(days=1)
 
 _ORDER = list(ActionKind)  # what brings machines goes first
 
@@ -68,7 +68,7 @@ class Reconciler:
         self._told: set[str] = set()  # deaths that an earlier outcome had
         self._asked: dict[str, tuple[datetime, datetime]] = {}  # first and last time, by token
         self._launches: dict[str, Launch] = {}  # complete ones, by token
-        self._tokens: set[str] = set()  # of all launches by this process
+        self._tokens: dict[str, datetime] = {}  # of launches by this process, when asked for
         self._not_before: dict[str, datetime] = {}  # of a machine that a call did nothing for
         self._vain: dict[str, tuple[int, str]] = {}  # such calls in a row and the last one's words
         self._reminded: dict[str, datetime] = {}  # workers told to drain
@@ -142,7 +142,8 @@ class Reconciler:
         if hold is not None:
             self._release(hold, "the cloud answers again")
         self._listed_at, self._listed = now, frozenset(machine.id for machine in listed)
-        self._closed = {one: at for one, at in self._closed.items() if now - at < _CLOSED_KEPT}
+        self._closed = {one: at for one, at in self._closed.items() if now - at < _KEPT}
+        self._tokens = {one: at for one, at in self._tokens.items() if now - at < _KEPT}
         launches = self._launch_intents()
         look.inventory.take_list(
             listed,
@@ -152,15 +153,17 @@ class Reconciler:
             misses=self._misses,
         )
 
-    def _launched_by(self, machine: Machine, launches: Sequence[Intent]) -> str | None:
-        """Token of the launch that made it. Where the cloud keeps none, one that is open and not younger."""
+    def _launched_by(
+        self, machine: Machine, launches: Sequence[Intent]
+    ) -> tuple[str, datetime] | None:
+        """Token of the launch that made it, and since when it was asked for. Where the cloud keeps none, one that is open
+        and not younger."""
         if machine.token is None:
-            fits = (one.token for one in launches if machine.created_at >= one.at - _SKEW)
+            fits = ((one.token, one.at) for one in launches if machine.created_at >= one.at - _SKEW)
             return next(fits, None)
-        known = machine.token in self._tokens
-        return (
-            machine.token if known or any(one.token == machine.token for one in launches) else None
-        )
+        asked = next((one.at for one in launches if one.token == machine.token), None)
+        asked = asked or self._tokens.get(machine.token)
+        return None if asked is None else (machine.token, asked)
 
     def _launch_intents(self) -> list[Intent]:
         return [one for one in self._book.intents() if one.action is ActionKind.launch]
@@ -357,7 +360,7 @@ class Reconciler:
         launch = self._launches.get(intent.token) or Launch(
             token=intent.token, count=intent.count, zone=intent.zone, purchase=intent.purchase
         )
-        self._tokens.add(intent.token)
+        self._tokens.setdefault(intent.token, intent.at)
         try:
             if intent.token not in self._launches:
                 launch = self._launches[intent.token] = self._prepare(launch)
@@ -433,7 +436,8 @@ class Reconciler:
     def _hold(self, hold: Hold, before: Sequence[Hold]) -> None:
         old = holding.find(before, hold.zone, hold.purchase)
         self._book.hold(hold)
-        if hold.until > self._clock() and (old is None or old.reason != hold.reason):
+        same = old is not None and holding.gist(old.reason) == holding.gist(hold.reason)
+        if hold.until > self._clock() and not same:
             self._book.note(
                 Kind.trouble, f"{hold.reason}; tried again at {hold.until:%H:%M:%S} UTC"
             )

@@ -43,7 +43,6 @@ def view_of(
     known = [one for one in known if one.machine.state is not MachineState.gone]
     return View(
         waiting=load.waiting,
-        oldest_waiting=load.oldest_waiting,
         machines=tuple(_at_rest(one.machine, late) for one in known),
         seats=load.seats,
         watched_since=load.watched_since,

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.clock import FakeClock
 from tests.support.small_cloud import SmallCloud
+from valohai_agent.protocol import utcnow
 from valohai_dagster.capacity.book import Kind, Known
 from valohai_dagster.capacity.clouds.base import CloudError, Trouble
 from valohai_dagster.capacity.look import Load, Outcome
@@ -27,6 +28,7 @@ class OddCloud(SmallCloud):
 
     may_end = True
     shown: dict[str, MachineState | None]  # what lists say of a machine instead of the truth
+    ahead = timedelta(0)  # its clock, of ours
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +47,11 @@ class OddCloud(SmallCloud):
 
     def list(self) -> Sequence[Machine]:
         shown = ((one, self.shown.get(one.id, one.state)) for one in super().list())
-        return [replace(one, state=state) for one, state in shown if state is not None]
+        return [
+            replace(one, state=state, created_at=one.created_at + self.ahead)
+            for one, state in shown
+            if state is not None
+        ]
 
 
 class Group:
@@ -150,3 +156,13 @@ def test_lists_from_before_a_start_are_not_believed(group: Group, stale: Machine
     group.cloud.shown["m"] = MachineState.stopped  # for good
     group.looks(2, waiting=1)
     assert len(group.cloud.called("start")) == 2
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_e07_a_machine_has_its_time_to_boot_by_our_clock(group: Group, hours: int):
+    group.cloud.ahead = group.clock() - utcnow() + timedelta(hours=hours)
+    group.look(waiting=1)
+    group.looks(14, waiting=1)
+    assert not group.cloud.called("terminate")
+    group.looks(2, waiting=1)
+    assert len(group.cloud.called("terminate")) == 1
