@@ -72,3 +72,4 @@ def test_the_capacity_benchmark_counts_what_was_leaked_and_lost() -> None:
     assert (figures["leaked"], figures["busy_terminated"], figures["lost"]) == (0, 0, 0)
     names = ("cost_over_ideal", "wait_p95_s", "planner_tick_ms", "enqueue_to_cloud_call_s")
     assert all(figures[name] > 0 for name in names), figures
+    assert figures["simulated_enqueue_to_cloud_call_s"] > 0

@@ -22,6 +22,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,6 +65,7 @@ class _World:
         self.quotas: dict[str, float] = {}  # of EC2, by code; moto knows none
         self.launches: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]] = {}
         self.actions: list[str] = []  # all that was asked, in order
+        self.launched: list[float] = []  # LaunchInstances by time.monotonic, one for the host
 
     def launch_fault(self, zone: str, market: str) -> dict[str, Any] | None:
         for fault in self.faults:
@@ -328,6 +330,7 @@ _ORDERS: dict[str, Callable[..., Any]] = {
     "settle": _settle,
     "members": _members,
     "actions": lambda: WORLD.actions,
+    "launched": lambda: WORLD.launched,
     "lag": _set("lagging"),
     "faults": _set("faults"),
     "quotas": _set("quotas"),
@@ -366,7 +369,10 @@ def application() -> Wsgi:
             return answer(environ, start_response)
         body = request.get_data()  # cached, and put back for moto
         environ["wsgi.input"] = _again(body)
-        WORLD.actions.append(_action(request, body.decode()))
+        action = _action(request, body.decode())
+        WORLD.actions.append(action)
+        if action == "LaunchInstances":
+            WORLD.launched.append(time.monotonic())
         for fault in WORLD.faults:
             if fault.get("status"):
                 return _refused(request, fault)(environ, start_response)
