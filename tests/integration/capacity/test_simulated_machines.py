@@ -71,6 +71,29 @@ def test_machines_outlive_a_restart_and_end_when_they_are_terminated(
     until(lambda: agents_on(ended) == [])
 
 
+def test_an_agent_whose_starter_died_before_it_wrote_that_down_is_found(
+    ended: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+):
+    driver = open_driver(ended, redis_server)
+    write, died = Path.write_text, RuntimeError("died")
+
+    def die(path: Path, text: str) -> int:
+        if path.name.endswith("-0.json"):
+            raise died
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", die)
+    with pytest.raises(RuntimeError):
+        driver.launch(Launch(token="t"))
+    monkeypatch.undo()
+    later = open_driver(ended, redis_server)
+    (machine,) = later.list()
+    until((ended / "simulated" / GROUP / f"{machine.id}-0.json").exists)
+    assert agents_on(ended) == [f"{machine.id}-0"]
+    later.terminate(machine.id)
+    until(lambda: agents_on(ended) == [])
+
+
 def test_a_machine_that_never_registers_has_no_agent(ended: Path, redis_server: RedisServer):
     driver = open_driver(ended, redis_server, never_registers_rate=1.0)
     driver.launch(Launch(token="t"))

@@ -36,6 +36,10 @@ from valohai_dagster.settings_groups import SimulatedGroupSettings
 _FORGOTTEN_AFTER = timedelta(days=1)
 NOTICE_SECONDS = 30.0  # that a spot machine is told before it is taken back
 _MACHINES = TypeAdapter(dict[str, SimulatedMachine])
+# Says itself who it is too, as whoever started it may die before.
+_MACHINE = """printf '{"boot": "%s", "pid": %d}' "$2" $$ >"$1.new" && mv "$1.new" "$1"
+sleep "$3"; shift 3; exec "$@"
+"""
 _COUNTS = TypeAdapter(dict[str, int])
 
 
@@ -202,6 +206,8 @@ class _Agents:
         with contextlib.suppress(FileNotFoundError):
             if json.loads(started.read_text())["boot"] == boot:
                 return
+        if host_agents.lock_held(self._lock(name)):  # started by a process that has died since
+            return
         delay = max(0.0, (machine.boots_at - now).total_seconds())
         agent = host_agents.command(
             self._group,
@@ -214,13 +220,13 @@ class _Agents:
             self._settings, redis_url=self._redis_url, machine_id=machine.id
         )
         process = host_agents.start(
-            ["/bin/sh", "-c", 'sleep "$1"; shift; exec "$@"', "machine", str(delay), *agent],
+            ["/bin/sh", "-c", _MACHINE, "machine", str(started), boot, str(delay), *agent],
             env,
             lock=self._lock(name),
             log=self._dir / f"{name}.log",
         )
-        started.write_text(json.dumps({"boot": boot, "pid": process.pid}))
         threading.Thread(target=process.wait, name=f"wait-{name}", daemon=True).start()
+        started.write_text(json.dumps({"boot": boot, "pid": process.pid}))
 
     def _kill(self, name: str) -> None:
         """All of its session, as a machine takes everything with it."""
