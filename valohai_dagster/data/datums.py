@@ -74,6 +74,16 @@ def find_datum(connection: sa.Connection, datum_id: str) -> Datum | None:
     return Datum(**row) if row else None
 
 
+def find_datums(connection: sa.Connection, datum_ids: Iterable[str]) -> dict[str, Datum]:
+    """Those that there are, by id."""
+    ids = sorted({datum_id.lower() for datum_id in datum_ids})
+    found: dict[str, Datum] = {}
+    for start in range(0, len(ids), CHUNK):
+        query = sa.select(datums).where(datums.c.id.in_(ids[start : start + CHUNK]))
+        found |= {row["id"]: Datum(**row) for row in connection.execute(query).mappings()}
+    return found
+
+
 def get_datum(connection: sa.Connection, reference: str, *, project_id: str | None) -> Datum:
     """The datum of `datum://<id or alias>` or of the bare id or alias; the content may be purged.
 

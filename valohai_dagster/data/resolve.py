@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from valohai_agent.protocol import Checksums, JobFile, JobInput, JobPackage
 from valohai_dagster.data import datasets, models, packaged, placement
-from valohai_dagster.data.datums import Datum, get_datum, require_content
+from valohai_dagster.data.aliases import is_datum_id
+from valohai_dagster.data.datums import SCHEME, Datum, find_datums, get_datum, require_content
 from valohai_dagster.data.input_spec import InputSpec
 from valohai_dagster.data.survey import MAX_FILES, SETTINGS, Pattern, Survey, no_store, pattern_of
 from valohai_dagster.errors import RefusedError, ResolutionError, StoreError
@@ -74,6 +75,7 @@ class _Resolver:
     project_id: str | None
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    datums: dict[str, Datum] = field(default_factory=dict)  # of the input at hand, named by id
 
     def files(self, spec: InputSpec) -> list[_Found]:
         """All files of one input in URI order; a URI that cannot be resolved becomes a problem.
@@ -83,6 +85,8 @@ class _Resolver:
         found: list[_Found] = []
         empty: list[str] = []
         known = len(self.problems)
+        names = (uri.removeprefix(SCHEME) for uri in spec.uris if uri.startswith(SCHEME))
+        self.datums = find_datums(self.connection, filter(is_datum_id, names))
         for uri in spec.uris:
             try:
                 asked = placement.public_uri(uri)
@@ -112,7 +116,10 @@ class _Resolver:
         if scheme in ("http", "https"):
             yield self._http(uri, spec)
         elif scheme == "datum":
-            yield _of_datum(get_datum(self.connection, uri, project_id=self.project_id), spec)
+            datum = self.datums.get(uri.removeprefix(SCHEME).lower())
+            yield _of_datum(
+                datum or get_datum(self.connection, uri, project_id=self.project_id), spec
+            )
         elif scheme == "dataset":
             version = datasets.get_version(self.connection, uri, project_id=self.project_id)
             yield from self._version(version, spec)

@@ -162,12 +162,13 @@ class Restarts:
         """The outputs so far, and those that it began with itself, unless it has stored one of the same name."""
         c = t.datums.c
         earlier = [f.datum_id for i in job.inputs if i.name == RESTART_INPUT for f in i.files]
-        of_it = sa.and_(c.execution_id == active.id, c.withdrawn.is_(False))
-        query = sa.select(c.id, c.execution_id).where(
-            sa.or_(of_it, c.id.in_(earlier)), c.purged.is_(False)
+        query = sa.select(c.id).where(
+            c.execution_id == active.id, c.withdrawn.is_(False), c.purged.is_(False)
         )
-        rows = writing.conn.execute(query.order_by(c.ctime, c.id)).all()
-        ids = [row.id for row in sorted(rows, key=lambda row: row.execution_id == active.id)]
+        own = writing.conn.execute(query.order_by(c.ctime, c.id)).scalars()
+        known = datums.find_datums(writing.conn, earlier).values()
+        before = sorted((datum.ctime, datum.id) for datum in known if not datum.purged)
+        ids = [*(datum_id for _, datum_id in before), *own]
         datums.hold(writing.conn, ids)
         group = self._core.settings.groups.get(active.group)
         if group is None:

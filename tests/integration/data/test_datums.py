@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from datetime import timedelta
 
 import pytest
@@ -40,6 +41,13 @@ def test_what_is_recorded_comes_back(place: Place) -> None:
     datum = place.datum("a/ä\n b", tags=["x"], metadata={"k": [1]}, live=True)
     assert found(place, datum.uri) == datum
     assert found(place, datum.id.upper()) == datum
+
+
+def test_many_are_found_at_once_and_unknown_ones_left_out(place: Place) -> None:
+    datum = place.datum("a")
+    others = [str(uuid.uuid4()) for _ in range(datums.CHUNK)]
+    with place.records.read() as conn:
+        assert datums.find_datums(conn, [*others, datum.id.upper()]) == {datum.id: datum}
 
 
 def test_an_alias_without_a_project_says_what_is_missing(place: Place) -> None:
