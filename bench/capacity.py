@@ -17,8 +17,8 @@ nothing may be left. Beside them in the same worlds:
 
 `planner_tick_ms` is the planner with 10,000 jobs and 1,000 machines; `enqueue_to_cloud_call_s` is from a client's submit to
 the call that launches a machine, with a real execution service and real Redis: with the driver of AWS until LaunchInstances
-arrives at moto (which answers at once, as AWS does not; the longest is the first, for which the launch template and the
-Auto Scaling group are made), and `simulated_...` until the simulated cloud's driver is asked.
+arrives at moto (which answers at once, as AWS does not; the longest is the first, for which the SDK is loaded and the Auto
+Scaling group is made), and `simulated_...` until the simulated cloud's driver is asked.
 
     python -m bench.capacity [--scenarios N] [--first SEED] [--processes N] [--quick]
 

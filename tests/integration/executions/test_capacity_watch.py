@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 
 import pytest
 import sqlalchemy as sa
@@ -18,8 +19,9 @@ from tests.support.service import (
 from tests.support.sim_agent import SimAgent
 from tests.support.small_cloud import SmallCloud, cloud_group, until
 from valohai_agent.protocol import utcnow
-from valohai_dagster.capacity.clouds.base import Trouble
+from valohai_dagster.capacity.clouds.base import Launch, Trouble
 from valohai_dagster.capacity.overrides import write_overrides
+from valohai_dagster.executions import capacity_group
 from valohai_dagster.executions.capacity_state import kick, read_state
 from valohai_dagster.executions.stream import EventKind
 from valohai_dagster.executions.why_reader import Sources, why_execution
@@ -67,6 +69,37 @@ def test_an_enqueue_makes_the_cloud_called_at_once(service: RunningService, clou
     (launch,) = cloud.called("launch")
     assert launch.count == 1
     assert len(cloud.machines) == 1
+
+
+class SlowCloud(SmallCloud):
+    """Launches take until `answer`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer = threading.Event()
+
+    def launch(self, launch: Launch) -> Sequence[str]:
+        made = super().launch(launch)
+        self.answer.wait()
+        return made
+
+
+def test_an_enqueue_during_a_launch_is_asked_for_right_after_it_not_by_a_timer(
+    cloudy: Settings, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("ROSTER_SECONDS", "LOOK_SECONDS", "QUIET_SECONDS", "SOON_SECONDS"):
+        monkeypatch.setattr(capacity_group, name, 3600.0)
+    slow = SlowCloud()
+    with running_service(cloudy, drivers=slow.open) as service:
+        service.client.submit(make_spec())
+        until(lambda: slow.called("launch"))
+        service.client.submit(make_spec())
+        with redis_server.client() as broker:
+            until(lambda: broker.zcard(service.keys.ready("local")) == 2)
+        assert len(slow.called("launch")) == 1
+        slow.answer.set()
+        until(lambda: len(slow.called("launch")) == 2)
+        assert len(slow.machines) == 2
 
 
 def test_e05_as_many_machines_as_wait_and_no_more_than_allowed(
