@@ -12,6 +12,7 @@ from valohai_dagster.settings_groups import GROUP_KINDS
 from valohai_dagster.settings_registries import REGISTRY_KINDS
 from valohai_dagster.settings_stores import STORE_KINDS
 
+_KEYS_OF_STORES = ("access_key_id", "secret_access_key", "session_token")  # groups have none
 Location = tuple["int | str", ...]
 KINDS: Mapping[str, Mapping[str, type[BaseModel]]] = {
     "stores": STORE_KINDS,
@@ -34,6 +35,8 @@ def explain(error: ValidationError, source: object, model: type[BaseModel]) -> s
         text = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             text = "there is no such setting" + _suggestion(location, kind, model)
+            if location[0] == "groups" and location[-1] in _KEYS_OF_STORES:
+                text += "; docs/clouds.md says where a group's credentials come from"
             if kind == "local" and location[1] in assumed:
                 text += _other_kinds(str(location[-1]))
         where = ".".join(str(part) for part in location)

@@ -108,6 +108,10 @@ def test_settings_are_cached_until_file_or_environment_change(
             "[groups.local]\nslot = 1\n",
             r"groups\.local\.slot: there is no such setting; did you mean 'slots'\?",
         ),
+        (
+            "[groups.gpu]\nkind = 'aws'\ninstance_type = 'g5.xlarge'\nsecret_access_key = 'x'\n",
+            r"no such setting; docs/clouds.md says where a group's credentials come from",
+        ),
         ("[groups.local]\nslots = 0\n", r"groups\.local\.slots: .*greater than or equal to 1"),
         ("redis_url = 'http://x'\n", r"redis_url: must start with redis://"),
         (

@@ -252,13 +252,10 @@ def _machine_findings(
     kind = getattr(group, "kind", "")
     text = f"{name}: {kind}, {there} of {now.max_machines} machines, {_seen(agents)}"
     problems = obstacles(records, settings, name)
-    if not problems:
-        hint = (
-            None if kind == "simulated" else f"valohai-dagster groups check {name} asks its cloud"
-        )
-        yield Finding(part="group", level="ok", text=text, hint=hint)
+    hint = None if kind == "simulated" else f"valohai-dagster groups check {name} asks its cloud"
+    yield Finding(part="group", level="warn" if problems else "ok", text=text, hint=hint)
     for problem in problems:
-        yield Finding(part="group", level="warn", text=f"{text}; {problem}")
+        yield Finding(part="group", level="warn", text=f"{name}: {problem}")
 
 
 def _seen(agents: int) -> str:
