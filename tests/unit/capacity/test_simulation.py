@@ -48,6 +48,15 @@ def test_a_calm_world_costs_what_the_work_the_boot_and_the_grace_cost():
     assert max(result.waits) < 700
 
 
+def test_lessons_2_a_long_outage_of_the_broker_ends_no_machine_and_doubles_no_work():
+    result = changed(
+        work=tuple(Work(arrives=0.0, lasts=3000.0) for _ in range(4)),
+        accidents=(Accident(kind="blackout", at=300.0, share=1.0, seconds=1500.0),),
+    )
+    assert good(result)
+    assert (result.machines, result.doubled) == (4, 0)
+
+
 def test_the_same_seed_is_the_same_world():
     world = scenario(1003)
     assert World(world).run() == World(world).run()

@@ -56,6 +56,7 @@ class Crew:
         self.workers: dict[str, Worker] = {}
         self._queue: list[tuple[int, int, int, int]] = []  # class, priority, sequence, job
         self._sealed: set[str] = set()  # machines whose workers get no work
+        self.dark_until = 0.0  # nobody hears anybody
         self.doubled = 0  # jobs that were given away while their worker computed on
 
     # -- jobs --------------------------------------------------------------------------------------------------
@@ -139,6 +140,10 @@ class Crew:
 
     def _lose(self, worker: Worker, *, unless_heard: float | None = None) -> None:
         """Its jobs are given to others. `unless_heard`: not if it was heard after that."""
+        if unless_heard is not None and self.timeline.seconds < self.dark_until + LOST_GRACE:
+            late = self.dark_until + LOST_GRACE
+            self.timeline.plan(late, lambda: self._lose(worker, unless_heard=unless_heard))
+            return
         back = not worker.cut_off and worker.alive
         if unless_heard is not None and (back or worker.heard_at > unless_heard):
             return
@@ -175,6 +180,12 @@ class Crew:
         worker.cut_off, worker.heard_at = True, self.timeline.seconds
         self._wait_for(worker)
         self.timeline.after(seconds, lambda: self._back(worker))
+
+    def darken(self, seconds: float) -> None:
+        """The broker is away for so long; agents try again every few seconds."""
+        self.dark_until = self.timeline.seconds + seconds
+        for number, worker in enumerate(list(self.workers.values())):
+            self.cut_off(worker, seconds + number % 5)
 
     def die(self, worker: Worker) -> None:
         """The agent ends without a word; its jobs end with it."""
@@ -221,6 +232,9 @@ class Crew:
 
     def _back(self, worker: Worker) -> None:
         if not worker.alive:
+            return
+        if self.timeline.seconds < self.dark_until:
+            self.timeline.plan(self.dark_until, lambda: self._back(worker))
             return
         worker.cut_off = False
         for job, lease in worker.results:

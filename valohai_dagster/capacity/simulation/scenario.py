@@ -28,9 +28,10 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Accident:
-    """`share` of the machines: taken back (spot), cut off for `seconds`, broken, or left without their agent."""
+    """`share` of the machines: taken back (spot), cut off for `seconds`, broken, or left without their agent. In a
+    blackout the broker is away: nobody hears anybody."""
 
-    kind: str  # storm, partition, crash, agent-death
+    kind: str  # storm, partition, crash, agent-death, blackout
     at: float
     share: float
     seconds: float = 0.0
@@ -178,4 +179,8 @@ def _accidents(chance: Random, span: float) -> tuple[Accident, ...]:
                     seconds=seconds,
                 )
             )
+    for _ in range(chance.choice([0, 0, 1])):
+        seconds = chance.choice([20, 120, 600, 1500])
+        start = chance.uniform(0, span)
+        found.append(Accident(kind="blackout", at=start, share=1.0, seconds=seconds))
     return tuple(found)

@@ -85,6 +85,7 @@ class World:
         self._looking = self._again = False
         self._booted: set[tuple[str, Any]] = set()
         self._preempted_at = 0.0
+        self._watched_since = 0.0
 
     # -- from beginning to end -----------------------------------------------------------------------------------
 
@@ -154,11 +155,19 @@ class World:
         if looks is None or self._look_at != when:
             return
         self._look_at = None
+        if when < self.crew.dark_until:
+            self._watched_since = self.crew.dark_until
+            self._look(self.crew.dark_until + KICK_DELAY)
+            return
         if self._looking:  # it is still at the last one
             self._again = True
             return
         self.looks, self._looking = self.looks + 1, True
-        load = Load(waiting=self.crew.waiting(), seats=self.crew.seats())
+        load = Load(
+            waiting=self.crew.waiting(),
+            seats=self.crew.seats(),
+            watched_since=at(self._watched_since),
+        )
         try:
             outcome = looks.step(load, self.policy)
             self.step_survives()
@@ -190,6 +199,7 @@ class World:
     def _revive(self) -> None:
         alive = _Mortal(self, self.driver), _Mortal(self, self.book)
         self._looks, self._look_at = self._make(*alive, self), None
+        self._watched_since = self.timeline.seconds
         self.kick()
 
     # -- machines ------------------------------------------------------------------------------------------------
@@ -218,7 +228,9 @@ class World:
             self.timeline.after(number * 3.0, lambda worker=worker: self._checks_in(worker))
 
     def _checks_in(self, worker: Worker) -> None:
-        if self.cloud.machines[worker.machine].state(self.timeline.clock()) in ALIVE:
+        if self.timeline.seconds < self.crew.dark_until:
+            self.timeline.plan(self.crew.dark_until, lambda: self._checks_in(worker))
+        elif self.cloud.machines[worker.machine].state(self.timeline.clock()) in ALIVE:
             self.crew.check_in(worker)
 
     def ended_by_us(self, machine_id: str) -> None:
@@ -235,6 +247,9 @@ class World:
 
     def _happens(self, accident: Accident) -> None:
         clock = self.timeline.clock()
+        if accident.kind == "blackout":
+            self.crew.darken(accident.seconds)
+            return
         up = [one for one in self.cloud.machines.values() if one.state(clock) in ALIVE]
         if accident.kind == "storm":
             up = [one for one in up if one.purchase is Purchase.spot and one.reclaimed_at is None]
