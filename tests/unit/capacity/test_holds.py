@@ -50,6 +50,11 @@ def test_a_hold_is_about_what_was_refused() -> None:
     assert holding.covers(everywhere, "b", Purchase.on_demand)
 
 
+def test_words_that_go_on_after_a_refusal_fit_to_it() -> None:
+    refused = CloudError("See docs/clouds.md.", code="c", trouble=Trouble.capacity)
+    assert holding.hold_after(refused, [], NOW).reason == "See docs/clouds.md"
+
+
 def test_a_refusal_long_ago_does_not_count() -> None:
     old = Hold(until=NOW - timedelta(hours=2), reason="no", failures=5)
     assert holding.hold_after(error(), [old], NOW).failures == 1
