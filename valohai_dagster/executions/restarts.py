@@ -161,7 +161,8 @@ class Restarts:
     ) -> ResolvedInputs:
         """The outputs so far, and those that it began with itself, unless it has stored one of the same name."""
         c = t.datums.c
-        earlier = [f.datum_id for i in job.inputs if i.name == RESTART_INPUT for f in i.files]
+        files = [f for i in job.inputs if i.name == RESTART_INPUT for f in i.files]
+        earlier = [file.datum_id for file in files if file.datum_id is not None]
         query = sa.select(c.id).where(
             c.execution_id == active.id, c.withdrawn.is_(False), c.purged.is_(False)
         )
