@@ -96,5 +96,9 @@ def _hold(
     if error.retry_after is not None:
         wait = max(wait, timedelta(seconds=error.retry_after))
     return Hold(
-        zone=zone, purchase=purchase, until=now + wait, reason=str(error).rstrip("."), failures=failures
+        zone=zone,
+        purchase=purchase,
+        until=now + wait,
+        reason=str(error).rstrip("."),
+        failures=failures,
     )
