@@ -1,6 +1,9 @@
 """What every driver does alike, against the servers that stand for the clouds (LESSONS 3, 4 and 19).
 
 Which server that is, real, emulator or stand-in, is said in the module of the kind in tests/support/clouds/rigs.
+Groups of the kinds `local` and `static` have no machines that come and go, so no driver: agents of this host are in
+tests/integration/executions/test_local_group.py and tests/unit/capacity/test_agent_planner.py, machines of one's own in
+tests/integration/agent/test_machine.py.
 """
 
 from __future__ import annotations
