@@ -59,7 +59,7 @@ from valohai_dagster.capacity.machines import MachineRecords
 from valohai_dagster.capacity.model import Machine as MachineOfCloud
 from valohai_dagster.capacity.model import MachineState, Purchase
 from valohai_dagster.data.secrets import SecretKey
-from valohai_dagster.records.capacity_tables import join_tokens
+from valohai_dagster.records.capacity_tables import join_tokens, machines
 from valohai_dagster.records.engine import Records, open_records
 from valohai_dagster.settings import Settings
 from valohai_dagster.settings_groups import (
@@ -276,6 +276,17 @@ def test_a_ticket_brings_its_machine_back_and_no_other(
     with pytest.raises(CannotJoin):  # the machine has begun anew
         refresh(machine, hostname="host")
     assert again.answer.ticket != machine.answer.ticket
+
+
+def test_a_machine_that_counts_as_gone_hears_no_word_any_more(site: Site) -> None:
+    """So it ends itself, wherever it is: its group's region may have been changed."""
+    machine = site.join(site.token())
+    site.listed("one", machine.machine_id)
+    refresh(machine, hostname="host")
+    with site.records.write() as conn:
+        conn.execute(machines.update().values(gone_at=utcnow()))
+    with pytest.raises(CannotJoin):
+        refresh(machine, hostname="host")
 
 
 def test_a_machine_whose_ticket_is_not_good_any_more_says_that_it_has_to_join_again(

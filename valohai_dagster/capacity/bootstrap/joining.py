@@ -138,9 +138,15 @@ def _check_launched(conn: sa.Connection, row: Any, machine_id: str) -> None:
 
 
 def show_ticket(conn: sa.Connection, request: JoinRequest, *, now: datetime) -> Admission:
-    """The return of a machine that has joined before. Raises NotAdmitted."""
+    """The return of a machine that has joined before. Raises NotAdmitted, also where the cloud of today's settings does not
+    have it any more: what hears no other word ends itself."""
     row = _row(conn, request.token, now)
     if row is None or row.machine_id is None or row.machine_id != request.machine_id:
+        raise NotAdmitted
+    gone = sa.select(machines.c.gone_at).where(
+        machines.c.group_name == row.group_name, machines.c.machine_id == row.machine_id
+    )
+    if conn.execute(gone).scalar() is not None:
         raise NotAdmitted
     mine = table.c.digest == row.digest
     conn.execute(table.update().where(mine).values(expires_at=now + TICKET_LIFE))
