@@ -134,7 +134,9 @@ def check(
                 f"group {name} has no machines of its own, so there is no cloud to ask"
             )
         names = [name] if name else _scaling(place)
-        found = {one: _check(place, one) for one in names}
+        found, now = {one: _check(place, one) for one in names}, datetime.now(timezone.utc)
+        with place.records.read() as conn:
+            held = {one: holds_of(conn, one, now) for one in names}
         for one in names:
             place.kick(one)
     if as_json:
@@ -144,6 +146,8 @@ def check(
             typer.echo(f"{'fail' if problems else 'ok'}  {one}")
             for problem in problems:
                 typer.echo(f"  {problem}")
+            for hold in held[one]:
+                typer.echo(f"  held back until now: {hold.reason}")
         if not found:
             typer.echo("no group has machines of its own", err=True)
     if any(found.values()):

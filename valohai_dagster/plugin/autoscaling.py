@@ -78,8 +78,12 @@ def tick(context: SensorEvaluationContext, groups: Sequence[str] | None = None) 
         context.log.log(level, _text(line))
     now = datetime.now(timezone.utc)
     standing = [_standing(name, states.get(name), now) for name in names]
-    for text in [*standing, *([problem] if problem else [])]:
-        context.log.info(text)
+    for name, text in zip(names, standing, strict=True):
+        state = states.get(name)
+        well = state is not None and state.trouble is None
+        context.log.log(logging.INFO if well else logging.WARNING, text)
+    if problem:
+        context.log.warning(problem)
     context.update_cursor(cursor)
     return SkipReason("; ".join([*standing, *([problem] if problem else []), *_short(lines)]))
 

@@ -214,3 +214,4 @@ def test_show_tells_what_is_held_back_and_no_secret(service: RunningService, clo
     assert "may have 0 machines" in text
     assert "hunter2" not in text
     until(lambda: "may have 0 machines" in str(group_row()["trouble"]))
+    assert "held back until now: " in said(groups.app, "check", "cloud")

@@ -300,7 +300,7 @@ class DockerDriver:
             words = _words(error)
             code, trouble = classify(getattr(error, "status_code", None), f"{words} {error}")
             raise CloudError(
-                f"The Docker daemon at {self._host} could not {doing} for the group {self._group!r}: {words}.{_advice(trouble)}",
+                f"The Docker daemon at {self._host} could not {doing} for the group {self._group!r}: {words}.{_advice(code, trouble)}",
                 code=code,
                 trouble=trouble,
                 zone=zone,
@@ -414,5 +414,7 @@ _ADVICE = {
 }
 
 
-def _advice(trouble: Trouble) -> str:
-    return _ADVICE.get(trouble, "")
+def _advice(code: str, trouble: Trouble) -> str:
+    """A daemon that has answered runs, whatever was away from it, such as a registry."""
+    answered = trouble is Trouble.outage and code != "Unreachable"
+    return "" if answered else _ADVICE.get(trouble, "")
