@@ -245,7 +245,8 @@ class GcpDriver:
             )
         state = state_of(member)
         if state is before:
-            self._tell(manager, f"{method}_instances", [machine_id])
+            if member.current_action != "STARTING":  # else it is tried already
+                self._tell(manager, f"{method}_instances", [machine_id])
         elif state not in (after, way[after]):
             raise self._api.refusal(
                 f"{method} {machine_id}", "resourceNotReady", f"it is {state.value} just now"
