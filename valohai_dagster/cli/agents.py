@@ -14,7 +14,7 @@ from valohai_agent.protocol import Keys
 from valohai_dagster.broker.access import agent_rules, server_version, set_agent_user
 from valohai_dagster.broker.connection import broker_url, connect
 from valohai_dagster.cli.agents_files import build, publish, releases, update, use
-from valohai_dagster.cli.agents_joining import join_token, new_password
+from valohai_dagster.cli.agents_joining import join, join_token, new_password
 from valohai_dagster.errors import ConfigurationError, RefusedError
 from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import Settings, load_settings
@@ -22,6 +22,7 @@ from valohai_dagster.settings import Settings, load_settings
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Agents on other machines.")
 for command in (join_token, build, publish, releases, use, update, new_password):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(join)
 
 
 @app.command("acl")

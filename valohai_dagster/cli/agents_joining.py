@@ -1,8 +1,10 @@
-"""`valohai-dagster agents join-token|new-password`: how machines get into a group, and how its password changes."""
+"""`valohai-dagster agents join|join-token|new-password`: how machines get into a group, and how its password changes."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from datetime import timedelta
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -27,6 +29,7 @@ from valohai_dagster.settings import Settings, load_settings
 from valohai_dagster.stores.registry import open_stores
 
 Group = Annotated[str, typer.Argument(help="A worker group of valohai.toml.")]
+_OWN_LIFE = timedelta(minutes=10)  # of a token that is used at once
 PLAIN = (
     "warning: {url} is plain HTTP. The answer is sealed to the machine, but somebody in between could pose as the control "
     "plane; put TLS in front of it and set join_url."
@@ -78,6 +81,26 @@ def join_token(
         typer.echo(
             f"good for {counted(uses, 'machine')} until {now + life:%Y-%m-%d %H:%M} UTC", err=True
         )
+
+
+def join(context: typer.Context, group: Group) -> None:
+    """Makes this very machine a worker of a group, where it has the settings of the deployment.
+
+    What stands behind the group goes to `valohai-agent join`, such as `--service none` to run the agents right here.
+    Other machines: `join-token`.
+    """
+    settings = load_settings()
+    _known(settings, group)
+    token = fresh_token()
+    records = open_records(settings)
+    try:
+        with records.write() as conn:
+            admit_machines(conn, token, group=group, uses=1, now=utcnow(), life=_OWN_LIFE)
+    finally:
+        records.close()
+    command = [sys.executable, "-m", "valohai_agent", "join", settings.machines_url]
+    environment = {**os.environ, "VALOHAI_JOIN_TOKEN": token}
+    os.execve(sys.executable, [*command, "--group", group, *context.args], environment)  # noqa: S606 - no shell is wanted
 
 
 def new_password(

@@ -1,8 +1,9 @@
-"""`valohai-dagster agents publish|releases|use|update|join-token|new-password`, on the records, a store and Redis."""
+"""`valohai-dagster agents publish|releases|use|update|join|join-token|new-password`, on the records, a store and Redis."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import zipfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import redis
+import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from tests.support.machines import small_agent_file
@@ -21,9 +23,10 @@ from valohai_agent.redis_link import connect
 from valohai_agent.session import AgentIdentity, Session
 from valohai_agent.version import __version__
 from valohai_dagster.broker import connection as broker
+from valohai_dagster.capacity.bootstrap.joining import digest_of
 from valohai_dagster.cli import agents
 from valohai_dagster.errors import RefusedError
-from valohai_dagster.records.capacity_tables import agent_releases
+from valohai_dagster.records.capacity_tables import agent_releases, join_tokens
 from valohai_dagster.records.engine import open_records
 from valohai_dagster.settings import load_settings
 
@@ -113,6 +116,26 @@ def test_a_join_token_is_printed_once_with_what_to_type(deployment: str) -> None
     assert data["group"] == "gpu"
     with pytest.raises(RefusedError, match="no worker group 'other'"):
         run("join-token", "other")
+
+
+def test_this_machine_joins_by_the_agents_own_command_and_its_token_is_in_no_process_list(
+    deployment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent's side has tests of its own: what it would be started with is caught here."""
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execve", lambda _, command, env: started.append((command, env)))
+    run("join", "gpu", "--service", "none")
+    ((command, environment),) = started
+    assert command[1:4] == ["-m", "valohai_agent", "join"]
+    assert command[5:] == ["--group", "gpu", "--service", "none"]
+    token = environment["VALOHAI_JOIN_TOKEN"]
+    assert token.startswith("vhj_")
+    assert token not in " ".join(command)
+    records = open_records(load_settings())
+    with records.read() as conn:
+        (known,) = conn.execute(sa.select(join_tokens.c.digest, join_tokens.c.uses_left)).all()
+    records.close()
+    assert tuple(known) == (digest_of(token), 1)
 
 
 def test_the_script_for_a_bare_machine_needs_a_published_agent(deployment: str) -> None:
