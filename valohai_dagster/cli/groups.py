@@ -46,11 +46,18 @@ LINES = 10  # of the history that `show` prints
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
-    help="Worker groups: what they are, how they stand, whether their cloud lets them, and changing them at run time.",
+    invoke_without_command=True,
+    help="Worker groups: what they are, how they stand, whether their cloud lets them, and changing them at run time. "
+    "Without a command: `ls`.",
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(metavar="GROUP", help="A worker group of valohai.toml.")]
+
+
+@app.callback()
+def plain(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        list_()
 
 
 @app.command("ls")

@@ -17,10 +17,17 @@ from valohai_dagster.errors import NotFoundError
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
-    help="Machines of worker groups: age, state, cost so far, and the reason of everything that was done with them.",
+    invoke_without_command=True,
+    help="Machines of worker groups: age, state, cost so far, and the reason of everything that was done with them. "
+    "Without a command: `ls`.",
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def plain(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        list_()
 
 
 @app.command("ls")

@@ -79,6 +79,7 @@ def test_a_machine_with_its_age_state_cost_and_reason(service: RunningService, c
     assert (row["machine"], row["state"]) == (machine, "starting")
     assert row["cost"] == pytest.approx(row["age_seconds"], abs=0.1)
     assert machine in said(machines.app, "ls")
+    assert machine in said(machines.app)
     shown = told(machines.app, "show", machine[:8])
     assert shown[0]["machine"] == machine
     text = said(machines.app, "show", machine)
@@ -88,6 +89,7 @@ def test_a_machine_with_its_age_state_cost_and_reason(service: RunningService, c
     assert "1 waiting" in said(machines.app, "history", "cloud")
     until(lambda: group_row()["machines"] == 1)
     assert "1/2" in said(groups.app, "ls")
+    assert "1/2" in said(groups.app)
 
 
 def test_a_machine_that_nobody_knows_is_told_so(service: RunningService):
