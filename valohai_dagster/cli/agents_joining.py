@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from datetime import timedelta
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ from valohai_dagster.capacity.bootstrap.joining import (
 )
 from valohai_dagster.capacity.bootstrap.releases import Release, current_release, offer
 from valohai_dagster.capacity.bootstrap.user_data import bootstrap_of, user_data
+from valohai_dagster.capacity.clouds.host_agents import inherited
 from valohai_dagster.cli.render import counted
 from valohai_dagster.data.secrets import load_secret_key
 from valohai_dagster.errors import RefusedError
@@ -98,9 +100,12 @@ def join(context: typer.Context, group: Group) -> None:
             admit_machines(conn, token, group=group, uses=1, now=utcnow(), life=_OWN_LIFE)
     finally:
         records.close()
+    handle, file = tempfile.mkstemp(prefix="valohai-join-")  # removed by the agent once it is used
+    with os.fdopen(handle, "w") as out:
+        out.write(token)
     command = [sys.executable, "-m", "valohai_agent", "join", settings.machines_url]
-    environment = {**os.environ, "VALOHAI_JOIN_TOKEN": token}
-    os.execve(sys.executable, [*command, "--group", group, *context.args], environment)  # noqa: S606 - no shell is wanted
+    arguments = [*command, "--group", group, "--token-file", file, *context.args]
+    os.execve(sys.executable, arguments, inherited())  # noqa: S606 - no shell is wanted
 
 
 def new_password(

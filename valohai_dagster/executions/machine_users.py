@@ -53,7 +53,7 @@ class MachineUsers:
             info: Any = await self._core.dispatch.redis.info("server")
         except NoPermissionError:
             return ""
-        return str(info["run_id"])
+        return str(info.get("run_id", ""))
 
     async def _make(self) -> None:
         groups = await self._core.read(groups_joined)

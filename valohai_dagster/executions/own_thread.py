@@ -27,7 +27,7 @@ class OwnThread(Executor):
                 return
             try:
                 future.set_result(fn(*args, **kwargs))
-            except Exception as error:  # noqa: BLE001 - whoever waits for it gets it
+            except BaseException as error:  # noqa: BLE001 - whoever waits for it gets it
                 future.set_exception(error)
 
         self._calls.put(call)

@@ -24,6 +24,7 @@ LOOK_SHARE = 20  # the dead man's switch is looked at so many times in its time
 LONGEST_LOOK_SECONDS = 60.0
 WAIT_SECONDS = 0.5
 STEADY_SECONDS = 60.0  # an agent that ran for so long has not failed to start
+_WITHHELD = ("PYTHONPATH", "VALOHAI_JOIN_TOKEN")  # the token may be good for other machines still
 
 
 class Keeper:
@@ -85,7 +86,7 @@ class Keeper:
 
     def _start(self, number: int) -> subprocess.Popen[bytes]:
         own = self._places.environment_of(self._machine, number)
-        inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        inherited = {k: v for k, v in os.environ.items() if k not in _WITHHELD}
         environment: Mapping[str, str] = {
             **inherited,
             **self._places.environment(self._machine),

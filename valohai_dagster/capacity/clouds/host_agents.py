@@ -44,11 +44,15 @@ def _cache_options(group: AnyGroupSettings) -> list[str]:
 def environment(
     settings: AnyGroupSettings, *, redis_url: str, log_format: str = "text", machine_id: str = ""
 ) -> dict[str, str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(_WITHHELD)}
     ours = {"VALOHAI_AGENT_REDIS": redis_url, "VALOHAI_AGENT_LOG_FORMAT": log_format}
     if machine_id:
         ours["VALOHAI_AGENT_MACHINE_ID"] = machine_id
-    return {**inherited, **ours, **settings.env}
+    return {**inherited(), **ours, **settings.env}
+
+
+def inherited() -> dict[str, str]:
+    """Of this process's environment what agents may have."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(_WITHHELD)}
 
 
 def start(
