@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clouds.openstack_api import PASSWORD, PROJECT, REGION, USER, OpenStack
+from tests.support.clouds.openstack_api import PASSWORD, PROJECT, REGION, USER, OpenStack, Refusal
 from tests.support.clouds.rigs.openstack import StandInRig
 from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble
 from valohai_dagster.capacity.model import MachineState, Purchase
@@ -109,3 +109,23 @@ def test_a_server_that_powered_itself_off_is_deleted(cloud: OpenStack, rig: Stan
     assert {one.state for one in driver.list()} == {MachineState.terminating}
     cloud.settle()
     assert list(driver.list()) == []
+
+
+def test_a_server_that_may_not_be_deleted_does_not_spoil_the_list(
+    cloud: OpenStack, rig: StandInRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An administrator has stopped and locked it to look at it: it is listed as it is, and said once."""
+    driver = rig.driver()
+    first, second = driver.launch(Launch(token="t", count=2))
+    cloud.settle()
+    cloud.servers[first]["status"] = "SHUTOFF"
+
+    def refuse(method: str, path: str) -> None:
+        if method == "DELETE":
+            raise Refusal(409, f"Instance {first} is locked")
+
+    cloud.refuse = refuse
+    for _ in range(2):
+        states = {one.id: one.state for one in driver.list()}
+        assert states == {first: MachineState.stopped, second: MachineState.running}
+    assert caplog.text.count("is locked") == 1

@@ -36,6 +36,7 @@ from valohai_dagster.capacity.clouds.azure_resources import (
 )
 from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble
 from valohai_dagster.capacity.clouds.refusals import Refusals
+from valohai_dagster.capacity.clouds.tidying import Tidying
 from valohai_dagster.capacity.model import Machine, MachineState, Purchase
 from valohai_dagster.settings_groups import AzureGroupSettings
 
@@ -68,6 +69,7 @@ class AzureDriver:
         self._api = ResourceManager(group, settings)
         self._ready = False
         self._refusals = Refusals(clock)
+        self._tidying = Tidying(group)
 
     def check(self) -> Sequence[str]:
         return list(problems(self._api, self._settings))
@@ -145,16 +147,17 @@ class AzureDriver:
             if failure(member):
                 zone, purchase = _where(member)
                 self._refusals.keep(zone, purchase, self._refusal(member))
-            log.info(
-                "%s is deleted: it %s",
-                member.name,
-                "could not be made" if failure(member) else "has powered itself off",
-                extra={"action": "tidy", "group": self._group, "machine": member.name},
-            )
-            self._delete(member.name)
-            state = MachineState.terminating
+            if self._tidying.deleted(member.name, lambda: self._discard(member)):
+                state = MachineState.terminating
         created_at = member.properties.time_created or self._clock()
         return machine_of(member, created_at=created_at, state=state)
+
+    def _discard(self, member: Any) -> None:
+        why = "could not be made" if failure(member) else "has powered itself off"
+        with self._api.translated(f"delete {member.name}"):
+            self._delete(member.name)
+        extra = {"action": "tidy", "group": self._group, "machine": member.name}
+        log.info("%s is deleted: it %s", member.name, why, extra=extra)
 
     def _refusal(self, member: Any) -> CloudError:
         code, words = failure(member) or ("", "")

@@ -39,6 +39,7 @@ from valohai_dagster.capacity.clouds.gcp_resources import (
     template_path,
 )
 from valohai_dagster.capacity.clouds.refusals import Refusals
+from valohai_dagster.capacity.clouds.tidying import Tidying
 from valohai_dagster.capacity.model import Machine, MachineState, Purchase
 from valohai_dagster.settings_groups import GcpGroupSettings
 
@@ -81,6 +82,7 @@ class GcpDriver:
         self._ready: set[tuple[str, Purchase]] = set()
         self._homes: dict[str, _Manager] = {}  # of machines, as last listed
         self._refusals = Refusals(clock)
+        self._tidying = Tidying(group)
 
     def check(self) -> Sequence[str]:
         return list(problems(self._api, self._settings))
@@ -163,10 +165,13 @@ class GcpDriver:
         lost = [member for member in members if failed(member) or ended(member)]
         for member in lost:
             self._note(manager, member)
-        if lost:
-            self._delete(manager, [last(member.instance) for member in lost])
+        names = [last(member.instance) for member in lost]
+        gone = bool(lost) and self._tidying.deleted(
+            ", ".join(names), lambda: self._discard(manager, names)
+        )
         for member in members:
-            state = MachineState.terminating if member in lost else state_of(member)
+            tidied = gone and member in lost
+            state = MachineState.terminating if tidied else state_of(member)
             metadata = self._metadata(manager, member)
             yield machine_of(
                 member,
@@ -176,6 +181,10 @@ class GcpDriver:
                 created_at=_moment(metadata.get(LAUNCHED_AT)) or self._clock(),
                 state=state,
             )
+
+    def _discard(self, manager: _Manager, names: list[str]) -> None:
+        with self._api.translated(f"delete {', '.join(names)}"):
+            self._delete(manager, names)
 
     def _metadata(self, manager: _Manager, member: Any) -> Mapping[str, str]:
         """Of a machine that somebody else had the group make, no more than when it was made."""

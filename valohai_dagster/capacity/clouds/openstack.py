@@ -19,6 +19,7 @@ from valohai_agent.protocol import utcnow
 from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble, identity_tags
 from valohai_dagster.capacity.clouds.openstack_errors import ADVICE, Meaning, meaning_of
 from valohai_dagster.capacity.clouds.refusals import Refusals, Scope
+from valohai_dagster.capacity.clouds.tidying import Tidying
 from valohai_dagster.capacity.model import Machine, MachineState, Purchase
 from valohai_dagster.settings_groups import OpenStackGroupSettings
 
@@ -66,6 +67,7 @@ class OpenStackDriver:
         self._clock = clock
         self._made: Connection | None = None
         self._refusals = Refusals(clock)
+        self._tidying = Tidying(group)
 
     def check(self) -> Sequence[str]:
         from valohai_dagster.capacity.clouds.openstack_check import problems_of
@@ -167,8 +169,8 @@ class OpenStackDriver:
                 with suppress(CloudError), self._translated(f"mark server {server.id}"):
                     self._connection.compute.delete_server_metadata(server.id, [STOPPED_KEY])
             return state_of(server)
-        self._discard(server)
-        return MachineState.terminating
+        gone = self._tidying.deleted(server.id, lambda: self._discard(server))
+        return MachineState.terminating if gone else state_of(server)
 
     def _machine(self, server: Any, state: MachineState) -> Machine:
         marks: Mapping[str, str] = server.metadata
