@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.podman import busybox_root
 from valohai_agent.protocol import utcnow
-from valohai_dagster.capacity.clouds.base import Launch
+from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble
 from valohai_dagster.capacity.clouds.docker import DockerDriver
 from valohai_dagster.capacity.model import MachineState
 from valohai_dagster.settings_groups import DockerGroupSettings
@@ -94,3 +94,12 @@ def test_a_launch_that_was_interrupted_before_its_start_is_completed(host: Host)
 
 def _marks() -> dict[str, str]:
     return {"valohai-deployment": DEPLOYMENT, "valohai-group": "g", "valohai-launch": "t"}
+
+
+def test_an_image_that_cannot_be_pulled_is_surely_refused(host: Host) -> None:
+    """Whatever stands between the daemon and the registry: no machine was made, so nobody has to wait for one."""
+    driver = host.driver(image="registry.invalid/no-such-image:9")
+    with pytest.raises(CloudError, match="could not pull it") as caught:
+        driver.launch(Launch(token="t"))
+    assert caught.value.trouble is Trouble.invalid
+    assert list(driver.list()) == []

@@ -188,13 +188,28 @@ class DockerDriver:
         try:
             return self._client.containers.create(**options)
         except ImageNotFound:
-            self._client.images.pull(self._settings.image)
+            self._pull()
             return self._client.containers.create(**options)
         except APIError as error:
             container = self._container(name) if error.status_code == 409 else None
             if container is None:
                 raise
             return container
+
+    def _pull(self) -> None:
+        """Surely no machine was made where this fails, whatever the registry or the way to it has said."""
+        from docker.errors import APIError
+
+        image = self._settings.image
+        try:
+            self._client.images.pull(image)
+        except APIError as error:
+            raise CloudError(
+                f"The Docker daemon at {self._host} has no image {image!r} and could not pull it for the group "
+                f"{self._group!r}: {_words(error)}. Correct `image`, or make it there.",
+                code="CannotPull",
+                trouble=Trouble.invalid,
+            ) from error
 
     def _options(self, name: str, launch: Launch) -> dict[str, Any]:
         settings = self._settings
