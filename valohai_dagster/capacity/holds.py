@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from valohai_dagster.capacity.clouds.base import CloudError, Trouble
-from valohai_dagster.capacity.model import Hold, Purchase
+from valohai_dagster.capacity.model import Hold, Machine, Purchase
 
 CHECK_IN = "(check-in)"
 LISTING = "(listing)"
@@ -57,6 +57,19 @@ def hold_of_check_ins(before: Iterable[Hold], machine_id: str, now: datetime) ->
         " (/var/log/cloud-init-output.log there, `docker logs` of a container); it has to reach join_url and Redis",
         failures=failures,
     )
+
+
+def hold_of_withdrawn(before: Iterable[Hold], machine: Machine, now: datetime) -> Hold:
+    """The cloud accepted a launch and ended the machine before it ran, without a word of why."""
+    place = f"{machine.zone}, {machine.purchase.value}" if machine.zone else machine.purchase.value
+    error = CloudError(
+        f"launches are accepted and ended by the cloud before they run ({place})",
+        code="withdrawn",
+        trouble=Trouble.capacity,
+        zone=machine.zone or None,
+        purchase=machine.purchase,
+    )
+    return hold_after(error, before, now)
 
 
 def in_force(holds: Iterable[Hold], now: datetime) -> tuple[Hold, ...]:

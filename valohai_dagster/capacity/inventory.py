@@ -18,6 +18,7 @@ from valohai_dagster.capacity.patience import Patience
 
 _RUNS = frozenset({MachineState.starting, MachineState.running})
 _RESTS = frozenset({MachineState.stopping, MachineState.stopped})
+WITHDRAWN = "the cloud accepted its launch and ended it before it ran"
 
 
 class Inventory:
@@ -38,6 +39,7 @@ class Inventory:
         self.notes: list[tuple[Kind, str, str]] = []
         self.dead: dict[str, str] = {}
         self.failed: list[str] = []  # ended without ever having checked in
+        self.withdrawn: list[Machine] = []  # ended by the cloud before they ran
         self.registered: list[str] = []  # checked in for the first time
         self.closed: list[Known] = []
 
@@ -85,6 +87,7 @@ class Inventory:
 
     def _gone(self, known: Known, how: str) -> None:
         machine = known.machine
+        known = self._given_up(known, MachineState.gone)
         known = replace(known, reason=known.reason or self._ending.get(machine.id))
         asked = known.reason is not None
         since = known.missing_since or self._now
@@ -104,6 +107,16 @@ class Inventory:
         if not asked and not known.registered_at and not known.adopted:
             self.failed.append(machine.id)
 
+    def _given_up(self, known: Known, state: MachineState) -> Known:
+        """A launch that the cloud takes back after all shows in the end of a machine that never ran."""
+        machine = known.machine
+        ends = state in (MachineState.terminating, MachineState.gone)
+        ours = known.reason or machine.id in self._ending or machine.reclaimed_at
+        if not ends or ours or machine.state is not MachineState.starting or known.registered_at:
+            return known
+        self.withdrawn.append(machine)
+        return replace(known, reason=WITHDRAWN)
+
     # -- lists -------------------------------------------------------------------------------------------------
 
     def take_list(
@@ -111,12 +124,12 @@ class Inventory:
         listed: Iterable[Machine],
         *,
         ours: Callable[[Machine], tuple[str, datetime] | None],
-        heard: Container[str],
+        may_live: Callable[[Known], bool],
         closed: Container[str],
         misses: dict[str, int],
     ) -> None:
-        """`ours`: token of the launch that made a machine and when that was, None for nobody's. `heard`: ids of those whose workers check in
-        now. `closed`: ids that are done with.
+        """`ours`: token of the launch that made a machine and when that was, None for nobody's. `may_live`: of
+        one that no list has. `closed`: ids that are done with.
 
         `misses`: lists in a row that have not had a machine, kept by the caller from look to look.
         """
@@ -130,7 +143,7 @@ class Inventory:
                 self._present(known, machine)
             else:
                 misses[machine_id] = misses.get(machine_id, 0) + 1
-                self._missing(known, misses[machine_id], heard=machine_id in heard)
+                self._missing(known, misses[machine_id], may_live)
         for machine in there.values():
             if machine.id not in closed:
                 self._found(machine, ours(machine))
@@ -140,6 +153,7 @@ class Inventory:
         machine = replace(machine, token=machine.token or known.machine.token, created_at=born)
         if self._is_late(known, machine):
             machine = replace(machine, state=known.machine.state)
+        known = self._given_up(known, machine.state)
         known = replace(known, machine=machine, listed_at=self._now, missing_since=None)
         if machine.state is MachineState.gone:
             self._gone(known, "the cloud has ended it")
@@ -166,14 +180,14 @@ class Inventory:
             changed = stopped
         return changed is not None and self._now - changed < self._patience.confirm
 
-    def _missing(self, known: Known, times: int, *, heard: bool) -> None:
+    def _missing(self, known: Known, times: int, may_live: Callable[[Known], bool]) -> None:
         """A machine that speaks is not gone, though it may be where the driver does not look any more."""
         patience, now = self._patience, self._now
         known = replace(known, missing_since=known.missing_since or now)
         assert known.missing_since is not None
         fresh = known.reason is None and now - known.machine.created_at < patience.fresh
-        enough = times >= patience.confirm_lists
-        if enough and not heard and now - known.missing_since >= patience.confirm and not fresh:
+        enough = times >= patience.confirm_lists and now - known.missing_since >= patience.confirm
+        if enough and not fresh and not may_live(known):
             self._gone(known, "the cloud does not list it any more")
         else:
             self.put(known)
@@ -183,7 +197,9 @@ class Inventory:
             token, asked_at = launch
             born = min(max(machine.created_at, asked_at), self._now)
             machine = replace(machine, token=token, created_at=born)
-            known = Known(machine=machine, listed_at=self._now)
+            young = replace(machine, state=MachineState.starting)
+            known = Known(machine=young, listed_at=self._now)
+            known = replace(self._given_up(known, machine.state), machine=machine)
             self.put(known)
             if machine.state is MachineState.gone:
                 self._gone(known, "the cloud has ended it")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from valohai_dagster.capacity.book import Known
+from valohai_dagster.capacity.fleet import BLINK
 from valohai_dagster.capacity.inventory import Inventory, by_machine
 from valohai_dagster.capacity.model import Policy, Seat
-
-HEARD = timedelta(seconds=5)  # ago at most; silent workers that have work are in the load, too
+from valohai_dagster.capacity.patience import Patience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,6 @@ class Look:
     def __init__(self, load: Load, policy: Policy, now: datetime, inventory: Inventory) -> None:
         self.load, self.policy, self.now, self.inventory = load, policy, now, inventory
         self.seats = by_machine(load.seats)
-        self.heard = frozenset(  # machines that live, whatever the cloud lists
-            seat.machine_id for seat in load.seats if seat.seen_at >= now - HEARD
-        )
         self.decisions: list[str] = []
         self.drain: dict[str, str] = {}
         self.draining: set[str] = set()  # machines that are from now on
@@ -59,6 +56,22 @@ class Look:
         return self.policy.enabled and bool(
             sum(self.load.waiting.values()) or self.policy.min_machines
         )
+
+    def may_live(self, known: Known, patience: Patience) -> bool:
+        """Whether a machine that no list has may be there all the same: a worker of it spoke a moment ago.
+
+        One whose worker went on speaking after the lists had dropped it is where the driver does not look: the lists say
+        nothing about it, so it is waited for as long as for any silent machine. While nobody could be heard, nobody was
+        silent.
+        """
+        times = [seat.seen_at for seat in self.seats.get(known.machine.id, ())]
+        seen = max((at for at in (known.worker_seen_at, *times) if at), default=None)
+        if seen is None:
+            return False
+        since = known.missing_since
+        elsewhere = since is not None and seen - since >= patience.confirm
+        silent = self.now - max(seen, self.load.watched_since or seen)
+        return silent < (self.policy.silence if elsewhere else BLINK)
 
     def orphaned(self, known: Known) -> bool:
         """Nobody's, and not just about to check in either."""

@@ -8,7 +8,7 @@ made again at once, so that another zone or way of buying is tried in the same l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -31,6 +31,7 @@ from valohai_dagster.capacity.model import (
 )
 from valohai_dagster.capacity.patience import PATIENCE, Patience
 from valohai_dagster.capacity.planner import plan
+from valohai_dagster.capacity.strangers import Strangers
 from valohai_dagster.errors import ValohaiError
 
 _ROUNDS = 12  # plans in one look, each after a refusal
@@ -70,8 +71,10 @@ class Reconciler:
         self._launches: dict[str, Launch] = {}  # complete ones, by token
         self._tokens: dict[str, datetime] = {}  # of launches by this process, when asked for
         self._not_before: dict[str, datetime] = {}  # of a machine that a call did nothing for
-        self._vain: dict[str, tuple[int, str]] = {}  # such calls in a row and the last one's words
+        # Such calls in a row, and of the last one what was wanted and the words.
+        self._vain: dict[str, tuple[int, ActionKind, str]] = {}
         self._reminded: dict[str, datetime] = {}  # workers told to drain
+        self._strangers = Strangers()
 
     def step(self, load: Load, policy: Policy) -> Outcome:
         """Raises what the book raises; calls to the cloud that fail become holds and words."""
@@ -102,6 +105,7 @@ class Reconciler:
         self._settle(look)
         self._ask_again(look)
         self._end_orphans(look)
+        self._send_strangers_home(look)
         decided = self._plan(look)
         for _ in range(_ROUNDS):
             look.refused = False
@@ -109,6 +113,7 @@ class Reconciler:
             if not look.refused:
                 break
             decided = self._plan(look)
+        self._hold_withdrawn(look)
         seen = {seat.worker for seat in look.load.seats}
         self._reminded = {one: at for one, at in self._reminded.items() if one in seen}
         return decided
@@ -148,7 +153,7 @@ class Reconciler:
         look.inventory.take_list(
             listed,
             ours=lambda machine: self._launched_by(machine, launches),
-            heard=look.heard,
+            may_live=lambda known: look.may_live(known, self._patience),
             closed=self._closed,
             misses=self._misses,
         )
@@ -177,6 +182,7 @@ class Reconciler:
         for one in inventory.closed:
             self._misses.pop(one.machine.id, None)
             self._not_before.pop(one.machine.id, None)
+            self._vain.pop(one.machine.id, None)
         inventory.saved()
 
     def _count_check_ins(self, inventory: Inventory) -> None:
@@ -186,6 +192,13 @@ class Reconciler:
             hold = holding.find(self._book.holds(), holding.CHECK_IN, None)
             if hold is not None:
                 self._release(hold, "machines check in again")
+        # Only now: what a list has may still be withdrawn.
+        came = [inventory.known[machine_id].machine for machine_id in inventory.registered]
+        for hold in self._book.holds():
+            if hold.until <= self._clock() and any(
+                holding.covers(hold, machine.zone, machine.purchase) for machine in came
+            ):
+                self._release(hold, "machines come again")
 
     def _never_checked_in(self, machine_id: str, inventory: Inventory) -> None:
         holds = self._book.holds()
@@ -211,8 +224,8 @@ class Reconciler:
             self._done(intent, outcome)
             if intent.machine_id and outcome == seeing.NO_EFFECT:
                 since = f"{intent.at:%H:%M:%S} UTC"
-                text = f"{intent.action.value} was accepted at {since} and did nothing"
-                self._in_vain(look, intent.machine_id, text)
+                text = f"was accepted at {since} and did nothing"
+                self._in_vain(look, intent, text)
             elif intent.machine_id:
                 self._vain.pop(intent.machine_id, None)
 
@@ -231,9 +244,6 @@ class Reconciler:
             return None
         came = self._came(look, intent.token)
         if came >= intent.count:
-            for hold in self._book.holds():
-                if holding.covers(hold, intent.zone, intent.purchase):
-                    self._release(hold, "machines come again")
             return f"{came} machines"
         since, _ = self._asked.get(intent.token, (intent.at, intent.at))
         if look.now - since < self._patience.settle:
@@ -263,9 +273,16 @@ class Reconciler:
             if last is None or look.now - last >= self._patience.ask_again:
                 self._launch(look, intent)
 
-    def _held(self, intent: Intent, now: datetime) -> bool:
+    def _held(self, place: Intent | Machine, now: datetime) -> bool:
         holds = holding.in_force(self._book.holds(), now)
-        return any(holding.covers(hold, intent.zone, intent.purchase) for hold in holds)
+        return any(holding.covers(hold, place.zone, place.purchase) for hold in holds)
+
+    def _hold_withdrawn(self, look: Look) -> None:
+        """After acting: a new launch was told why, if anybody knows, and has made the hold."""
+        for machine in look.inventory.withdrawn:
+            if not self._held(machine, look.now):
+                holds = self._book.holds()
+                self._hold(holding.hold_of_withdrawn(holds, machine, look.now), holds)
 
     def _end_orphans(self, look: Look) -> None:
         """The second phase: still nobody's after a while."""
@@ -296,7 +313,7 @@ class Reconciler:
             [one for one in look.inventory.known.values() if not look.orphaned(one)],
             self._book.intents(),
             late=late,
-            load=look.load,
+            load=replace(look.load, seats=self._strangers.without(look.load.seats)),
             holds=holding.in_force(self._book.holds(), look.now),
             listed_at=self._listed_at,
         )
@@ -356,6 +373,15 @@ class Reconciler:
         look.drain[action.worker] = known.reason or action.reason
         self._reminded[action.worker] = look.now
 
+    def _send_strangers_home(self, look: Look) -> None:
+        for machine_id, text in self._strangers.look(look.load.seats, self._closed):
+            self._book.note(Kind.trouble, text, machine_id=machine_id)
+        for worker, reason in self._strangers.to_drain():
+            told = self._reminded.get(worker)
+            if told is None or look.now - told >= self._patience.remind:
+                look.drain[worker] = reason
+                self._reminded[worker] = look.now
+
     def _launch(self, look: Look, intent: Intent) -> None:
         launch = self._launches.get(intent.token) or Launch(
             token=intent.token, count=intent.count, zone=intent.zone, purchase=intent.purchase
@@ -405,8 +431,7 @@ class Reconciler:
         try:
             calls[intent.action](known.machine.id)
         except CloudError as error:
-            text = f"{intent.action.value} was refused: {error}"
-            self._in_vain(look, known.machine.id, text, seconds=error.retry_after or 0)
+            self._in_vain(look, intent, f"was refused: {error}", error.retry_after or 0)
             start = intent.action is ActionKind.start
             look.refused = look.refused or start
             if not (start and error.trouble is Trouble.outage):  # that may have had its effect
@@ -422,12 +447,13 @@ class Reconciler:
         look.inventory.put(known)
         self._remember(look.inventory)
 
-    def _in_vain(self, look: Look, machine_id: str, text: str, *, seconds: float = 0) -> None:
+    def _in_vain(self, look: Look, intent: Intent, what: str, seconds: float = 0) -> None:
         """A call has done nothing for a machine: written down once, and tried again later each time."""
-        times, before = self._vain.get(machine_id, (0, ""))
+        machine_id, text = intent.machine_id or "", f"{intent.action.value} {what}"
+        times, _, before = self._vain.get(machine_id, (0, intent.action, ""))
         if text != before:
             self._book.note(Kind.trouble, text, machine_id=machine_id)
-        self._vain[machine_id] = (times + 1, text)
+        self._vain[machine_id] = (times + 1, intent.action, text)
         wait = min(self._patience.ask_again * 2 ** min(times, 10), self._patience.most)
         self._not_before[machine_id] = look.now + max(wait, timedelta(seconds=seconds))
 
@@ -446,22 +472,14 @@ class Reconciler:
         self._book.release(hold.zone, hold.purchase)
         self._book.note(Kind.cleared, f"{why}; before: {hold.reason}")
 
-    def _odd(self, look: Look) -> Iterator[str]:
-        """What is wrong with machines that nobody waits for."""
-        for machine_id, known in look.inventory.known.items():
-            if machine_id in self._vain:
-                yield f"machine {machine_id}: {self._vain[machine_id][1]}"
-            elif known.missing_since and machine_id in look.heard:
-                yield (
-                    f"the cloud has not listed machine {machine_id} since {known.missing_since:%H:%M:%S} UTC, yet its"
-                    " worker checks in: was the place of the group changed in the settings?"
-                )
-
     def _outcome(self, look: Look, decided: Plan) -> Outcome:
         holds = self._book.holds()
         trouble = decided.shortfall
         if trouble is None and not sum(look.load.waiting.values()):
-            trouble = next(self._odd(look), None)
+            trouble = next(self._strangers.troubles(), None)
+            vain = self._vain.items()
+            stuck = {one: text for one, (_, kind, text) in vain if kind is not ActionKind.start}
+            trouble = trouble or next(seeing.odd_ones(look, stuck, self._patience), None)
         listing = holding.find(holds, holding.LISTING, None)
         if trouble is None and listing is not None and listing.until > look.now:
             trouble = f"{listing.reason}; tried again at {listing.until:%H:%M:%S} UTC"

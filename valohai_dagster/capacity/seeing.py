@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
@@ -127,6 +127,19 @@ def due_times(
             yield known.orphan_since + patience.orphan
     for those in seats.values():
         yield from (seat.idle_since + policy.grace for seat in those if seat.idle_since)
+
+
+def odd_ones(look: Look, stuck: Mapping[str, str], patience: Patience) -> Iterator[str]:
+    """What is wrong with machines that nobody waits for. `stuck`: those that cannot be stopped or ended, with what happened."""
+    for machine_id, known in look.inventory.known.items():
+        missing = known.missing_since
+        if machine_id in stuck:
+            yield f"machine {machine_id}: {stuck[machine_id]}"
+        elif missing and look.now - missing >= patience.confirm and look.may_live(known, patience):
+            yield (
+                f"the cloud has not listed machine {machine_id} since {missing:%H:%M:%S} UTC, yet its"
+                " worker checks in: was the place of the group changed in the settings?"
+            )
 
 
 def decision_text(action: Action) -> str:

@@ -179,7 +179,7 @@ def test_no_capacity_anywhere_is_told_and_clears_itself(group: Group) -> None:
     assert sum(call.startswith("launch") for call in group.cloud.calls) == 2
     group.cloud.trouble = {}
     assert group.go_on(seconds=20)[-1].trouble is None
-    group.go_on(seconds=20)
+    group.go_on(seconds=60)  # until a worker of the new machine checks in
     assert [hold.zone for hold in group.book.holds()] == ["b"]
     assert group.history(Kind.cleared) == ["machines come again; before: no: capacity in a"]
 

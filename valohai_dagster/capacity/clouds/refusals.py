@@ -31,11 +31,16 @@ class Refusals:
     def __init__(self, clock: Callable[[], datetime]) -> None:
         self._clock = clock
         self._kept: dict[tuple[str, Purchase], tuple[CloudError, datetime]] = {}
+        self._raised: dict[tuple[str, Purchase], datetime] = {}
 
     def keep(self, zone: str, purchase: Purchase, error: CloudError) -> None:
-        self._kept[zone, purchase] = error, self._clock()
+        """Not what was raised just now: lists show the same failed machine until it is gone."""
+        raised = self._raised.get((zone, purchase))
+        if raised is None or self._clock() - raised >= FRESH:
+            self._kept[zone, purchase] = error, self._clock()
 
     def raise_kept(self, zone: str, purchase: Purchase) -> None:
         error, at = self._kept.pop((zone, purchase), (None, None))
         if error is not None and at is not None and self._clock() - at < FRESH:
+            self._raised[zone, purchase] = self._clock()
             raise error
