@@ -22,7 +22,7 @@ from valohai_dagster.executions import ledger
 from valohai_dagster.executions.admission import Admission
 from valohai_dagster.executions.capacity_tools import make_tools
 from valohai_dagster.executions.capacity_watch import CapacityWatch
-from valohai_dagster.executions.core import OUTAGES, ServiceCore, run_all
+from valohai_dagster.executions.core import OUTAGES, ServiceCore, is_outage, run_all
 from valohai_dagster.executions.deaths import Deaths
 from valohai_dagster.executions.grants import GrantPlanner
 from valohai_dagster.executions.identity import Identity
@@ -170,7 +170,10 @@ class ExecutionService(ServiceCore):
     async def _leave(self) -> None:
         try:
             await asyncio.wait_for(self._hand_over(), LEAVE_SECONDS)
-        except (*OUTAGES, asyncio.TimeoutError) as error:
+        except (aioredis.RedisError, *OUTAGES, asyncio.TimeoutError) as error:
+            # A Redis that came back empty has no functions yet, and no leases either.
+            if isinstance(error, aioredis.RedisError) and not is_outage(error):
+                raise
             text = "the shards could not be handed over, their leases end by themselves: %r"
             log.warning(text, error, extra={"action": "leave"})
         finally:

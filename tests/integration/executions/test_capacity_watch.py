@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -23,6 +24,7 @@ from valohai_dagster.capacity.clouds.base import Launch, Trouble
 from valohai_dagster.capacity.overrides import write_overrides
 from valohai_dagster.executions import capacity_group
 from valohai_dagster.executions.capacity_state import kick, read_state
+from valohai_dagster.executions.core import ServiceCore
 from valohai_dagster.executions.stream import EventKind
 from valohai_dagster.executions.why_reader import Sources, why_execution
 from valohai_dagster.records.capacity_tables import agent_releases
@@ -256,3 +258,26 @@ def publish_row(conn: sa.Connection, version: str) -> None:
     about = {"store": "local", "key": "agents/a.pyz", "size": 1, "protocol": 1, "protocol_min": 1}
     values = {"version": version, "sha256": "a" * 64, "current": True, "ctime": utcnow(), **about}
     conn.execute(agent_releases.insert().values(values))
+
+
+def test_a_conductor_that_ends_when_redis_has_come_back_empty_ends_in_order(
+    cloudy: Settings,
+    cloud: SmallCloud,
+    redis_server: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    async def not_yet(core: ServiceCore) -> None:
+        await asyncio.sleep(1)
+
+    with running_service(cloudy, drivers=cloud.open) as running:
+        service = running.service
+        assert service is not None
+        until(lambda: "local" in service.capacity.held)
+        monkeypatch.setattr(ServiceCore, "load_functions", not_yet)
+        with redis_server.client() as broker:
+            broker.flushall()
+            broker.function_flush()
+        running.leave()
+        assert "could not be handed over" in caplog.text
+        assert not service.capacity.held
