@@ -6,7 +6,7 @@ survives the death of the process right after it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
@@ -57,6 +57,10 @@ class Book(Protocol):
 
     def machines(self) -> Sequence[Known]:
         """Those that are not known to be gone. Read first in a look."""
+        ...
+
+    def gone_since(self, at: datetime) -> Mapping[str, datetime]:
+        """Ids of machines that were confirmed to be gone after `at`, and when."""
         ...
 
     def save(self, *known: Known) -> None: ...

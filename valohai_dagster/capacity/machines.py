@@ -81,6 +81,12 @@ class MachineRecords:
             self._turn = conn.execute(query).scalar() or 0
             return [known_of(row) for row in conn.execute(sa.select(table).where(mine))]
 
+    def gone_since(self, at: datetime) -> dict[str, datetime]:
+        mine = (table.c.group_name == self._group) & (table.c.gone_at > at)
+        with self._records.read() as conn:
+            rows = conn.execute(sa.select(table.c.machine_id, table.c.gone_at).where(mine))
+            return {row.machine_id: row.gone_at for row in rows}
+
     def save(self, *known: Known) -> None:
         with self._my_turn() as conn:
             for one in known:

@@ -65,7 +65,7 @@ class Reconciler:
         self._listed_at: datetime | None = None
         self._listed: frozenset[str] = frozenset()  # ids in the last list
         self._misses: dict[str, int] = {}  # lists in a row without a machine
-        self._closed: dict[str, datetime] = {}  # machines that are done with
+        self._closed = dict(book.gone_since(clock() - _KEPT))  # machines that are done with
         self._told: set[str] = set()  # deaths that an earlier outcome had
         self._asked: dict[str, tuple[datetime, datetime]] = {}  # first and last time, by token
         self._launches: dict[str, Launch] = {}  # complete ones, by token

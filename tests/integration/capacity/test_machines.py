@@ -154,3 +154,15 @@ def test_history_is_trimmed(
     clock.advance(timedelta(days=100).total_seconds())
     other.note(Kind.decision, "now")
     assert texts() == ["2", "3", "4", "now"]
+
+
+def test_machines_that_are_done_with_are_known_for_a_while(
+    records: Records, clock: FakeClock
+) -> None:
+    mine, now = book(records, clock), clock()
+    known = Known(machine=Machine(id="i-1", created_at=now), listed_at=now)
+    mine.machines()
+    mine.save(known, replace(known, machine=replace(known.machine, id="i-2"), gone_at=now))
+    assert mine.gone_since(now - timedelta(days=1)) == {"i-2": now}
+    assert mine.gone_since(now) == {}
+    assert book(records, clock, "other").gone_since(now - timedelta(days=1)) == {}

@@ -84,13 +84,17 @@ class OddCloud(SmallCloud):
 class Group:
     def __init__(self, clock: FakeClock) -> None:
         self.clock, self.cloud, self.book = clock, OddCloud(), MemoryBook()
+        self.restart()
+
+    def restart(self) -> None:
+        """Another process takes over."""
         tokens = (f"t{number}" for number in count())
         self.reconciler = Reconciler(
             "gpu",
             self.cloud,
             self.book,
             prepare=lambda launch: launch,
-            clock=clock,
+            clock=self.clock,
             make_token=lambda: next(tokens),
         )
 
@@ -245,6 +249,7 @@ def test_a_worker_of_a_machine_that_counts_as_gone_is_told_to_go_and_not_counted
     group.cloud.shown["m"] = None
     group.looks(12)
     assert group.book.gone == {"m"}
+    group.restart()
     group.clock.advance(10)
     found = group.look(workers=["m"])
     assert found.drain == {"w": "its machine counts as gone"}

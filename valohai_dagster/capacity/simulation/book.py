@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from valohai_dagster.capacity.book import Kind, Known
 from valohai_dagster.capacity.model import Hold, Intent, Purchase
@@ -15,12 +16,20 @@ class MemoryBook:
         self._machines: dict[str, Known] = {}
         self._intents: dict[str, Intent] = {}
         self._holds: dict[tuple[str | None, Purchase | None], Hold] = {}
-        self.gone: set[str] = set()
+        self._gone_at: dict[str, datetime] = {}
         self.outcomes: dict[str, str] = {}  # of settled intents
         self.history: list[tuple[Kind, str, str | None]] = []
 
     def machines(self) -> Sequence[Known]:
         return list(self._machines.values())
+
+    @property
+    def gone(self) -> set[str]:
+        """Machines that were ever confirmed to be gone."""
+        return set(self._gone_at)
+
+    def gone_since(self, at: datetime) -> Mapping[str, datetime]:
+        return {one: gone_at for one, gone_at in self._gone_at.items() if gone_at > at}
 
     def save(self, *known: Known) -> None:
         for one in known:
@@ -28,7 +37,7 @@ class MemoryBook:
                 self._machines[one.machine.id] = one
             else:
                 self._machines.pop(one.machine.id, None)
-                self.gone.add(one.machine.id)
+                self._gone_at[one.machine.id] = one.gone_at
 
     def intents(self) -> Sequence[Intent]:
         return list(self._intents.values())
