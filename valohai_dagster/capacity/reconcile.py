@@ -37,7 +37,6 @@ from valohai_dagster.errors import ValohaiError
 _ROUNDS = 12  # plans in one look, each after a refusal
 _SKEW = timedelta(minutes=1)  # between the cloud's clock and ours
 _KEPT = timedelta(days=1)
-
 _ORDER = list(ActionKind)  # what brings machines goes first
 
 
@@ -65,7 +64,7 @@ class Reconciler:
         self._listed_at: datetime | None = None
         self._listed: frozenset[str] = frozenset()  # ids in the last list
         self._misses: dict[str, int] = {}  # lists in a row without a machine
-        self._closed = dict(book.gone_since(clock() - _KEPT))  # machines that are done with
+        self._closed: dict[str, datetime] = {}  # machines that are done with
         self._told: set[str] = set()  # deaths that an earlier outcome had
         self._asked: dict[str, tuple[datetime, datetime]] = {}  # first and last time, by token
         self._launches: dict[str, Launch] = {}  # complete ones, by token
@@ -97,6 +96,8 @@ class Reconciler:
 
     def _look(self, look: Look) -> Plan:
         look.inventory.close(self._told)
+        if self._listed_at is None:
+            self._closed.update(self._book.gone_since(look.now - _KEPT))
         self._closed.update((one.machine.id, look.now) for one in look.inventory.closed)
         self._take_list(look)
         look.inventory.take_seats(look.seats)
