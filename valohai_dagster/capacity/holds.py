@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from valohai_dagster.capacity.clouds.base import CloudError, Trouble
-from valohai_dagster.capacity.model import Hold, Machine, Purchase
+from valohai_dagster.capacity.model import Hold, Intent, Machine, Purchase
 
 CHECK_IN = "(check-in)"
 LISTING = "(listing)"
@@ -79,6 +79,16 @@ def in_force(holds: Iterable[Hold], now: datetime) -> tuple[Hold, ...]:
         for hold in holds
         if hold.until > now
     )
+
+
+def unanswered(holds: Iterable[Hold], launches: Iterable[Intent], now: datetime) -> str | None:
+    """In words, what the plan does not know of: a list that failed, or a launch that may have had its effect or not."""
+    launches = list(launches)
+    for hold in holds:
+        about = hold.zone == LISTING or any(covers(hold, i.zone, i.purchase) for i in launches)
+        if about and hold.until > now:
+            return f"{hold.reason}; tried again at {hold.until:%H:%M:%S} UTC"
+    return None
 
 
 def find(holds: Iterable[Hold], zone: str | None, purchase: Purchase | None) -> Hold | None:

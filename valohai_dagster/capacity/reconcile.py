@@ -481,9 +481,7 @@ class Reconciler:
             vain = self._vain.items()
             stuck = {one: text for one, (_, kind, text) in vain if kind is not ActionKind.start}
             trouble = trouble or next(seeing.odd_ones(look, stuck, self._patience), None)
-        listing = holding.find(holds, holding.LISTING, None)
-        if trouble is None and listing is not None and listing.until > look.now:
-            trouble = f"{listing.reason}; tried again at {listing.until:%H:%M:%S} UTC"
+        trouble = trouble or holding.unanswered(holds, self._launch_intents(), look.now)
         soon = [look.now + self._patience.list_every] if self._book.intents() else []
         due = (
             *soon,
