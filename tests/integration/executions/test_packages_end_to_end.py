@@ -68,7 +68,8 @@ def deployment(
     toml += toml_of("far", section_of(make_remote("s3", request))) * 1 if remote else ""
     with Deployment(tmp_path / "deployment", toml) as made:
         made.start_conductor()
-        made.start_agent("far", redis_server.unix_url, "--runtime", "process")
+        keep = ("--cache-disk-percent", "100")  # also where the disk of the tests is nearly full
+        made.start_agent("far", redis_server.unix_url, "--runtime", "process", *keep)
         yield made
 
 
