@@ -13,7 +13,7 @@ PORT        ?= 3000
 PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 WORKERS     ?= 2
-LAST_TESTS  ?= test-e2e
+LAST_TESTS  ?= test-end-to-end
 OLDEST_VENV ?= .venv-oldest
 BENCH_VENV  ?= .venv-bench
 
@@ -27,7 +27,7 @@ OLDEST_TESTS := tests/contract/plugin tests/integration/plugin/driver
 
 export DAGSTER_DISABLE_TELEMETRY ?= yes
 
-.PHONY: help setup setup-dev setup-servers demo up down test test-e2e test-oldest lint format docs bench-capacity bench-dispatch bench-fleet bench-recovery bench-transfer agent agent-lock clean
+.PHONY: help setup setup-dev setup-servers demo up down test test-end-to-end test-oldest lint format docs bench-capacity bench-dispatch bench-fleet bench-recovery bench-transfer agent agent-lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -54,7 +54,7 @@ test: $(DEV_STAMP)  ## Pass the whole suite: lint, then tests
 	$(BIN)/python -m pytest tests/unit tests/contract tests/integration -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory -j2 $(LAST_TESTS)
 
-test-e2e: $(DEV_STAMP)
+test-end-to-end: $(DEV_STAMP)  ## The last part of the suite alone: from the outermost doors
 	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST_STAMP)  ## What leans on Dagster's inner parts, on the oldest Dagster that is supported
