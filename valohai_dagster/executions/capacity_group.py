@@ -326,8 +326,3 @@ def _running(conn: sa.Connection, group: str, machine_id: str | None = None) -> 
     )
     rows = conn.execute(query)
     return [Running(worker=worker, machine_id=at, since=since) for worker, at, since in rows]
-
-
-def look_due(state: CapacityState | None, now: datetime) -> bool:
-    """Whether nobody has looked after the group for so long that something must be wrong."""
-    return state is None or now - state.at > timedelta(seconds=2 * QUIET_SECONDS)

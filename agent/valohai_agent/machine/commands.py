@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
@@ -108,11 +110,8 @@ def join(
         config_dir=config_dir,
         work_dir=work_dir,
     )
-    try:
+    with _refusals("cannot-join"):
         raise typer.Exit(become_worker(wanted))
-    except AgentError as exc:
-        logger.error("%s", exc, extra={"action": "cannot-join"})
-        raise typer.Exit(EXIT_REFUSED) from None
 
 
 def refresh(config_dir: ConfigDir = None, work_dir: WorkDir = None) -> None:
@@ -122,11 +121,8 @@ def refresh(config_dir: ConfigDir = None, work_dir: WorkDir = None) -> None:
     from valohai_agent.machine.places import default_places
 
     set_up_logging(as_json=False, verbose=False)
-    try:
+    with _refusals("refused"):
         bring_up_to_date(default_places(config_dir, work_dir), hostname=socket.gethostname())
-    except AgentError as exc:
-        logger.error("%s", exc, extra={"action": "refused"})
-        raise typer.Exit(EXIT_REFUSED) from None
 
 
 def dead_man(config_dir: ConfigDir = None, work_dir: WorkDir = None) -> None:
@@ -136,9 +132,16 @@ def dead_man(config_dir: ConfigDir = None, work_dir: WorkDir = None) -> None:
     from valohai_agent.machine.places import default_places
 
     set_up_logging(as_json=False, verbose=False)
-    try:
+    with _refusals("refused"):
         if look(default_places(config_dir, work_dir), hostname=socket.gethostname()):
             power_off()
+
+
+@contextmanager
+def _refusals(action: str) -> Iterator[None]:
+    """An error of ours ends the command with its words and the exit code that says: starting it again will not help."""
+    try:
+        yield
     except AgentError as exc:
-        logger.error("%s", exc, extra={"action": "refused"})
+        logger.error("%s", exc, extra={"action": action})
         raise typer.Exit(EXIT_REFUSED) from None
