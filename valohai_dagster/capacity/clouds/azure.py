@@ -34,7 +34,7 @@ from valohai_dagster.capacity.clouds.azure_resources import (
     state_of,
     subnet_path,
 )
-from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble
+from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble, fill
 from valohai_dagster.capacity.clouds.refusals import Refusals
 from valohai_dagster.capacity.clouds.tidying import Tidying
 from valohai_dagster.capacity.model import Machine, MachineState, Purchase
@@ -83,13 +83,7 @@ class AzureDriver:
         with self._api.translated(f"launch {launch.count} machine(s)", **place):
             names = machine_names(self._base, launch)
             here = {member.name for member in self._members()}
-            missing = [name for name in names if name not in here]
-            try:
-                made = self._launch(launch, missing) if missing else ()
-            except CloudError as error:
-                error.made = [name for name in names if name in here or name in error.made]
-                raise
-        return [name for name in names if name in here or name in made]
+            return fill(names, here, lambda missing: self._launch(launch, missing))
 
     def terminate(self, machine_id: str) -> None:
         with self._api.translated(f"terminate {machine_id}"):

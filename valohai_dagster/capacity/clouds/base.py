@@ -5,7 +5,7 @@ Calls are blocking (SDKs are) and run in threads; a driver is used by one thread
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -70,6 +70,24 @@ def identity_tags(deployment: str, group: str, launch: Launch) -> dict[str, str]
         "valohai-launch": launch.token,
         **launch.tags,
     }
+
+
+def fill(
+    names: Sequence[str],
+    here: Container[str],
+    make: Callable[[Sequence[str]], Collection[str]],
+) -> Sequence[str]:
+    """For clouds where a launch names its machines: makes those that are not `here`, and tells which are there then.
+
+    `make` gives those that it made; what it raises says so of all.
+    """
+    missing = [name for name in names if name not in here]
+    try:
+        made = make(missing) if missing else ()
+    except CloudError as error:
+        error.made = [name for name in names if name in here or name in error.made]
+        raise
+    return [name for name in names if name in here or name in made]
 
 
 class Driver(Protocol):

@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import Any
 
 from valohai_agent.protocol import utcnow
-from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble
+from valohai_dagster.capacity.clouds.base import CloudError, Launch, Trouble, fill
 from valohai_dagster.capacity.clouds.gcp_api import ComputeApi
 from valohai_dagster.capacity.clouds.gcp_check import problems
 from valohai_dagster.capacity.clouds.gcp_resources import (
@@ -106,13 +106,7 @@ class GcpDriver:
                 for manager in self._managers()
                 for member in self._members(manager)
             }
-            missing = [name for name in names if name not in here]
-            try:
-                made = self._launch(launch, missing) if missing else ()
-            except CloudError as error:
-                error.made = [name for name in names if name in here or name in error.made]
-                raise
-        return [name for name in names if name in here or name in made]
+            return fill(names, here, lambda missing: self._launch(launch, missing))
 
     def terminate(self, machine_id: str) -> None:
         from google.api_core.exceptions import NotFound
